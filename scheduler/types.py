@@ -1,0 +1,279 @@
+"""The words every part of Braid shares: what a request is, what a step does, what comes back.
+
+Data only, standard library only. The scheduler owns `Sequence`s (scheduler.py); everything here is immutable and may be
+logged, replayed, sent between processes (msgpack) or fed to the simulator. Rules R1-R9 are in `scheduler/README.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+MASK_ALL = 1 << 30
+"""`mask_block` of a bidirectional span: every row sees every key of its sequence."""
+
+
+class Read(IntEnum):
+    """What the worker makes of a span's judged rows."""
+
+    NOTHING = 0
+    SAMPLE = 1
+    VERIFY = 2
+    DENOISE = 3
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class GrammarKind(StrEnum):
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A constraint on the output: `source` is JSON text (schema, or list of choices), a regex or a Lark grammar."""
+
+    kind: GrammarKind
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the judged rows of one sequence become tokens. Every field is valid on arrival: the edge has checked it.
+
+    temperature     0 = greedy
+    top_k           0 = off
+    seed            64-bit key of the noise (R5); requests without one get a random key before they get here
+    sample_index    which of the `n` samples of one prompt this is; part of the noise counter
+    min_tokens      EOS and stop ids are masked until this many tokens are out
+    logprobs        None = off, k = the sampled token's and the k best alternatives' (raw distribution, float32)
+    prompt_logprobs as logprobs, for the prompt's own tokens; such a request takes no prefix-cache hits
+    bad_words       token-id sequences that must not appear
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    seed: int = 0
+    sample_index: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One token string to continue. A client call with n samples or several prompts is several of these.
+
+    id          ours, unique for the life of the front end
+    prompt      token ids, at least one
+    output      tokens already emitted before an engine restart; they count as output everywhere (penalties, noise
+                positions, max_tokens), so a resubmitted request goes on exactly where it stopped
+    max_tokens  output tokens, `output` included; 0 = only evaluate the prompt (echo + logprobs)
+    stop_ids    end the output and are part of it (EOS included unless ignored); finish reason STOP
+    priority    lower first
+    cache_salt  prefix pages are shared only between equal salts
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The query tokens one sequence brings to one step, over its own paged context.
+
+    tokens      ids, in KV order
+    start       KV index of tokens[0]; token j is written at index start + j
+    kv_len      keys the sequence has after the span is written (= start + len(tokens) for a causal span)
+    mask_block  the row at KV index i sees keys [0, min(kv_len, (i // mask_block + 1) * mask_block)); 1 = causal
+    judged      offsets into `tokens` of the rows whose logits are read
+    read        how they are read
+    """
+
+    seq_id: int
+    tokens: tuple[int, ...]
+    start: int
+    kv_len: int
+    mask_block: int = 1
+    judged: tuple[int, ...] = ()
+    read: Read = Read.NOTHING
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence the worker must know from this step on: its request and all its tokens so far (prompt + output)."""
+
+    seq_id: int
+    request: Request
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything the worker needs for one step: differences, not state. Apply releases, admissions, pages, then run.
+
+    new_pages  (seq_id, page ids appended to its page table), admissions' first pages (prefix hits included) too
+    released   sequences whose worker-side state is dropped (finished, aborted or preempted before this step)
+    budget     the token budget this step was built under; predicted_s the step-time model's forecast (0 = none yet)
+    """
+
+    step: int
+    spans: tuple[Span, ...]
+    admitted: tuple[Admission, ...] = ()
+    new_pages: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    released: tuple[int, ...] = ()
+    budget: int = 0
+    predicted_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(span.tokens) for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the raw distribution, its rank (1 = most likely) and the best alternatives."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one span gave. `error` set: this sequence fails, its neighbours do not notice.
+
+    tokens           sampled (SAMPLE), accepted + one (VERIFY), or the block as it now stands (DENOISE)
+    logprobs         one per token of `tokens` where the request asked
+    prompt_logprobs  of the prompt tokens that follow this span's rows, in order (position start+1 ...)
+    """
+
+    seq_id: int
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Outcomes in span order and the step's wall time in seconds."""
+
+    step: int
+    outcomes: tuple[Outcome, ...]
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """Durations in seconds inside the engine (no clock crosses processes), sent with the last delta of a request."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a request failed: an HTTP status (400 for the request's own fault, 500/503 for ours) and a plain sentence."""
+
+    status: int
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """News of one request: tokens that can no longer change (R8), and its end.
+
+    stop_id        the stop token that ended it, if one did
+    cached_tokens  prompt tokens served by the prefix cache; sent with the first delta
+    """
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_id: int | None = None
+    cached_tokens: int | None = None
+    times: RequestTimes | None = None
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step in numbers, for metrics and the status line. Counts are of this step; gauges are as it ends."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    predicted_s: float = 0.0
+    budget: int = 0
+    decode_tokens: int = 0
+    prefill_tokens: int = 0
+    draft_tokens: int = 0
+    denoise_tokens: int = 0
+    generated_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preempted: int = 0
+    recomputed_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    pages_total: int = 0
+    oldest_waiting_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the scheduler may use. Lengths in tokens.
+
+    max_batched_tokens    cap of the token budget of a step (R1)
+    max_seqs              sequences running at once; never above max_batched_tokens
+    max_model_len         prompt + output of one sequence
+    num_pages, page_size  the KV pool
+    watermark_pages       pages that admission leaves free
+    max_prefill_share     most of a step's prefill budget one prompt takes while others wait, in (0, 1]
+    max_queued_requests, max_queued_tokens   beyond these `add` refuses
+    tbt_slo_s             time-between-tokens target in seconds; None = auto (`tbt_auto_factor` x the undisturbed step)
+    """
+
+    max_batched_tokens: int
+    max_seqs: int
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    watermark_pages: int = 1
+    max_prefill_share: float = 0.5
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 1 << 20
+    tbt_slo_s: float | None = None
+    tbt_auto_factor: float = 2.5
+    enable_prefix_caching: bool = True
