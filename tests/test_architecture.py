@@ -1,7 +1,7 @@
 """The order of the parts, held by reading imports from the syntax trees: who may import whom, how long a file may be.
 
-An import counts wherever it stands: at the top, inside a function, or for type checking only. To allow a new edge, add it
-to `ALLOWED` in the change that needs it; that line is what a reviewer looks at.
+An import counts wherever it stands: at the top, inside a function, or for type checking only. To allow a new edge, add
+it to `ALLOWED` in the change that needs it; that line is what a reviewer looks at.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def rule_for(module: str) -> str:
 
 
 def own_package(module: str) -> str:
-    """The folder a module may import freely: `server.engine` for `server.engine.loop`, `kernels` for `kernels.cpu.ops`."""
+    """The folder a module imports freely: `server.engine` for `server.engine.loop`, `kernels` for `kernels.cpu.ops`."""
     parts = module.split(".")
     if parts[0] != "server":
         return parts[0]
