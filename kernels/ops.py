@@ -1,0 +1,166 @@
+"""The one seam between the models and the machine: every tensor operation a model's forward needs.
+
+A back end implements `Ops`; `kernels/reference.py` is the plain-torch one and the oracle of all others. A model calls
+nothing but `Ops` on the hot path, so that a new back end touches no model and a new model touches no back end.
+
+Legend of shapes: T rows of the step, H hidden, Q query heads, K kv heads, D head_dim, R rotary dim, M table positions,
+P pages, S page_size, N sequences (or out features of a weight), I intermediate size, E experts, J judged rows, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Where the rows of one step live in the paged KV cache; built once per step, the same for all layers.
+
+    page_table   int32 [N, max_pages]; entries past a sequence's last page are never read
+    row_seq      int32 [T], the row of page_table that belongs to each query row
+    positions    int32 [T], KV index of the row = its RoPE position
+    visible      int32 [T], >= 1: the row sees keys [low, visible), low = max(0, position - window + 1), or 0 without
+                 a window
+    slots        int64 [T], page_id * page_size + offset: where the row's K and V are written
+    span_starts  int32 [spans + 1], ascending from 0 to T: rows of one span are contiguous and of one sequence
+    """
+
+    page_table: Tensor
+    row_seq: Tensor
+    positions: Tensor
+    visible: Tensor
+    slots: Tensor
+    span_starts: Tensor
+
+
+class PackedLinear(Protocol):
+    """A weight in the back end's own layout. `num_bytes` is the memory it really holds, bias included."""
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Ops(Protocol):
+    """What a back end offers. Activations, norms and KV pages are of the model's dtype; sums are float32."""
+
+    name: str
+
+    def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
+        """Take over a weight [out, in] and its bias [out]; the caller drops its own copy afterwards.
+
+        Projections of one input are concatenated along `out` by the caller (q, k, v; gate, up). Weight-only
+        quantisation is a property of the back end, not of this call.
+        """
+        ...
+
+    def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
+        """x W^T (+ bias) (+ residual) as [T, N] in x's dtype."""
+        ...
+
+    def logits(self, x_JK: Tensor, weight: PackedLinear) -> Tensor:
+        """x W^T as float32 [J, V], not rounded to x's dtype on the way."""
+        ...
+
+    def embed(self, table_VH: Tensor, ids_T: Tensor) -> Tensor:
+        """Rows `ids_T` (int64) of the table, [T, H]."""
+        ...
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight, in x's dtype."""
+        ...
+
+    def qkv_rope_write(
+        self,
+        qkv_TX: Tensor,
+        num_q: int,
+        num_kv: int,
+        head_dim: int,
+        cos_sin_MR: Tensor,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        rows: AttentionRows,
+    ) -> Tensor:
+        """Split, normalise, rotate, store: returns the rotated q [T, Q, D]; k and v are in the pages afterwards.
+
+        qkv_TX      X = (Q + 2 K) * D, ordered q | k | v, each head by head
+        cos_sin_MR  float32, row = position: R/2 cosines, then R/2 sines; R <= D, elements past R are not rotated.
+                    Halves convention: element i turns with element i + R/2
+        q_norm_D, k_norm_D  per-head RMSNorm weights applied before the rotation (Qwen3), or None
+        """
+        ...
+
+    def paged_attention(
+        self,
+        q_TQD: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        rows: AttentionRows,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """softmax(scale q k^T) v over each row's keys [low, visible) of its own sequence; [T, Q, D] in q's dtype.
+
+        Query head h reads kv head h // (Q / K). Memory past a sequence's last key may hold anything, NaN included.
+        """
+        ...
+
+    def silu_mul(self, gate_up_TX: Tensor) -> Tensor:
+        """silu(first half of the row) * second half: [T, 2 I] -> [T, I]."""
+        ...
+
+    def moe(
+        self,
+        x_TH: Tensor,
+        router_logits_TE: Tensor,
+        gate_up: Sequence[PackedLinear],
+        down: Sequence[PackedLinear],
+        top_k: int,
+        norm_topk_prob: bool,
+    ) -> Tensor:
+        """Sum over the row's top_k experts of softmax weight * down(silu_mul(gate_up(x))), [T, H].
+
+        Router weights are a float32 softmax over all E experts; with `norm_topk_prob` the chosen ones are scaled to
+        sum to one.
+        """
+        ...
+
+    def sample(
+        self,
+        logits_JV: Tensor,
+        seeds_J: Tensor,
+        sample_index_J: Tensor,
+        positions_J: Tensor,
+        greedy_J: Tensor,
+    ) -> Tensor:
+        """argmax_v(logit + Gumbel noise) as int64 [J]; rows with `greedy` set take no noise; ties go to the lowest id.
+
+        logits_JV  float32, processed and divided by the temperature; -inf = banned
+        seeds_J, sample_index_J, positions_J  int64; positions count the sequence's output tokens
+        greedy_J   bool
+        The noise of token v is Philox4x32-10 with key (seed's low, high 32 bits) and counter
+        (v // 4, position, sample index, 0), word v % 4; u = ((word >> 9) + 0.5) * 2^-23; G = -log(-log(u)).
+        So it depends on (seed, sample index, position, token) alone (R5).
+        Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); Gumbel-max: Gumbel (1954).
+        """
+        ...
+
+    def allocate_kv(
+        self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """One layer's k_pages and v_pages, each [P, K, S, D] and not initialised.
+
+        A back end may choose another layout and documents it; nobody but its own methods may look inside.
+        """
+        ...
