@@ -146,7 +146,8 @@ class _LimitedCodeGenerator(jinja2.compiler.CodeGenerator):
             None,
         )
         metered.set_lineno(node.lineno)
-        metered.set_environment(node.iter.environment)
+        if node.iter.environment is not None:
+            metered.set_environment(node.iter.environment)
         node.iter = metered
         super().visit_For(node, frame)
 
@@ -164,9 +165,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         for value, count in ((left, right), (right, left)):
-            if operator == "*" and isinstance(value, str | list | tuple) and isinstance(count, int):
-                if len(value) * count > 100_000:
-                    raise ChatTemplateError("the chat template repeats a value too often")
+            is_repetition = operator == "*" and isinstance(value, str | list | tuple) and isinstance(count, int)
+            if is_repetition and len(value) * count > 100_000:
+                raise ChatTemplateError("the chat template repeats a value too often")
         if operator == "**" and not (abs(left) <= 1 << 32 and abs(right) <= 64):
             raise ChatTemplateError("the chat template raises to too large a power")
         return super().call_binop(context, operator, left, right)
@@ -235,6 +236,4 @@ def _cut_after_last_content(text: str, message: Mapping[str, Any]) -> str:
         found = text.rfind(candidate)
         if found >= 0:
             return text[: found + len(candidate)]
-    raise ChatTemplateError(
-        "continue_final_message: the chat template does not show the last message's content as it is"
-    )
+    raise ChatTemplateError("continue_final_message: the chat template changes the last message's content")

@@ -16,7 +16,7 @@ from tokenizers.decoders import DecodeStream
 from server.text.tokenizer import Tokenizer
 
 PRIMING_TOKENS = 6
-"""Prompt tokens that prime a DecodeStream: enough for SentencePiece to know that the first word has a space before it."""
+"""Prompt tokens that prime a DecodeStream: enough for SentencePiece to keep the first word's space."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class Tokenizer:
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
         self._byte_of_char = _byte_of_char()
-        self._added = {token_id: token for token_id, token in raw.get_added_tokens_decoder().items()}
+        self._added = dict(raw.get_added_tokens_decoder())
         self.special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
         self.special_texts = tuple(sorted((self._added[i].content for i in self.special_ids), key=len, reverse=True))
         self.bos_id = raw.token_to_id(self.bos_token) if self.bos_token else None
@@ -61,7 +61,7 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` from a model folder.
 
-        Raises TokenizerError naming the file. Without tokenizer.json, transformers (if installed) converts what there is.
+        Raises TokenizerError naming the file. Without tokenizer.json, transformers (if installed) converts.
         """
         folder = Path(path)
         config = _read_json(folder / "tokenizer_config.json")
@@ -169,14 +169,12 @@ def _converted_by_transformers(folder: Path) -> RawTokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise TokenizerError(
-            f"{folder} has no tokenizer.json, and transformers is not installed to convert it"
-        ) from error
+        raise TokenizerError(f"{folder} has no tokenizer.json, and transformers is not there to convert it") from error
     try:
-        fast = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False, local_files_only=True)
+        fast = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise TokenizerError(f"{folder} has no tokenizer.json, and it could not be made: {error}") from error
-    raw = getattr(fast, "backend_tokenizer", None)
+    raw: RawTokenizer | None = getattr(fast, "backend_tokenizer", None)
     if raw is None:
         raise TokenizerError(f"{folder} has no tokenizer.json and no fast tokenizer")
     return raw
