@@ -1,0 +1,193 @@
+"""From a `WorkerConfig` to a worker that is ready: threads, back end, weights, KV pool, grammars.
+
+The one place that looks at the machine. Everything it chooses is logged once and shown in `WorkerInfo`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from kernels.ops import Ops
+from kernels.select import select_ops
+from server.models.loading import load_model, random_model, resolve_model
+from server.models.registry import Model
+from server.worker.config import WorkerConfig
+from server.worker.grammar import GrammarCompiler
+from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
+from server.worker.worker import Worker, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""CPU flags (the last is Arm's) of processors that multiply bfloat16 themselves."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+"""Parameters of glibc's mallopt(3)."""
+
+
+def build_worker(config: WorkerConfig, progress: bool) -> Worker:
+    """Load the model and build its worker. progress: show a bar while weights load.
+
+    Raises ValueError or OSError with a sentence for the user when something cannot be loaded or does not fit.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    num_threads = config.num_threads or usable_cores()
+    torch.set_num_threads(num_threads)
+    if device.type == "cpu":
+        _keep_step_buffers()
+    ops = select_ops(device, dtype, quantization=config.quantization, num_threads=num_threads)
+    model, folder = _load(config, ops, dtype, device, progress)
+    _return_free_memory()
+    page_size = config.page_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
+    num_pages, model_len = size_pool(
+        model.config, dtype, device, page_size, config.max_seqs, config.max_model_len, config.kv_cache_bytes
+    )
+    pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
+    info = _describe(model, ops, pool, model_len, dtype, device)
+    tokenizer_file = folder / "tokenizer.json" if folder is not None else None
+    if tokenizer_file is not None and not tokenizer_file.exists():
+        tokenizer_file = None
+    grammars = GrammarCompiler(tokenizer_file, info.vocab_size, info.eos_ids)
+    _report(config, info, num_threads)
+    return Worker(model, ops, pool, grammars, info, config.max_seqs, config.max_batched_tokens, device)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no CUDA device here; use 'cpu' or 'auto'")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the machine multiplies it natively, else float32, unless the user says."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" or cpu_flags() & _NATIVE_BF16 else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of the first processor; empty where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return set(value.split())
+    return set()
+
+
+def usable_cores() -> int:
+    """Physical cores this process may use, no more than its control group's CPU quota; at least 1.
+
+    Two threads on one core share its vector units and gain nothing; a thread beyond the quota stalls every barrier.
+    """
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = {_core_of(cpu) for cpu in cpus}
+    return max(1, min(len(cores), _cpu_quota()))
+
+
+def _core_of(cpu: int) -> tuple[str, str]:
+    folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    try:
+        package = (folder / "physical_package_id").read_text().strip()
+        return package, (folder / "core_id").read_text().strip()
+    except OSError:
+        return "", str(cpu)
+
+
+def _cpu_quota() -> int:
+    """CPUs that the control group grants, rounded up; a large number where there is no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return 1 << 16
+
+
+def _load(
+    config: WorkerConfig, ops: Ops, dtype: torch.dtype, device: torch.device, progress: bool
+) -> tuple[Model, Path | None]:
+    """The model and the folder it came from; random weights borrow the tokenizer of a local `model` folder."""
+    if config.random_weights is None:
+        folder = resolve_model(config.model, config.revision, config.download_dir)
+        return load_model(folder, ops, dtype, device, progress), folder
+    model = random_model(config.random_weights, ops, dtype, device, seed=config.seed)
+    local = Path(config.model)
+    return model, local if local.is_dir() else None
+
+
+def _describe(
+    model: Model, ops: Ops, pool: KVPool, model_len: int, dtype: torch.dtype, device: torch.device
+) -> WorkerInfo:
+    return WorkerInfo(
+        model_len=model_len,
+        vocab_size=model.config.vocab_size,
+        num_pages=pool.num_pages,
+        page_size=pool.page_size,
+        weight_bytes=model.num_weight_bytes,
+        kv_bytes=pool.num_bytes,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        ops=ops.name,
+        eos_ids=tuple(model.config.eos_token_ids),
+        block_size=model.config.block_size,
+        mask_id=model.config.mask_token_id,
+        num_parameters=model.num_parameters,
+    )
+
+
+def _report(config: WorkerConfig, info: WorkerInfo, num_threads: int) -> None:
+    tokens = info.num_pages * info.page_size
+    logger.info(
+        "model=%s parameters=%.1fM weights=%.0fMB dtype=%s device=%s ops=%s threads=%d kv=%.0fMB pages=%d tokens=%d",
+        config.random_weights or config.model,
+        info.num_parameters / 1e6,
+        info.weight_bytes / 1e6,
+        info.dtype,
+        info.device,
+        info.ops,
+        num_threads,
+        info.kv_bytes / 1e6,
+        info.num_pages,
+        tokens,
+    )
+    logger.info("max concurrency at %d tokens per request: %.1f", info.model_len, tokens / info.model_len)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def _keep_step_buffers() -> None:
+    """Let malloc keep a step's buffers for the next step instead of mapping and clearing fresh pages every time.
+
+    Two arenas are enough: the loop's thread makes nearly all allocations, and each further arena holds memory back.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_ARENA_MAX, 2)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 128 << 20)
+
+
+def _return_free_memory() -> None:
+    """Give back what loading needed and the model does not keep."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)

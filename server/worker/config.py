@@ -1,0 +1,36 @@
+"""What the worker is told at start. Data only: the engine builds it from its own configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One model on one device. None = chosen by `build_worker` when it knows the model and the machine.
+
+    model           a folder, an embedded name or a hub id (`server/models/loading.py`)
+    dtype           auto, bfloat16, float16 or float32; auto is bfloat16 where the machine multiplies it natively
+    device          auto, cpu or cuda
+    random_weights  a shape such as "hidden=768,layers=12,heads=12"; then `model` is not read
+    quantization    None, int8 or int4: weight-only, lossy
+    kv_cache_bytes  size of the KV pool; None = a share of what is free
+    max_model_len   longest sequence in tokens; None = the model's, or what the pool holds
+    num_threads     CPU threads of the forward pass; None = one per core this process may use
+    """
+
+    model: str = "braid-tiny"
+    dtype: str = "auto"
+    device: str = "auto"
+    random_weights: str | None = None
+    quantization: str | None = None
+    kv_cache_bytes: int | None = None
+    max_model_len: int | None = None
+    page_size: int | None = None
+    max_batched_tokens: int = 1024
+    max_seqs: int = 64
+    num_threads: int | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    max_logprobs: int = 20
+    seed: int = 0

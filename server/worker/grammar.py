@@ -1,0 +1,188 @@
+"""Structured output: grammars compiled once per source, one matcher per sequence, one bit mask per judged row.
+
+llguidance does the matching (https://github.com/guidance-ai/llguidance); its own limits bound the work of a compile and
+of a step, and the size of the source bounds the rest. A grammar is never approximated: what cannot be enforced exactly
+is refused. A matcher follows committed tokens only, by position, so that a repeated step finds it where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask
+from numpy.typing import NDArray
+
+from scheduler.types import Grammar, GrammarKind, Request
+
+MAX_SOURCE_BYTES = {
+    GrammarKind.JSON_OBJECT: 1 << 16,
+    GrammarKind.JSON_SCHEMA: 1 << 16,
+    GrammarKind.CHOICE: 1 << 16,
+    GrammarKind.REGEX: 1 << 13,
+    GrammarKind.LARK: 1 << 14,
+}
+MAX_DEPTH = 32
+"""Nesting of a JSON schema: real ones stay below ten, bombs do not."""
+MAX_CACHED = 64
+"""Compiled grammars kept for requests to come, least recently used out first."""
+
+
+class GrammarMatcher:
+    """Where one sequence stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, stop_ids: Sequence[int], num_prompt: int) -> None:
+        """stop_ids: what may end a complete output besides EOS; num_prompt: where the output begins in a history."""
+        self._matcher = matcher
+        self._stop_ids = np.asarray(stop_ids, dtype=np.int64)
+        self._num_seen = num_prompt
+
+    def catch_up(self, history: Sequence[int]) -> str | None:
+        """Follow the output tokens of `history` not followed yet; an error message if the grammar forbids one."""
+        for token in history[self._num_seen :]:
+            if not self._matcher.consume_token(token):
+                return f"the output left its grammar at output token {token}: {self._matcher.get_error()}"
+        self._num_seen = max(self._num_seen, len(history))
+        return None
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing but the end may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def fill_mask(self, bits: NDArray[np.int32]) -> str | None:
+        """Set the bit of every allowed token in `bits`, int32 [1, ceil(V / 32)]; an error message if it cannot."""
+        fill_next_token_bitmask(self._matcher, bits)
+        if self._matcher.is_error():
+            return f"the grammar could not be followed: {self._matcher.get_error()}"
+        if self.is_complete and self._stop_ids.size:
+            # All that is left is to end; the request may have ends of its own.
+            words = bits[0].view(np.uint32)
+            np.bitwise_or.at(words, self._stop_ids // 32, np.uint32(1) << (self._stop_ids % 32).astype(np.uint32))
+        return None
+
+
+class GrammarCompiler:
+    """Compiles requests' grammars against one tokenizer. `prepare` may run in any thread; the rest is the loop's."""
+
+    def __init__(self, tokenizer_file: Path | None, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        """tokenizer_file: a `tokenizer.json`, or None where the model has none and grammars are refused."""
+        self._tokenizer_file = tokenizer_file
+        self._vocab_size = vocab_size
+        self._eos_ids = list(eos_ids)
+        self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._prepared: dict[str, LLMatcher] = {}
+
+    def prepare(self, request: Request) -> None:
+        """Compile the request's grammar, if it has one. Slow for large ones; raises ValueError saying what is wrong."""
+        grammar = request.sampling.grammar
+        if grammar is not None:
+            self._prepared[request.id] = self._compiled(grammar)
+
+    def forget(self, request_id: str) -> None:
+        self._prepared.pop(request_id, None)
+
+    def matcher(self, request: Request) -> GrammarMatcher | None:
+        """A fresh matcher for one sequence of the request, before its first output token."""
+        if request.sampling.grammar is None:
+            return None
+        compiled = self._prepared.get(request.id) or self._compiled(request.sampling.grammar)
+        return GrammarMatcher(compiled.deep_copy(), request.stop_ids, len(request.prompt))
+
+    def _compiled(self, grammar: Grammar) -> LLMatcher:
+        with self._lock:
+            cached = self._cache.get(grammar)
+            if cached is not None:
+                self._cache.move_to_end(grammar)
+                return cached
+            tokenizer = self._tokenizer = self._tokenizer or self._load_tokenizer()
+        matcher = compile_grammar(grammar, tokenizer)
+        with self._lock:
+            self._cache[grammar] = matcher
+            if len(self._cache) > MAX_CACHED:
+                self._cache.popitem(last=False)
+        return matcher
+
+    def _load_tokenizer(self) -> LLTokenizer:
+        if self._tokenizer_file is None:
+            raise ValueError("structured output needs the model's tokenizer.json, and this model has none")
+        if not self._eos_ids:
+            raise ValueError("structured output needs an end-of-sequence token, and this model's config names none")
+        try:
+            text = self._tokenizer_file.read_text(encoding="utf-8")
+            return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+        except Exception as error:
+            raise ValueError(f"structured output cannot use this model's tokenizer.json: {error}") from error
+
+
+def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
+    """Compile a grammar, bounded in size and work. Raises ValueError with a sentence for the user."""
+    name, size, most = grammar.kind.value, len(grammar.source.encode()), MAX_SOURCE_BYTES[grammar.kind]
+    if size > most:
+        raise ValueError(f"the {name} grammar is {size} bytes long; at most {most} are accepted")
+    limits = LLParserLimits(verbose_errors=False)
+    matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
+    if matcher.is_error():
+        raise ValueError(f"the {name} grammar cannot be used: {matcher.get_error()}")
+    # The first mask shows what the compile could not: a grammar that allows nothing, or is beyond the step limits.
+    mask = np.zeros((1, (tokenizer.vocab_size + 31) // 32), dtype=np.int32)
+    fill_next_token_bitmask(matcher, mask)
+    if matcher.is_error():
+        raise ValueError(f"the {name} grammar cannot be used: {matcher.get_error()}")
+    if not mask.any():
+        raise ValueError(f"the {name} grammar cannot be used: no token of this model can begin it")
+    return matcher
+
+
+def _source(grammar: Grammar) -> str:
+    """The grammar in llguidance's own notation."""
+    kind, source = grammar.kind, grammar.source
+    if kind is GrammarKind.REGEX:
+        return str(LLMatcher.grammar_from_regex(source))
+    if kind is GrammarKind.LARK:
+        return str(LLMatcher.grammar_from_lark(source))
+    if kind is GrammarKind.CHOICE:
+        return str(LLMatcher.grammar_from_lark(_choice_lark(source)))
+    schema = {"type": "object"} if kind is GrammarKind.JSON_OBJECT else _parsed(source, "json_schema")
+    if not isinstance(schema, dict | bool):
+        raise ValueError("the json_schema grammar is not a JSON object")
+    if depth(schema) > MAX_DEPTH:
+        raise ValueError(f"the json_schema grammar is nested deeper than {MAX_DEPTH} levels")
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+
+
+def _choice_lark(source: str) -> str:
+    choices = _parsed(source, "choice")
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+        raise ValueError("the choice grammar must be a JSON list of at least one non-empty string")
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
+def _parsed(source: str, name: str) -> object:
+    try:
+        value: object = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the {name} grammar is not valid JSON: {error}") from None
+    return value
+
+
+def depth(value: object) -> int:
+    """Levels of nesting of a JSON value, found without recursion."""
+    level, layer = 0, [value]
+    while layer:
+        level += 1
+        children: list[object] = []
+        for item in layer:
+            if isinstance(item, dict):
+                children.extend(item.values())
+            elif isinstance(item, list):
+                children.extend(item)
+        layer = children
+    return level

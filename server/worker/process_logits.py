@@ -1,0 +1,206 @@
+"""From raw logits to what is sampled: every rule of a request that touches its distribution (R7: the only copy).
+
+The order is frozen: logit_bias, repetition / presence / frequency penalties, then what is banned (min_tokens, allowed
+ids, bad words), the grammar's mask, temperature, min_p, top_k, top_p. Rows without a feature pay nothing for it; a
+batch of plain rows is one division, or nothing when all are greedy. Works in place on float32 logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from server.worker.grammar import GrammarMatcher
+from server.worker.recipe import CONSTRAINED, Feature, Recipe
+from server.worker.sequences import TokenCounts
+from server.worker.truncation import NEG_INF, keep_min_p, keep_top
+
+
+class JudgedRow(NamedTuple):
+    """One row of logits and what its rules look at.
+
+    history     prompt and output tokens before the token this row decides
+    num_output  how many of these are output; the position of the token this row decides
+    counts      up to date with `history`; there if the recipe has penalties
+    matcher     has followed `history`; there if the recipe has a grammar
+    """
+
+    recipe: Recipe
+    history: Sequence[int]
+    num_output: int
+    counts: TokenCounts | None = None
+    matcher: GrammarMatcher | None = None
+
+
+def process_logits(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
+    """Apply each row's rules to its logits, in place. Returns {row: message} for rows that no token can answer.
+
+    logits_JV  float32 [J, V], finite; banned tokens become -inf
+    A row with a message is left with no meaning and must not be sampled.
+    """
+    used = Feature.NONE
+    for row in rows:
+        used |= row.recipe.features
+    errors: dict[int, str] = {}
+    if used & Feature.BIAS:
+        _add_bias(logits_JV, rows)
+    if used & Feature.PENALTY:
+        _penalise(logits_JV, rows)
+    if used & (Feature.MIN_TOKENS | Feature.BAD_WORDS):
+        _ban(logits_JV, rows)
+    if used & Feature.ALLOWED:
+        _keep_allowed(logits_JV, rows)
+    if used & Feature.GRAMMAR:
+        _mask_by_grammar(logits_JV, rows, errors)
+    if used & CONSTRAINED:
+        _find_empty(logits_JV, rows, errors)
+    _divide_by_temperature(logits_JV, rows)
+    if used & Feature.MIN_P:
+        _on_rows(logits_JV, _with(rows, Feature.MIN_P), lambda part, at: keep_min_p(part, _min_p(rows, at, part)))
+    if used & Feature.TOP:
+        _on_rows(logits_JV, _with(rows, Feature.TOP), lambda part, at: keep_top(part, *_top(rows, at, part)))
+    return errors
+
+
+def _with(rows: Sequence[JudgedRow], feature: Feature) -> list[int]:
+    return [index for index, row in enumerate(rows) if row.recipe.features & feature]
+
+
+def _on_rows(logits_JV: Tensor, at: list[int], change: Callable[[Tensor, list[int]], None]) -> None:
+    """Run `change` on some rows: on the whole if they are all of it, else on a copy that is put back."""
+    if len(at) == logits_JV.shape[0]:
+        change(logits_JV, at)
+        return
+    index = torch.tensor(at, device=logits_JV.device)
+    part = logits_JV[index]
+    change(part, at)
+    logits_JV[index] = part
+
+
+def _cells(device: torch.device, ids: list[NDArray[np.int64]], at: list[int]) -> tuple[Tensor, Tensor]:
+    """Index pair (row, token id) of the cells `ids[i]` of rows `at[i]`."""
+    row = np.repeat(np.asarray(at, dtype=np.int64), [part.size for part in ids])
+    return torch.from_numpy(row).to(device), torch.from_numpy(np.concatenate(ids)).to(device)
+
+
+def _add_bias(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+    at = _with(rows, Feature.BIAS)
+    cells = _cells(logits_JV.device, [rows[i].recipe.bias_ids for i in at], at)
+    values = torch.from_numpy(np.concatenate([rows[i].recipe.bias_values for i in at])).to(logits_JV.device)
+    logits_JV.index_put_(cells, values, accumulate=True)
+
+
+def _penalise(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+    """Repetition (prompt and output tokens) divides or multiplies; frequency and presence (output tokens) subtract."""
+    at, found = [], []
+    for index in _with(rows, Feature.PENALTY):
+        counts = rows[index].counts
+        assert counts is not None, "a sequence with penalties has counts"
+        at.append(index)
+        found.append(counts)
+    sizes = [counts.ids.size for counts in found]
+    cells = _cells(logits_JV.device, [counts.ids for counts in found], at)
+
+    def spread(values: list[float]) -> Tensor:
+        return torch.from_numpy(np.repeat(np.asarray(values, dtype=np.float32), sizes)).to(logits_JV.device)
+
+    samplings = [rows[i].recipe.sampling for i in at]
+    repetition = spread([sampling.repetition_penalty for sampling in samplings])
+    frequency = spread([sampling.frequency_penalty for sampling in samplings])
+    presence = spread([sampling.presence_penalty for sampling in samplings])
+    count = torch.from_numpy(np.concatenate([counts.counts for counts in found])).to(logits_JV.device)
+    values = logits_JV[cells]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits_JV[cells] = values - frequency * count - presence * (count > 0)
+
+
+def _ban(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+    """Ban EOS and stop ids while the output is too short, and the last token of every bad word about to be complete."""
+    at: list[int] = []
+    banned: list[NDArray[np.int64]] = []
+    for index in _with(rows, Feature.MIN_TOKENS | Feature.BAD_WORDS):
+        row = rows[index]
+        # A complete grammar has nothing left but the end, however short the output.
+        is_complete = row.matcher is not None and row.matcher.is_complete
+        if row.num_output < row.recipe.sampling.min_tokens and not is_complete:
+            at.append(index)
+            banned.append(row.recipe.end_ids)
+        words = _last_tokens_of_bad_words(row)
+        if words:
+            at.append(index)
+            banned.append(np.asarray(words, dtype=np.int64))
+    if at:
+        logits_JV[_cells(logits_JV.device, banned, at)] = NEG_INF
+
+
+def _last_tokens_of_bad_words(row: JudgedRow) -> list[int]:
+    """Last tokens of the bad words whose other tokens end the output; a word half in the prompt does not count."""
+    if not row.recipe.bad_words:
+        return []
+    longest = min(max(len(start) for start, _ in row.recipe.bad_words), row.num_output)
+    tail = list(row.history[len(row.history) - longest :])
+    return [
+        last for start, last in row.recipe.bad_words if len(start) <= longest and tail[longest - len(start) :] == start
+    ]
+
+
+def _keep_allowed(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+    for index in _with(rows, Feature.ALLOWED):
+        allowed = torch.from_numpy(rows[index].recipe.allowed_ids).to(logits_JV.device)
+        kept = logits_JV[index, allowed]
+        logits_JV[index].fill_(NEG_INF)
+        logits_JV[index, allowed] = kept
+
+
+def _mask_by_grammar(logits_JV: Tensor, rows: Sequence[JudgedRow], errors: dict[int, str]) -> None:
+    at = _with(rows, Feature.GRAMMAR)
+    vocab_size = logits_JV.shape[1]
+    bits = np.zeros((len(at), (vocab_size + 31) // 32), dtype=np.int32)
+    for place, index in enumerate(at):
+        matcher = rows[index].matcher
+        assert matcher is not None, "a sequence with a grammar has a matcher"
+        error = matcher.fill_mask(bits[place : place + 1])
+        if error is not None:
+            errors[index] = error
+    is_banned = np.unpackbits(bits.view(np.uint8), axis=1, count=vocab_size, bitorder="little") == 0
+    mask = torch.from_numpy(is_banned).to(logits_JV.device)
+
+    def apply(part: Tensor, _: list[int]) -> None:
+        part.masked_fill_(mask, NEG_INF)
+
+    _on_rows(logits_JV, at, apply)
+
+
+def _find_empty(logits_JV: Tensor, rows: Sequence[JudgedRow], errors: dict[int, str]) -> None:
+    """Rows whose constraints contradict each other: no token is left. Such a row is cleared so that nothing is NaN."""
+    at = _with(rows, CONSTRAINED)
+    index = torch.tensor(at, device=logits_JV.device)
+    is_empty = torch.isneginf(logits_JV[index].amax(dim=1))
+    for row in index[is_empty].tolist():
+        features = [feature.name for feature in CONSTRAINED & rows[row].recipe.features if feature.name]
+        errors.setdefault(
+            row, f"no token is allowed at output position {rows[row].num_output} by {', '.join(features)}"
+        )
+        logits_JV[row].zero_()
+
+
+def _divide_by_temperature(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+    temperatures = [row.recipe.temperature for row in rows]
+    if any(temperature != 1.0 for temperature in temperatures):
+        divisor = torch.tensor(temperatures, dtype=torch.float32, device=logits_JV.device)
+        logits_JV.div_(divisor.unsqueeze(1))
+
+
+def _min_p(rows: Sequence[JudgedRow], at: list[int], like: Tensor) -> Tensor:
+    return torch.tensor([rows[i].recipe.sampling.min_p for i in at], dtype=torch.float32, device=like.device)
+
+
+def _top(rows: Sequence[JudgedRow], at: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    top_k = torch.tensor([rows[i].recipe.sampling.top_k for i in at], device=like.device)
+    top_p = torch.tensor([rows[i].recipe.sampling.top_p for i in at], dtype=torch.float32, device=like.device)
+    return top_k, top_p

@@ -1,0 +1,155 @@
+"""What the worker remembers of each sequence between steps, and how a plan's differences change it.
+
+Nothing here decides anything: the scheduler owns the sequences (R6). A plan may be applied twice, whole or with fewer
+spans, and the second time changes nothing; that is what makes a failed step repeatable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.types import Admission, Request, Span, StepPlan
+from server.worker.grammar import GrammarMatcher
+from server.worker.recipe import Recipe
+
+
+class TokenCounts:
+    """How often each token stands in one sequence's output, kept sparse and up to date token by token.
+
+    ids, counts  the distinct tokens so far (of the prompt too, with count 0, where the recipe asks) and their counts
+    """
+
+    def __init__(self, prompt: Sequence[int], with_prompt: bool) -> None:
+        known = np.unique(np.asarray(prompt, dtype=np.int64)) if with_prompt else np.empty(0, dtype=np.int64)
+        self._ids = np.zeros(max(64, 2 * known.size), dtype=np.int64)
+        self._counts = np.zeros(self._ids.size, dtype=np.float32)
+        self._ids[: known.size] = known
+        self._place = {token: place for place, token in enumerate(known.tolist())}
+        self._num_counted = len(prompt)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        return self._ids[: len(self._place)]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        return self._counts[: len(self._place)]
+
+    def catch_up(self, history: Sequence[int]) -> None:
+        """Count the output tokens of `history` (prompt + output) that are not counted yet."""
+        for token in history[self._num_counted :]:
+            place = self._place.setdefault(token, len(self._place))
+            if place == self._ids.size:
+                self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+            self._ids[place] = token
+            self._counts[place] += 1
+        self._num_counted = max(self._num_counted, len(history))
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One sequence as the worker knows it.
+
+    slot        its row of the page table
+    history     prompt and output tokens; a span's tokens are put in at its start
+    num_pages   entries of its page-table row in use; pages_step is the step that last added some
+    failure     set when its grammar cannot be used: it ends with this message when its row is read
+    """
+
+    request: Request
+    recipe: Recipe
+    slot: int
+    history: list[int]
+    admitted_step: int
+    num_pages: int = 0
+    pages_step: int | None = None
+    counts: TokenCounts | None = None
+    matcher: GrammarMatcher | None = None
+    failure: str | None = None
+    num_prompt: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.request.prompt)
+
+    def put(self, span: Span) -> None:
+        """Enter a span's tokens into the history. The same span twice is the same as once."""
+        if span.start > len(self.history):
+            raise ValueError(
+                f"span of sequence {span.seq_id} starts at {span.start}, but only {len(self.history)} tokens are known"
+            )
+        self.history[span.start : span.start + len(span.tokens)] = span.tokens
+
+
+class SequenceTable:
+    """All sequences the worker knows and their page tables: int32 [slots, max_pages], a row per sequence."""
+
+    def __init__(self, num_slots: int, max_pages: int, num_pages: int, page_size: int) -> None:
+        """num_slots: to begin with; the table grows if a plan admits more. max_pages: of one sequence."""
+        self.page_size = page_size
+        self.page_table: NDArray[np.int32] = np.zeros((num_slots, max_pages), dtype=np.int32)
+        self._num_pages = num_pages
+        self._states: dict[int, SequenceState] = {}
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, seq_id: int) -> SequenceState:
+        try:
+            return self._states[seq_id]
+        except KeyError:
+            raise ValueError(f"a span names sequence {seq_id}, which was never admitted or is released") from None
+
+    def __contains__(self, seq_id: int) -> bool:
+        return seq_id in self._states
+
+    def apply(self, plan: StepPlan, make_state: Callable[[Admission, int, int], SequenceState]) -> None:
+        """Apply a plan's releases, admissions and pages, in this order.
+
+        make_state(admission, slot, step)  builds the state of a new sequence
+        """
+        for seq_id in plan.released:
+            state = self._states.pop(seq_id, None)
+            if state is not None:
+                self._free_slots.append(state.slot)
+        for admission in plan.admitted:
+            self._admit(admission, plan.step, make_state)
+        for seq_id, pages in plan.new_pages:
+            state = self[seq_id]
+            if state.pages_step != plan.step:
+                self._append_pages(state, seq_id, pages)
+                state.pages_step = plan.step
+
+    def _admit(
+        self, admission: Admission, step: int, make_state: Callable[[Admission, int, int], SequenceState]
+    ) -> None:
+        known = self._states.get(admission.seq_id)
+        if known is not None:
+            if known.admitted_step != step:
+                raise ValueError(
+                    f"sequence {admission.seq_id}, admitted in step {known.admitted_step}, is admitted again"
+                )
+            return
+        if not self._free_slots:
+            old = self.page_table
+            self.page_table = np.concatenate((old, np.zeros_like(old)))
+            self._free_slots = list(range(2 * len(old) - 1, len(old) - 1, -1))
+        state = make_state(admission, self._free_slots[-1], step)
+        self._free_slots.pop()
+        self._states[admission.seq_id] = state
+
+    def _append_pages(self, state: SequenceState, seq_id: int, pages: tuple[int, ...]) -> None:
+        end = state.num_pages + len(pages)
+        if end > self.page_table.shape[1]:
+            raise ValueError(
+                f"sequence {seq_id} would have {end} pages; the longest sequence has {self.page_table.shape[1]}"
+            )
+        if pages and not 0 <= min(pages) <= max(pages) < self._num_pages:
+            raise ValueError(f"sequence {seq_id} is given pages {pages}; the pool has pages 0 to {self._num_pages - 1}")
+        self.page_table[state.slot, state.num_pages : end] = pages
+        state.num_pages = end
