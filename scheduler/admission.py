@@ -1,0 +1,82 @@
+"""What is refused on arrival: what can never run, and what does not fit the queue. Pure functions."""
+
+from __future__ import annotations
+
+from scheduler.types import Fault, Limits, Request
+
+
+def refuse_impossible(request: Request, limits: Limits) -> Fault | None:
+    """A 400 for a request that no empty machine could serve; it would wait for ever (R1, forward progress)."""
+    num_prompt, num_output = len(request.prompt), len(request.output)
+    if num_prompt == 0:
+        return Fault(400, "prompt has no tokens; at least 1 is needed", "prompt")
+    if request.max_tokens < 0:
+        return Fault(400, f"max_tokens is {request.max_tokens}; it must be at least 0", "max_tokens")
+    if num_output and num_output >= request.max_tokens:
+        return Fault(
+            400, f"output has {num_output} tokens already and max_tokens is {request.max_tokens}", "max_tokens"
+        )
+    fewest = num_output + min(1, request.max_tokens)
+    if num_prompt + fewest > limits.max_model_len:
+        return Fault(
+            400,
+            f"This model's maximum context length is {limits.max_model_len} tokens. However, you requested "
+            f"{num_prompt + request.max_tokens} tokens ({num_prompt} in the prompt, {request.max_tokens} for the "
+            "completion). Please reduce the length of the prompt.",
+            "prompt",
+        )
+    total = min(limits.max_model_len, num_prompt + request.max_tokens)
+    # The last output token is never fed back, so its KV is never needed.
+    pages = -(-(total - min(1, request.max_tokens)) // limits.page_size)
+    if pages > limits.num_pages:
+        room = limits.num_pages * limits.page_size
+        return Fault(
+            400,
+            f"prompt ({num_prompt} tokens) and max_tokens ({request.max_tokens}) need KV for {total} tokens, but the "
+            f"whole KV cache holds {room}. Reduce max_tokens or the prompt.",
+            "max_tokens" if num_prompt < room else "prompt",
+        )
+    return None
+
+
+def refuse_overload(
+    request: Request, limits: Limits, num_waiting: int, num_seats: int, num_queued: int
+) -> Fault | None:
+    """A 429 when the queue is full. A request with output is already on a client's screen: it is never refused here.
+
+    num_seats    sequences that could still start at once; they do not count as queued
+    num_queued   tokens of the waiting sequences
+    """
+    if request.output:
+        return None
+    if num_waiting >= limits.max_queued_requests + num_seats:
+        return Fault(
+            429, f"{num_waiting} requests are waiting and the limit is {limits.max_queued_requests}; retry later"
+        )
+    # A prompt longer than the whole limit is let into an empty queue, or it could never run.
+    total = num_queued + len(request.prompt)
+    if num_waiting and total > limits.max_queued_tokens:
+        return Fault(
+            429, f"{total} prompt tokens would be waiting and the limit is {limits.max_queued_tokens}; retry later"
+        )
+    return None
+
+
+def check_limits(limits: Limits) -> None:
+    """Raise ValueError for limits under which the rules cannot be kept."""
+    for name in ("max_batched_tokens", "max_seqs", "max_model_len", "num_pages", "page_size", "max_queued_requests"):
+        if getattr(limits, name) < 1:
+            raise ValueError(f"{name} is {getattr(limits, name)}; it must be at least 1")
+    if limits.max_seqs > limits.max_batched_tokens:
+        raise ValueError(
+            f"max_seqs is {limits.max_seqs}, more than max_batched_tokens ({limits.max_batched_tokens}): "
+            "a step could not hold one token of every running sequence (R1)"
+        )
+    if not 0.0 < limits.max_prefill_share <= 1.0:
+        raise ValueError(f"max_prefill_share is {limits.max_prefill_share}; it must be in (0, 1]")
+    if limits.watermark_pages < 0:
+        raise ValueError(f"watermark_pages is {limits.watermark_pages}; it must be at least 0")
+    if limits.tbt_slo_s is not None and limits.tbt_slo_s <= 0:
+        raise ValueError(f"tbt_slo_s is {limits.tbt_slo_s}; it must be positive, or None for auto")
+    if limits.tbt_auto_factor < 1.0:
+        raise ValueError(f"tbt_auto_factor is {limits.tbt_auto_factor}; it must be at least 1")

@@ -1,0 +1,104 @@
+"""Page tables of sequences: prefix hits, reservation, growth, publication, release. `pages.py` and `prefix.py` joined.
+
+All changes to `Sequence.pages` happen here. A sequence writes only pages it owns alone: what it shares is full and
+committed, and it writes past its committed tokens (R2, R3).
+"""
+
+from __future__ import annotations
+
+from scheduler.pages import PagePool
+from scheduler.prefix import PrefixIndex
+from scheduler.sequence import Sequence
+
+
+class KVMemory:
+    """The pool of one model and its prefix index.
+
+    root   see PrefixIndex; None = random
+    """
+
+    def __init__(self, num_pages: int, page_size: int, enable_prefix_caching: bool, root: bytes | None = None) -> None:
+        self.page_size = page_size
+        self.is_caching = enable_prefix_caching
+        self.index = PrefixIndex(page_size, root)
+        self.pool = PagePool(num_pages, self.index.evict)
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def takes_hits(self, seq: Sequence) -> bool:
+        """False for a request whose prompt is to be judged: it needs every row."""
+        return self.is_caching and not seq.decoding.judges_prompt
+
+    def is_short(self, seq: Sequence) -> bool:
+        """Whether `seq` decodes and its next token has no page yet."""
+        return seq.prefill_end <= seq.num_committed >= len(seq.pages) * self.page_size
+
+    def find_prefix(self, seq: Sequence) -> list[int] | None:
+        """Indexed pages that `seq` can start from, at most num_tokens - 1 tokens: one must be computed to get logits.
+
+        None if the next page is being computed right now by a sequence that comes before `seq`: it should wait (n > 1
+        samples of one prompt share pages that way).
+        """
+        if not self.takes_hits(seq):
+            return []
+        if seq.deferred_on is not None and self._is_computed_elsewhere(seq, seq.deferred_on):
+            return None
+        usable = (len(seq.tokens) - 1) // self.page_size
+        self.index.extend_names(seq.page_names, seq.tokens, seq.request.cache_salt)
+        hits = self.index.lookup(seq.page_names[:usable])
+        seq.deferred_on = None
+        if len(hits) < usable and self._is_computed_elsewhere(seq, seq.page_names[len(hits)]):
+            seq.deferred_on = seq.page_names[len(hits)]
+            return None
+        return hits
+
+    def _is_computed_elsewhere(self, seq: Sequence, name: bytes) -> bool:
+        """Only by one that comes before it: waiting for a later one could invert priorities."""
+        owner = self.index.pending_owner(name)
+        return owner is not None and owner < seq.order
+
+    def fits(self, seq: Sequence, hits: list[int], watermark_pages: int) -> bool:
+        """Whether all tokens of `seq` have room above the watermark (idle hits leave the available pages, too)."""
+        missing = self.num_pages_for(len(seq.tokens)) - len(hits)
+        return self.pool.num_available - self.pool.num_idle_among(hits) - missing >= watermark_pages
+
+    def reserve(self, seq: Sequence, hits: list[int]) -> None:
+        """Give an admitted sequence its hits and pages for all its tokens, and announce what it is going to compute."""
+        self.pool.share(hits)
+        seq.pages = hits + self.pool.take(self.num_pages_for(len(seq.tokens)) - len(hits))
+        seq.num_committed = len(hits) * self.page_size
+        seq.num_entered = len(hits)
+        if self.is_caching:
+            self.index.extend_names(seq.page_names, seq.tokens, seq.request.cache_salt)
+            seq.num_announced = len(seq.tokens) // self.page_size
+            self.index.announce(seq.page_names[len(hits) : seq.num_announced], seq.order)
+
+    def grow(self, seq: Sequence) -> int:
+        """One more page for a decode; returns its id."""
+        (page,) = self.pool.take(1)
+        seq.pages.append(page)
+        return page
+
+    def publish(self, seq: Sequence) -> None:
+        """Enter the pages that are full of committed tokens now (R3)."""
+        full = seq.num_committed // self.page_size
+        first = seq.num_entered
+        if not self.is_caching or full <= first:
+            return
+        names = seq.page_names
+        if len(names) < full:
+            self.index.extend_names(names, seq.tokens[: full * self.page_size], seq.request.cache_salt)
+        for number in range(first, full):
+            if self.index.enter(names[number], seq.pages[number]):
+                self.pool.keep(seq.pages[number])
+        self.index.withdraw(names[first : min(full, seq.num_announced)], seq.order)
+        seq.num_entered = full
+
+    def drop(self, seq: Sequence) -> None:
+        """Take all pages from a sequence that ended or was preempted."""
+        if seq.num_announced > seq.num_entered:
+            self.index.withdraw(seq.page_names[seq.num_entered : seq.num_announced], seq.order)
+        self.pool.release(seq.pages)
+        seq.pages = []
+        seq.num_committed = seq.num_entered = seq.num_announced = 0

@@ -1,0 +1,137 @@
+"""How long a step takes: a model fitted online to what the worker measures.
+
+seconds = c0 + c1 tokens + sum_k h_k max(0, tokens - knot_k) + c2 decode_seqs + c3 context_tokens + c4
+prefill_context, all coefficients >= 0: a convex curve in the rows of a step (weights are read once whatever the rows
+are, until arithmetic costs more) plus the keys that are read. Non-negative, so that more work is never predicted to
+be faster and the budget can be found by bisection. Fitted to *relative* errors by ridge regression with forgetting.
+Forgetting is per size of step (`_STRATA`): an hour of pure decoding must not wipe out what prefill costs. One-sided
+outliers (a busy neighbour makes a step ten times longer) are clipped to what the spread of recent errors makes
+plausible. Source: the form of SmartSpec (Liu et al. 2024) and Niyama's two regimes (512 tokens there), generalised to
+a few knots, because the knee depends on the machine.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+from scheduler.types import StepFeatures, StepSample
+
+_KNOTS = (16, 64, 256)
+_STRATA = (2, 8, 32, 64, 128, 256, 512)
+_NUM_TERMS = 5 + len(_KNOTS)
+_FORGETTING = 0.98
+_RIDGE = 1e-4
+_MIN_SPREAD = 0.1
+_CLIP = 3.0
+_SWEEPS = 3
+_SEED_SWEEPS = 400
+# Terms are scaled to about one each, so that one ridge constant fits all.
+_SCALE = (1.0, 1e-2, 1e-2, 1e-4, 1e-5, *(1e-2 for _ in _KNOTS))
+
+
+class StepCost:
+    """Predicts the wall seconds of a step. Every number comes from `observe`; before the first, `predict` gives 0."""
+
+    def __init__(self, samples: Iterable[StepSample] = ()) -> None:
+        self._coefficients = [0.0] * _NUM_TERMS
+        self._gram = [[[0.0] * _NUM_TERMS for _ in range(_NUM_TERMS)] for _ in range(len(_STRATA) + 1)]
+        self._moment = [[0.0] * _NUM_TERMS for _ in range(len(_STRATA) + 1)]
+        self._spread = _MIN_SPREAD
+        self._mean_error: float | None = None
+        self.num_observed = 0
+        self.seed(samples)
+
+    def seed(self, samples: Iterable[StepSample]) -> None:
+        """Take profile samples, as they are, and fit thoroughly."""
+        for features, seconds in samples:
+            if seconds > 0:
+                self._accumulate(features, seconds)
+                self.num_observed += 1
+        if self.num_observed:
+            self._fit(_SEED_SWEEPS)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.num_observed > 0
+
+    @property
+    def mean_error(self) -> float:
+        """Mean absolute percentage error of the predictions of recent steps, as a fraction (0.1 = 10 %)."""
+        return self._mean_error or 0.0
+
+    def predict(self, features: StepFeatures) -> float:
+        return sum(c * x for c, x in zip(self._coefficients, _terms(features), strict=True))
+
+    def observe(self, features: StepFeatures, seconds: float) -> None:
+        """Learn from a step that was just measured. Non-positive times (a clock that stood still) are ignored."""
+        if seconds <= 0 or features.tokens < 1:
+            return
+        predicted = self.predict(features)
+        if predicted > 0:
+            error = seconds / predicted - 1.0
+            self._mean_error = _ema(self._mean_error, abs(predicted - seconds) / seconds, 0.02)
+            limit = _CLIP * self._spread
+            self._spread = max(_MIN_SPREAD, _ema(self._spread, min(abs(error), limit), 0.05))
+            seconds = min(seconds, predicted * (1.0 + limit))
+        self._accumulate(features, seconds)
+        self.num_observed += 1
+        self._fit(_SWEEPS if self.num_observed > 50 else _SEED_SWEEPS // 10)
+
+    def largest_prefill(self, decodes: StepFeatures, start: int, most: int, target_s: float) -> int:
+        """Most prompt rows, in [0, most], that join `decodes` within `target_s`; the prompt goes on at KV `start`."""
+        low, high = 0, most
+        while low < high:
+            rows = (low + high + 1) // 2
+            if self.predict(with_prefill(decodes, start, rows)) <= target_s:
+                low = rows
+            else:
+                high = rows - 1
+        return low
+
+    def _accumulate(self, features: StepFeatures, seconds: float) -> None:
+        stratum = bisect_left(_STRATA, features.tokens)
+        gram, moment = self._gram[stratum], self._moment[stratum]
+        # Divided by the time itself: an error of 10 % weighs the same in a short and in a long step.
+        row = [x * s / seconds for x, s in zip(_terms(features), _SCALE, strict=True)]
+        for i, left in enumerate(row):
+            moment[i] = moment[i] * _FORGETTING + left
+            line = gram[i]
+            for j, right in enumerate(row):
+                line[j] = line[j] * _FORGETTING + left * right
+
+    def _fit(self, sweeps: int) -> None:
+        """Non-negative ridge regression by coordinate descent from the last solution."""
+        span = range(_NUM_TERMS)
+        gram = [[sum(part[i][j] for part in self._gram) for j in span] for i in span]
+        moment = [sum(part[i] for part in self._moment) for i in span]
+        solution = [c / s for c, s in zip(self._coefficients, _SCALE, strict=True)]
+        for _ in range(sweeps):
+            for i in span:
+                diagonal = gram[i][i]
+                if diagonal <= 0.0:
+                    continue
+                rest = moment[i] - sum(g * x for g, x in zip(gram[i], solution, strict=True)) + diagonal * solution[i]
+                solution[i] = max(0.0, rest / (diagonal * (1.0 + _RIDGE)))
+        self._coefficients = [x * s for x, s in zip(solution, _SCALE, strict=True)]
+
+
+def with_prefill(decodes: StepFeatures, start: int, rows: int) -> StepFeatures:
+    """`decodes` joined by `rows` prompt rows from KV index `start` on."""
+    return StepFeatures(
+        decodes.tokens + rows,
+        decodes.prefill_tokens + rows,
+        decodes.decode_seqs,
+        decodes.context_tokens,
+        decodes.prefill_context + rows * start + rows * (rows + 1) // 2,
+    )
+
+
+def _terms(features: StepFeatures) -> tuple[float, ...]:
+    tokens = features.tokens
+    hinges = (max(0, tokens - knot) for knot in _KNOTS)
+    return (1.0, tokens, features.decode_seqs, features.context_tokens, features.prefill_context, *hinges)
+
+
+def _ema(old: float | None, new: float, rate: float) -> float:
+    return new if old is None else old + rate * (new - old)
