@@ -1,0 +1,19 @@
+"""`python -m server.engine`: the engine process. Started by `EngineClient`, which speaks to it over standard input."""
+
+import sys
+from collections.abc import Callable
+
+from server.engine.config import EngineConfig, EngineInfo
+from server.engine.core import EngineCore
+from server.engine.runner import run_engine
+
+
+def build(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
+    # Imported late: the process is bound to its parent's life and can report errors before torch is there.
+    from server.engine.loop import build_core
+
+    return build_core(config, wake)
+
+
+if __name__ == "__main__":
+    sys.exit(run_engine(build))

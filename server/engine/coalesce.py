@@ -1,0 +1,68 @@
+"""When deltas cross to the front end, and the joining of several deltas of one request into one.
+
+A message costs the front end a wake-up, and each delta a detokenizer call and a socket write, on cores that the step
+needs. Steps faster than the interval therefore share a message; a first token and an end never wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from scheduler.types import Delta, StepStats
+from server.engine.link import Update
+
+
+def merge(deltas: Iterable[Delta]) -> Delta:
+    """Several deltas of one request, in order, as one. At least one; only the last may be an end."""
+    parts = list(deltas)
+    if len(parts) == 1:
+        return parts[0]
+    last = parts[-1]
+    return Delta(
+        request_id=last.request_id,
+        tokens=tuple(token for part in parts for token in part.tokens),
+        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+        prompt_logprobs=tuple(logprob for part in parts for logprob in part.prompt_logprobs),
+        finish_reason=last.finish_reason,
+        stop_id=last.stop_id,
+        cached_tokens=next((part.cached_tokens for part in parts if part.cached_tokens is not None), None),
+        times=last.times,
+        fault=last.fault,
+    )
+
+
+class Outgoing:
+    """Deltas and step stats on their way out.
+
+    interval_s  tokens wait at most this long for company, counted from the last message
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._deltas: dict[str, list[Delta]] = {}
+        self._steps: list[StepStats] = []
+        self._sent_at = float("-inf")
+        self._is_urgent = False
+
+    def add(self, deltas: Iterable[Delta], stats: StepStats | None) -> None:
+        for delta in deltas:
+            # The first delta of a request carries cached_tokens; it is the time to first token.
+            self._is_urgent |= delta.finish_reason is not None or delta.cached_tokens is not None
+            self._deltas.setdefault(delta.request_id, []).append(delta)
+        if stats is not None:
+            self._steps.append(stats)
+
+    def drop(self, request_id: str) -> None:
+        self._deltas.pop(request_id, None)
+
+    def is_due(self, now: float, next_step_s: float) -> bool:
+        """True if what is held would be late after another step of `next_step_s`."""
+        if not self._deltas and not self._steps:
+            return False
+        return self._is_urgent or now + next_step_s - self._sent_at >= self._interval_s
+
+    def take(self, now: float) -> Update:
+        """Everything held, as one message (possibly empty: a heartbeat)."""
+        update = Update(tuple(merge(parts) for parts in self._deltas.values()), tuple(self._steps))
+        self._deltas, self._steps, self._is_urgent, self._sent_at = {}, [], False, now
+        return update

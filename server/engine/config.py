@@ -1,0 +1,119 @@
+"""What the engine process is told at start (`EngineConfig`) and what it answers (`EngineInfo`).
+
+Data only, no torch: the front end builds the one and shows the other. Nothing here is written to after construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from scheduler.types import Limits
+
+
+class EngineState(StrEnum):
+    """What the front end may expect of the engine; only READY is a 200 of the readiness probe."""
+
+    LOADING = "loading"
+    READY = "ready"
+    HUNG = "hung"
+    RESTARTING = "restarting"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine. None = chosen by the engine when it knows the model and the machine.
+
+    model ... seed           handed to the worker as they are (`server/worker/build.py`)
+    max_queued_requests      None = 4 x max_seqs; max_queued_tokens: None = 8 x context
+    tbt_slo_s                target of the time between two tokens of a stream; None = from the undisturbed step
+    grammar_timeout_s        longest compilation of a structured-output constraint
+    step_timeout_s           silence of the loop after which the engine is restarted; readiness fails at a quarter
+    delta_interval_s         tokens of faster steps are sent together, at most this long after the last message
+    nice                     added to the process's niceness (0 = leave)
+    warm_up                  measure a few steps at start, so that the step-time model is right from the first request
+    """
+
+    model: str = "braid-tiny"
+    dtype: str = "auto"
+    device: str = "auto"
+    random_weights: str | None = None
+    quantization: str | None = None
+    kv_cache_bytes: int | None = None
+    max_model_len: int | None = None
+    page_size: int | None = None
+    max_batched_tokens: int = 1024
+    max_seqs: int = 64
+    num_threads: int | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    max_logprobs: int = 20
+    seed: int = 0
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
+    max_prefill_share: float = 0.5
+    tbt_slo_s: float | None = None
+    enable_prefix_caching: bool = True
+    grammar_timeout_s: float = 5.0
+    step_timeout_s: float = 120.0
+    delta_interval_s: float = 0.01
+    nice: int = 0
+    warm_up: bool = True
+    progress: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """The engine as it runs: the worker's facts and the limits in force. Lengths in tokens, sizes in bytes.
+
+    phases  start-up, in order: (name, seconds)
+    """
+
+    model: str
+    model_len: int
+    vocab_size: int
+    num_parameters: int
+    num_pages: int
+    page_size: int
+    weight_bytes: int
+    kv_bytes: int
+    dtype: str
+    device: str
+    ops: str
+    eos_ids: tuple[int, ...]
+    block_size: int | None
+    mask_id: int | None
+    max_batched_tokens: int
+    max_seqs: int
+    max_queued_requests: int
+    max_queued_tokens: int
+    max_logprobs: int
+    tbt_slo_s: float | None
+    enable_prefix_caching: bool
+    pid: int
+    phases: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+
+def make_limits(config: EngineConfig, model_len: int, num_pages: int, page_size: int) -> Limits:
+    """The scheduler's `Limits` for a worker of this size; what the configuration leaves open is filled in here."""
+    queued_requests = config.max_queued_requests
+    queued_tokens = config.max_queued_tokens
+    max_seqs = min(config.max_seqs, config.max_batched_tokens)
+    return Limits(
+        max_batched_tokens=config.max_batched_tokens,
+        max_seqs=max_seqs,
+        max_model_len=model_len,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_prefill_share=config.max_prefill_share,
+        max_queued_requests=4 * max_seqs if queued_requests is None else queued_requests,
+        max_queued_tokens=8 * model_len if queued_tokens is None else queued_tokens,
+        tbt_slo_s=config.tbt_slo_s,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )

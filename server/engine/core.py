@@ -1,0 +1,147 @@
+"""EngineCore: one worker, one scheduler, one step at a time. The same class in the engine process and in-process.
+
+It owns what joins the two: grammars compiled beside the loop, the isolation of a request that makes a step raise, and
+which sequence belongs to which request. It does not know how requests arrive or where deltas go.
+All methods belong to one thread, the loop's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from scheduler.types import Delta, Fault, FinishReason, Request, StepPlan, StepResult, StepStats
+from server.engine.isolation import Failure, run_isolated
+from server.engine.preparation import Preparation
+
+
+class WorkerLike(Protocol):
+    """What the loop asks of a worker (`server/worker/worker.py`)."""
+
+    def prepare(self, request: Request) -> None: ...
+    def run(self, plan: StepPlan) -> StepResult: ...
+    def forget(self, request_id: str) -> None: ...
+
+
+class SchedulerLike(Protocol):
+    """What the loop asks of a scheduler (`scheduler/scheduler.py`)."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def add(self, request: Request, now: float) -> Fault | None: ...
+    def abort(self, request_id: str) -> None: ...
+    def schedule(self, now: float) -> StepPlan | None: ...
+    def update(self, plan: StepPlan, result: StepResult, now: float) -> tuple[list[Delta], StepStats]: ...
+    def fail(self, request_id: str, fault: Fault) -> Delta | None: ...
+    def stats(self) -> StepStats: ...
+
+
+class EngineCore:
+    """Requests in, deltas out.
+
+    clock  monotonic seconds
+    wake   called from another thread when a compiled grammar is waiting to be taken up
+    """
+
+    def __init__(
+        self,
+        worker: WorkerLike,
+        scheduler: SchedulerLike,
+        clock: Callable[[], float] = time.monotonic,
+        grammar_timeout_s: float = 5.0,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._worker, self._scheduler, self._clock = worker, scheduler, clock
+        self._preparation = Preparation(worker.prepare, worker.forget, clock, grammar_timeout_s, wake)
+        self._prepared: set[str] = set()
+        self._request_of: dict[int, str] = {}
+        self._outbox: list[Delta] = []
+
+    @property
+    def has_work(self) -> bool:
+        """A step, a delta or a compilation is due."""
+        return bool(self._outbox) or self._scheduler.has_work or len(self._preparation) > 0
+
+    @property
+    def is_preparing(self) -> bool:
+        return len(self._preparation) > 0
+
+    def stats(self) -> StepStats:
+        return self._scheduler.stats()
+
+    def add(self, request: Request) -> None:
+        """Take a request; what is wrong with it comes out as a delta."""
+        if request.sampling.grammar is None:
+            self._enter(request)
+        elif (fault := self._preparation.add(request)) is not None:
+            self._refuse(request.id, fault)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request, wherever it is. Idempotent, no delta follows."""
+        self._outbox = [delta for delta in self._outbox if delta.request_id != request_id]
+        if not self._preparation.abort(request_id):
+            self._scheduler.abort(request_id)
+        self._release(request_id)
+
+    def plan(self) -> StepPlan | None:
+        """What the next step does, or None; compiled grammars have joined the queue."""
+        for request, fault in self._preparation.collect():
+            if fault is None:
+                self._prepared.add(request.id)
+                self._enter(request)
+            else:
+                self._worker.forget(request.id)
+                self._refuse(request.id, fault)
+        return self._scheduler.schedule(self._clock())
+
+    def take_outbox(self) -> list[Delta]:
+        """Deltas that no step made: refusals."""
+        out, self._outbox = self._outbox, []
+        return out
+
+    def execute(self, plan: StepPlan) -> tuple[list[Delta], StepStats]:
+        """Run the step. Raises what isolation cannot pin on a request: then the engine must end."""
+        for seq_id in plan.released:
+            self._request_of.pop(seq_id, None)
+        for admission in plan.admitted:
+            self._request_of[admission.seq_id] = admission.request.id
+        started_at = self._clock()
+        result, failures = run_isolated(self._worker.run, plan)
+        if failures:
+            result = replace(result, elapsed_s=self._clock() - started_at)
+        failed = [delta for failure in failures if (delta := self._fail(failure)) is not None]
+        deltas, stats = self._scheduler.update(plan, result, self._clock())
+        # A failed sequence has left the scheduler: whatever `update` still says of it would be a second end.
+        done = {delta.request_id for delta in failed}
+        deltas = failed + [delta for delta in deltas if delta.request_id not in done]
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self._release(delta.request_id)
+        return deltas, stats
+
+    def step(self) -> tuple[list[Delta], StepStats | None]:
+        """Plan and run one step; (deltas, None) if there was nothing to run."""
+        plan = self.plan()
+        deltas = self.take_outbox()
+        if plan is None:
+            return deltas, None
+        more, stats = self.execute(plan)
+        return deltas + more, stats
+
+    def _enter(self, request: Request) -> None:
+        if (fault := self._scheduler.add(request, self._clock())) is not None:
+            self._refuse(request.id, fault)
+            self._release(request.id)
+
+    def _refuse(self, request_id: str, fault: Fault) -> None:
+        self._outbox.append(Delta(request_id, finish_reason=FinishReason.ERROR, fault=fault))
+
+    def _fail(self, failure: Failure) -> Delta | None:
+        return self._scheduler.fail(self._request_of[failure.seq_id], failure.fault)
+
+    def _release(self, request_id: str) -> None:
+        if request_id in self._prepared:
+            self._prepared.discard(request_id)
+            self._worker.forget(request_id)

@@ -1,0 +1,57 @@
+"""The engine's parts put together: worker, scheduler, core. The only module of the server that builds all three.
+
+The loop itself is in runner.py, the step in core.py; neither knows torch.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import fields
+
+from scheduler.scheduler import Scheduler
+from scheduler.step_cost import StepCost
+from server.engine.config import EngineConfig, EngineInfo, make_limits
+from server.engine.core import EngineCore
+from server.worker.build import build_worker
+from server.worker.config import WorkerConfig
+from server.worker.worker import Worker
+
+
+def worker_config(config: EngineConfig) -> WorkerConfig:
+    names = {field.name for field in fields(WorkerConfig)} & {field.name for field in fields(EngineConfig)}
+    return WorkerConfig(**{name: getattr(config, name) for name in names})
+
+
+def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> tuple[EngineCore, EngineInfo]:
+    """Worker, scheduler and core of this process, warmed up; raises what the model or the machine refuses."""
+    phases: list[tuple[str, float]] = []
+    started_at = time.monotonic()
+    worker = build_worker(worker_config(config), progress=config.progress)
+    phases.append(("model", time.monotonic() - started_at))
+    facts = worker.info
+    limits = make_limits(config, facts.model_len, facts.num_pages, facts.page_size)
+    cost = StepCost()
+    if config.warm_up:
+        started_at = time.monotonic()
+        cost.seed(worker.profile())
+        phases.append(("warm-up", time.monotonic() - started_at))
+    core = EngineCore(
+        worker,
+        Scheduler(limits, cost),
+        time.monotonic,
+        config.grammar_timeout_s,
+        wake,
+    )
+    return core, describe(config, worker, tuple(phases))
+
+
+def describe(config: EngineConfig, worker: Worker, phases: tuple[tuple[str, float], ...]) -> EngineInfo:
+    facts = worker.info
+    limits = make_limits(config, facts.model_len, facts.num_pages, facts.page_size)
+    shared = {field.name for field in fields(EngineInfo)}
+    known = {field.name: getattr(facts, field.name) for field in fields(facts) if field.name in shared}
+    known |= {field.name: getattr(limits, field.name) for field in fields(limits) if field.name in shared}
+    known |= {"model": config.model, "max_logprobs": config.max_logprobs, "pid": os.getpid(), "phases": phases}
+    return EngineInfo(**known)
