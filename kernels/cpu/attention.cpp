@@ -1,0 +1,236 @@
+// Paged attention: one tile = up to 48 query rows (query tokens of one span x the heads that share a kv head), all keys.
+//
+// Keys are visited in chunks of whole pages at absolute positions (about 128 keys), with the online softmax of
+// Dao, "FlashAttention-2" (2023), section 3.1. A row's value depends on its own visible keys only: chunks and keys that
+// other rows of the tile see enter it as exact zeros, so chunking and company cannot change a bit.
+// Unwritten slots may hold NaN: their scores are masked, and they never reach the value product.
+#include "layer.h"
+
+namespace braid {
+namespace {
+
+constexpr long kTileRows = 48;
+constexpr long kChunkKeys = 128;
+constexpr float kMinusInf = -__builtin_inff();
+
+struct Tile {
+  long span, first, count, head;  // query tokens [first, first + count) of one span, one kv head
+};
+
+void prefetch_bytes(const void* p, long bytes) {
+  for (long i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
+BRAID_INLINE void put_weights(float* p, vf x) { store(p, x); }
+BRAID_INLINE void put_weights(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+  store(p, (vh)_mm512_cvtneps_pbh((__m512)x));
+#else
+  store(p, to_bf16(x));
+#endif
+}
+
+template <class T>
+class Attend {
+ public:
+  Attend(const AttentionArgs& args)
+      : g(args), layout(args.page_size, args.num_kv, args.head_dim), group(args.num_q / args.num_kv),
+        chunk_pages(args.page_size >= kChunkKeys ? 1 : kChunkKeys / args.page_size),
+        columns(chunk_pages * layout.padded_keys) {}
+
+  void run(const Tile& tile) {
+    rows = tile.count * group;
+    pages = g.page_table + g.row_seq[tile.first] * g.max_pages;
+    head = tile.head;
+    prepare(tile);
+    long last_key = 0, first_key = INT64_MAX;
+    for (long r = 0; r < rows; r++) {
+      last_key = last_key > high[r] ? last_key : high[r];
+      first_key = first_key < low[r] ? first_key : low[r];
+    }
+    long end_page = (last_key + g.page_size - 1) / g.page_size;
+    long page = first_key / g.page_size;
+    for (; page < end_page;) {
+      long chunk = page / chunk_pages, chunk_end = (chunk + 1) * chunk_pages;
+      chunk_end = chunk_end < end_page ? chunk_end : end_page;
+      scores_of(page, chunk_end, chunk * chunk_pages);
+      for (long r = 0; r < rows; r++) softmax_row(r, page, chunk_end, chunk * chunk_pages);
+      values_of(page, chunk_end, chunk * chunk_pages, last_key, end_page);
+      page = chunk_end;
+    }
+    finish(tile);
+  }
+
+ private:
+  void prepare(const Tile& tile) {
+    long words = layout.dim_words;
+    long need = rows * (words + columns + layout.padded_dims + columns) + 4 * 1024;
+    uint32_t* at = static_cast<uint32_t*>(scratch(0, need * 4 + 4096));
+    auto take = [&](long count) {
+      uint32_t* p = at;
+      at += (count + 15) / 16 * 16;
+      return p;
+    };
+    q = take(rows * words);
+    scores = reinterpret_cast<float*>(take(rows * columns));
+    weights = reinterpret_cast<T*>(take(rows * columns));
+    out = reinterpret_cast<float*>(take(rows * layout.padded_dims));
+    std::memset(out, 0, size_t(rows * layout.padded_dims) * 4);
+    for (long r = 0; r < rows; r++) {
+      long token = tile.first + r / group, q_head = tile.head * group + r % group;
+      q[(r + 1) * words - 1] = 0;
+      std::memcpy(q + r * words, static_cast<const T*>(g.q) + (token * g.num_q + q_head) * g.head_dim,
+                  size_t(g.head_dim) * sizeof(T));
+      high[r] = g.visible[token];
+      long start = g.window > 0 ? long(g.positions[token]) - g.window + 1 : 0;
+      low[r] = start > 0 ? start : 0;
+      peak[r] = kMinusInf;
+      total[r] = 0.f;
+    }
+  }
+
+  template <int NV, class W>
+  void product(const uint32_t* a, long a_row, const uint32_t* b, long steps, float* c, long c_row, bool accumulate) {
+    RowBlocks blocks(rows);
+    for (long i = 0; i < blocks.blocks; i++) {
+      long r = blocks.first(i);
+      micro_for<W, NV, false>(int(blocks.count(i)))(
+          MicroArgs{a + r * a_row, a_row, b, steps, c + r * c_row, c_row, accumulate, nullptr, 0});
+    }
+  }
+
+  void scores_of(long page, long end, long origin) {
+    for (; page < end; page++) {
+      const uint32_t* keys = layout.keys(static_cast<const T*>(g.k_pages), pages[page], head);
+      prefetch_bytes(layout.values(static_cast<const T*>(g.v_pages), pages[page], head), layout.padded_dims * layout.key_words * 4);
+      for (long t = 0; t < layout.padded_keys; t += layout.key_tile) {
+        float* c = scores + (page - origin) * layout.padded_keys + t;
+        const uint32_t* b = keys + t * layout.dim_words;
+        if (layout.key_tile == 32)
+          product<2, T>(q, layout.dim_words, b, layout.dim_words, c, columns, false);
+        else
+          product<1, T>(q, layout.dim_words, b, layout.dim_words, c, columns, false);
+      }
+    }
+  }
+
+  void softmax_row(long r, long page, long end, long origin) {
+    float* row = scores + r * columns;
+    T* weight = weights + r * columns;
+    vf best = splat(kMinusInf);
+    for (long p = page; p < end; p++)
+      for (long s = 0; s < layout.padded_keys; s += kLanes) {
+        float* at = row + (p - origin) * layout.padded_keys + s;
+        vi lane = lane_ids() + int32_t(s);
+        vi key = lane + int32_t(p * g.page_size);
+        vi seen = (key < int32_t(high[r])) & (key >= int32_t(low[r])) & (lane < int32_t(g.page_size));
+        vf x = seen ? load<vf>(at) * g.scale : splat(kMinusInf);
+        store(at, x);
+        best = vmax(x, best);
+      }
+    float chunk_peak = max_lanes(best);
+    long from = (page - origin) * layout.padded_keys, to = (end - origin) * layout.padded_keys;
+    if (chunk_peak == kMinusInf) {  // no visible key in this chunk, unless its scores are all NaN, which must show
+      for (long i = from; i < to; i++)
+        if (row[i] != row[i]) total[r] = row[i];
+      std::memset(static_cast<void*>(weight + from), 0, size_t(to - from) * sizeof(T));
+      return;
+    }
+    float before = peak[r], now = before > chunk_peak ? before : chunk_peak;
+    vf sum{};
+    for (long i = from; i < to; i += kLanes) {
+      vf e = vexp(load<vf>(row + i) - now);
+      sum = sum + e;
+      put_weights(weight + i, e);
+    }
+    float fade = now == before ? 1.f : vexp(splat(before - now))[0];
+    if (fade != 1.f)
+      for (long i = 0; i < layout.padded_dims; i += kLanes)
+        store(out + r * layout.padded_dims + i, load<vf>(out + r * layout.padded_dims + i) * fade);
+    total[r] = total[r] * fade + sum_lanes(sum);
+    peak[r] = now;
+  }
+
+  // Values of keys below last_key. With bf16 an odd end leaves half a word that nobody has written: it is cleared in a copy.
+  void values_of(long page, long end, long origin, long last_key, long end_page) {
+    constexpr int per_word = Word<T>::k;
+    for (; page < end; page++) {
+      const uint32_t* values = layout.values(static_cast<const T*>(g.v_pages), pages[page], head);
+      if (page + chunk_pages < end_page)
+        prefetch_bytes(layout.keys(static_cast<const T*>(g.k_pages), pages[page + chunk_pages], head),
+                       layout.padded_keys * layout.dim_words * 4);
+      long keys = last_key - page * g.page_size;
+      keys = keys < g.page_size ? keys : g.page_size;
+      const uint32_t* a = reinterpret_cast<const uint32_t*>(weights + (page - origin) * layout.padded_keys);
+      for (long d = 0; d < layout.padded_dims; d += layout.dim_panel) {
+        const uint32_t* b = values + d * layout.key_words;
+        add_values(a, b, keys / per_word, out + d);
+        if (keys % per_word == 0) continue;
+        alignas(64) uint32_t half[32];
+        const uint32_t* last = b + keys / per_word * layout.dim_panel;
+        for (long i = 0; i < layout.dim_panel; i++) half[i] = last[i] & 0xffffu;
+        add_values(a + keys / per_word, half, 1, out + d);
+      }
+    }
+  }
+
+  void add_values(const uint32_t* a, const uint32_t* b, long steps, float* c) {
+    long a_row = columns / Word<T>::k;
+    if (layout.dim_panel == 32)
+      product<2, T>(a, a_row, b, steps, c, layout.padded_dims, true);
+    else
+      product<1, T>(a, a_row, b, steps, c, layout.padded_dims, true);
+  }
+
+  void finish(const Tile& tile) {
+    for (long r = 0; r < rows; r++) {
+      T* to = static_cast<T*>(g.out) + ((tile.first + r / group) * g.num_q + head * group + r % group) * g.head_dim;
+      float inverse = total[r] > 0.f || total[r] != total[r] ? 1.f / total[r] : 0.f;  // no visible key: zeros
+      for (long i = 0; i < g.head_dim; i += kLanes)
+        store_tail(to + i, load<vf>(out + r * layout.padded_dims + i) * inverse, g.head_dim - i);
+    }
+  }
+
+  const AttentionArgs& g;
+  KvLayout<T> layout;
+  long group, chunk_pages, columns;
+  long rows = 0, head = 0;
+  const int32_t* pages = nullptr;
+  uint32_t* q = nullptr;
+  float *scores = nullptr, *out = nullptr;
+  T* weights = nullptr;
+  long low[kTileRows + 512], high[kTileRows + 512];
+  float peak[kTileRows + 512], total[kTileRows + 512];
+};
+
+}  // namespace
+
+template <class T>
+void paged_attention(Pool* pool, const AttentionArgs& g) {
+  long group = g.num_q / g.num_kv;
+  long tokens = kTileRows / group > 1 ? kTileRows / group : 1;
+  long tiles = 0;
+  for (long s = 0; s < g.num_spans; s++) tiles += (g.span_starts[s + 1] - g.span_starts[s] + tokens - 1) / tokens;
+  Tile* list = scratch_of<Tile>(3, tiles * g.num_kv + 1);
+  long n = 0;
+  for (long s = 0; s < g.num_spans; s++)
+    for (long first = g.span_starts[s]; first < g.span_starts[s + 1]; first += tokens) {
+      long left = g.span_starts[s + 1] - first;
+      for (long h = 0; h < g.num_kv; h++) list[n++] = Tile{s, first, left < tokens ? left : tokens, h};
+    }
+  parallel(pool, n, [&](long t) { Attend<T>(g).run(list[t]); });
+}
+
+template void paged_attention<bf16>(Pool*, const AttentionArgs&);
+template void paged_attention<float>(Pool*, const AttentionArgs&);
+
+}  // namespace braid
+
+using namespace braid;
+
+extern "C" void braid_paged_attention(void* pool, const AttentionArgs* args) {
+  if (args->is_bf16)
+    paged_attention<bf16>(static_cast<Pool*>(pool), *args);
+  else
+    paged_attention<float>(static_cast<Pool*>(pool), *args);
+}

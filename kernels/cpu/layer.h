@@ -1,0 +1,74 @@
+// The parts of a decoder layer and the arguments Python fills in (kernels/cpu/library.py mirrors these structs).
+#pragma once
+#include "linear.h"
+
+namespace braid {
+
+// How K and V lie in their pages: as panels of the inner kernel, so that attention is the same product as a linear layer.
+//   K of (page, head): [tiles of 16 or 32 keys][words of head_dim][keys]    a lane is a key, no horizontal sums
+//   V of (page, head): [panels of 16 or 32 dims][words of keys][dims]       a bf16 word pairs keys 2i and 2i + 1
+template <class T>
+struct KvLayout {
+  static constexpr int per_word = Word<T>::k;
+  long page_size, num_kv, head_dim;
+  long key_tile, padded_keys, dim_words;    // K
+  long dim_panel, padded_dims, key_words;   // V
+  KvLayout(long page, long kv, long dim)
+      : page_size(page), num_kv(kv), head_dim(dim), key_tile(page <= 16 ? 16 : 32),
+        padded_keys((page + key_tile - 1) / key_tile * key_tile), dim_words((dim + per_word - 1) / per_word),
+        dim_panel(dim <= 16 ? 16 : 32), padded_dims((dim + dim_panel - 1) / dim_panel * dim_panel),
+        key_words(padded_keys / per_word) {}
+  const uint32_t* keys(const T* pages, long page, long head) const {
+    return reinterpret_cast<const uint32_t*>(pages) + (page * num_kv + head) * padded_keys * dim_words;
+  }
+  const uint32_t* values(const T* pages, long page, long head) const {
+    return reinterpret_cast<const uint32_t*>(pages) + (page * num_kv + head) * padded_dims * key_words;
+  }
+  void write_key(T* pages, long slot, long head, const T* key) const {
+    long s = slot % page_size;
+    T* at = reinterpret_cast<T*>(const_cast<uint32_t*>(keys(pages, slot / page_size, head)) +
+                                 s / key_tile * key_tile * dim_words + s % key_tile);
+    for (long i = 0; i < head_dim; i++) at[i / per_word * key_tile * per_word + i % per_word] = key[i];
+    if (head_dim % per_word) std::memset(at + head_dim / per_word * key_tile * per_word + 1, 0, sizeof(T));
+  }
+  void write_value(T* pages, long slot, long head, const T* value) const {
+    long s = slot % page_size;
+    T* base = reinterpret_cast<T*>(const_cast<uint32_t*>(values(pages, slot / page_size, head)));
+    for (long i = 0; i < head_dim; i++) {
+      long word = i / dim_panel * dim_panel * key_words + s / per_word * dim_panel + i % dim_panel;
+      base[word * per_word + s % per_word] = value[i];
+    }
+  }
+};
+
+struct QkvArgs {
+  const void* qkv;
+  void *q_out, *k_pages, *v_pages;
+  const float* cos_sin;
+  const void *q_norm, *k_norm;
+  const int32_t* positions;
+  const int64_t* slots;
+  int64_t rows, num_q, num_kv, head_dim, rotary_dim, page_size;
+  float eps;
+  int32_t is_bf16;
+};
+
+struct AttentionArgs {
+  const void *q, *k_pages, *v_pages;
+  void* out;
+  const int32_t *page_table, *row_seq, *positions, *visible, *span_starts;
+  int64_t max_pages, num_spans, num_q, num_kv, head_dim, page_size, window;  // window 0: none
+  float scale;
+  int32_t is_bf16;
+};
+
+template <class T>
+void rms_norm(Pool*, const T* x, const T* weight, long rows, long n, float eps, T* out);
+template <class T>
+void silu_mul(Pool*, const T* gate_up, long rows, long n, T* out);
+template <class T>
+void qkv_rope_write(Pool*, const QkvArgs&);
+template <class T>
+void paged_attention(Pool*, const AttentionArgs&);
+
+}  // namespace braid

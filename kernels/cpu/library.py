@@ -1,0 +1,78 @@
+"""ctypes face of the compiled kernels: the structs of layer.h and linear.h, and every exported function's types.
+
+Each field must stay in the order and of the size that the C++ header gives it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+BF16, FLOAT, INT8, INT4 = 0, 1, 2, 3
+"""WeightFormat of linear.h."""
+PANEL = 32
+"""kPanel: output features of a weight panel."""
+INT4_GROUP = 32
+"""kGroup: inputs that share a scale."""
+MAX_GROUP = 512
+"""Most query heads per kv head (attention.cpp sizes its row state by it)."""
+
+
+class Weight(ctypes.Structure):
+    """linear.h Weight."""
+
+    _fields_ = (
+        ("panels", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("format", c_int32),
+        ("dtype", c_int32),
+    )
+
+
+class QkvArgs(ctypes.Structure):
+    """layer.h QkvArgs."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("qkv", "q_out", "k_pages", "v_pages", "cos_sin", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("positions", "slots")),
+        *((name, c_int64) for name in ("rows", "num_q", "num_kv", "head_dim", "rotary_dim", "page_size")),
+        ("eps", c_float),
+        ("is_bf16", c_int32),
+    )
+
+
+class AttentionArgs(ctypes.Structure):
+    """layer.h AttentionArgs."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k_pages", "v_pages", "out")),
+        *((name, c_void_p) for name in ("page_table", "row_seq", "positions", "visible", "span_starts")),
+        *((name, c_int64) for name in ("max_pages", "num_spans", "num_q", "num_kv", "head_dim", "page_size", "window")),
+        ("scale", c_float),
+        ("is_bf16", c_int32),
+    )
+
+
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "braid_pool_create": (c_void_p, [c_int]),
+    "braid_linear": (None, [c_void_p, POINTER(Weight), c_void_p, c_int64, c_void_p, c_void_p, c_int]),
+    "braid_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p]),
+    "braid_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int, c_void_p]),
+    "braid_silu_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p]),
+    "braid_qkv_rope_write": (None, [c_void_p, POINTER(QkvArgs)]),
+    "braid_paged_attention": (None, [c_void_p, POINTER(AttentionArgs)]),
+    "braid_sample": (None, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
+}
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load a built library and bind its functions. Calls release Python's lock while they run."""
+    library = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library

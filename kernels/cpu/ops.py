@@ -1,0 +1,296 @@
+"""`Ops` on the compiled CPU kernels, for bfloat16 and float32.
+
+This file checks shapes and passes pointers; it computes nothing itself except the expert routing of `moe`.
+The rule: every row's result is bitwise the same whatever the other rows are, and whatever the number of threads is.
+Legend of shapes in kernels/ops.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from ctypes import byref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cpu import library
+from kernels.cpu.build import best_variant, library_path
+from kernels.ops import AttentionRows, PackedLinear
+
+
+@dataclass(frozen=True)
+class CpuLinear:
+    """A weight as panels of 32 output features (linear.h), with the tensors that its pointers point into."""
+
+    out_features: int
+    in_features: int
+    struct: library.Weight
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def default_num_threads() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def _packed(weight: PackedLinear, in_features: int) -> CpuLinear:
+    if not isinstance(weight, CpuLinear):
+        raise TypeError(f"this weight was packed by another back end ({type(weight).__name__})")
+    if weight.in_features != in_features:
+        raise ValueError(f"rows have {in_features} features, but the weight takes {weight.in_features}")
+    return weight
+
+
+class CpuOps:
+    """`Ops` through the C++ kernels of this folder.
+
+    quantization  None, "int8" (a scale per output) or "int4" (a scale per output and 32 inputs); weight-only, lossy
+    num_threads   threads of a step, the calling one included; default: the cores this process may run on
+    variant, directory  which build to load and from where (kernels/cpu/build.py); default: the best for this CPU
+    Raises        BuildError if there is no library and none can be built.
+    """
+
+    def __init__(
+        self,
+        quantization: str | None = None,
+        num_threads: int | None = None,
+        variant: str | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        if quantization not in (None, "int8", "int4"):
+            raise ValueError(f"quantization is {quantization!r}; supported are 'int8' and 'int4'")
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
+        self.quantization = quantization
+        self.num_threads = num_threads or default_num_threads()
+        self.variant = variant or best_variant()
+        self.name = f"cpu-{self.variant}" if quantization is None else f"cpu-{self.variant}-{quantization}"
+        self._lib = library.load(library_path(self.variant, directory))
+        self._pool = self._lib.braid_pool_create(self.num_threads)
+
+    def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> CpuLinear:
+        is_bf16 = _is_bf16(weight_NK)
+        num_out, num_in = weight_NK.shape
+        padded = -(-num_out // library.PANEL) * library.PANEL
+        tensors, layout = self._panels(weight_NK, padded)
+        bias = None
+        if bias_N is not None:
+            bias = F.pad(bias_N.float(), (0, padded - num_out)).contiguous()
+            tensors = (*tensors, bias)
+        struct = library.Weight(
+            panels=tensors[0].data_ptr(),
+            scales=tensors[1].data_ptr() if self.quantization else None,
+            bias=None if bias is None else bias.data_ptr(),
+            n=num_out,
+            k=num_in,
+            format=layout,
+            dtype=library.BF16 if is_bf16 else library.FLOAT,
+        )
+        return CpuLinear(num_out, num_in, struct, tensors)
+
+    def _panels(self, weight_NK: Tensor, padded_out: int) -> tuple[tuple[Tensor, ...], int]:
+        """The weight in its panel layout (and scales), and the layout's WeightFormat."""
+        num_out, num_in = weight_NK.shape
+        per_word = 4 // weight_NK.element_size()
+        steps = -(-num_in // per_word)
+        if self.quantization is None:
+            weight = weight_NK.contiguous()
+            panels = torch.empty(padded_out * steps * per_word, dtype=weight.dtype)
+            self._lib.braid_pack(
+                self._pool, weight.data_ptr(), num_out, num_in, weight.element_size(), panels.data_ptr()
+            )
+            return (panels,), library.BF16 if per_word == 2 else library.FLOAT
+        weight = F.pad(weight_NK.float(), (0, steps * per_word - num_in, 0, padded_out - num_out))
+        if self.quantization == "int8":
+            scale_N = (weight.abs().amax(1) / 127).clamp_min(1e-12)
+            return (_by_panel((weight / scale_N[:, None]).round().to(torch.int8)), scale_N.contiguous()), library.INT8
+        groups = F.pad(weight, (0, -weight.shape[1] % library.INT4_GROUP)).view(padded_out, -1, library.INT4_GROUP)
+        scale_NG = (groups.abs().amax(2) / 7).clamp_min(1e-12)
+        nibbles = (groups / scale_NG[:, :, None]).round().clamp(-7, 7).to(torch.int16) + 8
+        nibbles = _by_panel(nibbles.view(padded_out, -1)[:, : weight.shape[1]])
+        low, high = nibbles.chunk(2, dim=-1)
+        return ((low | (high << 4)).to(torch.uint8).contiguous(), _by_panel(scale_NG)), library.INT4
+
+    def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
+        packed = _packed(weight, x_TK.shape[1])
+        x = _activations(x_TK, packed)
+        y_TN = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
+        residual = None
+        if residual_TN is not None:
+            if residual_TN.shape != y_TN.shape or residual_TN.dtype != y_TN.dtype:
+                raise ValueError(
+                    f"residual is {residual_TN.dtype} {list(residual_TN.shape)}, not as {list(y_TN.shape)}"
+                )
+            residual_TN = residual_TN.contiguous()
+            residual = residual_TN.data_ptr()
+        self._lib.braid_linear(self._pool, packed.struct, x.data_ptr(), x.shape[0], residual, y_TN.data_ptr(), 0)
+        return y_TN
+
+    def logits(self, x_JK: Tensor, weight: PackedLinear) -> Tensor:
+        packed = _packed(weight, x_JK.shape[1])
+        x = _activations(x_JK, packed)
+        y_JV = torch.empty((x.shape[0], packed.out_features), dtype=torch.float32)
+        self._lib.braid_linear(self._pool, packed.struct, x.data_ptr(), x.shape[0], None, y_JV.data_ptr(), 1)
+        return y_JV
+
+    def embed(self, table_VH: Tensor, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, table_VH)
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        x, weight = x_TH.contiguous(), weight_H.contiguous()
+        size = x.shape[-1]
+        if weight.shape != (size,) or weight.dtype != x.dtype:
+            raise ValueError(f"norm weight is {weight.dtype} {list(weight.shape)}, rows are {x.dtype} of {size}")
+        out = torch.empty_like(x)
+        rows = x.numel() // size
+        self._lib.braid_rms_norm(
+            self._pool, x.data_ptr(), weight.data_ptr(), rows, size, eps, _is_bf16(x), out.data_ptr()
+        )
+        return out
+
+    def silu_mul(self, gate_up_TX: Tensor) -> Tensor:
+        x = gate_up_TX.contiguous()
+        size = x.shape[-1] // 2
+        out = torch.empty((x.shape[0], size), dtype=x.dtype)
+        self._lib.braid_silu_mul(self._pool, x.data_ptr(), x.shape[0], size, _is_bf16(x), out.data_ptr())
+        return out
+
+    def qkv_rope_write(
+        self,
+        qkv_TX: Tensor,
+        num_q: int,
+        num_kv: int,
+        head_dim: int,
+        cos_sin_MR: Tensor,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        rows: AttentionRows,
+    ) -> Tensor:
+        qkv = qkv_TX.contiguous()
+        if qkv.shape[1] != (num_q + 2 * num_kv) * head_dim or k_pages.dtype != qkv.dtype:
+            raise ValueError(f"qkv rows have {qkv.shape[1]} features of {qkv.dtype}, pages hold {k_pages.dtype}")
+        q_TQD = torch.empty((qkv.shape[0], num_q, head_dim), dtype=qkv.dtype)
+        struct = library.QkvArgs(
+            qkv.data_ptr(), q_TQD.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), cos_sin_MR.data_ptr(),
+            None if q_norm_D is None else q_norm_D.data_ptr(), None if k_norm_D is None else k_norm_D.data_ptr(),
+            rows.positions.data_ptr(), rows.slots.data_ptr(),
+            qkv.shape[0], num_q, num_kv, head_dim, cos_sin_MR.shape[1], k_pages.shape[2], eps, _is_bf16(qkv),
+        )  # fmt: skip
+        self._lib.braid_qkv_rope_write(self._pool, byref(struct))
+        return q_TQD
+
+    def paged_attention(
+        self,
+        q_TQD: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        rows: AttentionRows,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        q = q_TQD.contiguous()
+        num_q, head_dim = q.shape[1:]
+        num_kv, page_size = k_pages.shape[1:3]
+        if num_q % num_kv or num_q // num_kv > library.MAX_GROUP or k_pages.dtype != q.dtype:
+            raise ValueError(f"{num_q} query heads of {q.dtype} cannot read {num_kv} kv heads of {k_pages.dtype}")
+        out_TQD = torch.empty_like(q)
+        struct = library.AttentionArgs(
+            q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out_TQD.data_ptr(),
+            rows.page_table.data_ptr(), rows.row_seq.data_ptr(), rows.positions.data_ptr(),
+            rows.visible.data_ptr(), rows.span_starts.data_ptr(),
+            rows.page_table.shape[1], rows.span_starts.shape[0] - 1, num_q, num_kv, head_dim, page_size,
+            window or 0, scale, _is_bf16(q),
+        )  # fmt: skip
+        self._lib.braid_paged_attention(self._pool, byref(struct))
+        return out_TQD
+
+    def moe(
+        self,
+        x_TH: Tensor,
+        router_logits_TE: Tensor,
+        gate_up: Sequence[PackedLinear],
+        down: Sequence[PackedLinear],
+        top_k: int,
+        norm_topk_prob: bool,
+    ) -> Tensor:
+        num_rows = x_TH.shape[0]
+        weights_Tk, experts_Tk = torch.softmax(router_logits_TE.float(), dim=-1).topk(top_k, dim=-1)
+        if norm_topk_prob:
+            weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
+        order = experts_Tk.flatten().argsort(stable=True)
+        counts = torch.bincount(experts_Tk.flatten(), minlength=len(gate_up)).tolist()
+        # One output per (row, choice), so that a row's sum runs over its choices in rank order, whoever else is there.
+        y_RH = torch.empty((num_rows * top_k, x_TH.shape[1]), dtype=x_TH.dtype)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                chosen = order[start : start + count]
+                hidden = self.silu_mul(self.linear(x_TH[chosen // top_k], gate_up[expert]))
+                y_RH[chosen] = self.linear(hidden, down[expert])
+                start += count
+        out_TH = torch.zeros(x_TH.shape, dtype=torch.float32)
+        y_TkH = y_RH.view(num_rows, top_k, -1)
+        for choice in range(top_k):
+            out_TH += y_TkH[:, choice].float() * weights_Tk[:, choice, None]
+        return out_TH.to(x_TH.dtype)
+
+    def sample(
+        self, logits_JV: Tensor, seeds_J: Tensor, sample_index_J: Tensor, positions_J: Tensor, greedy_J: Tensor
+    ) -> Tensor:
+        logits = logits_JV.contiguous()
+        if logits.dtype != torch.float32 or greedy_J.dtype != torch.bool:
+            raise TypeError(f"logits are {logits.dtype} and greedy is {greedy_J.dtype}; expected float32 and bool")
+        keys = [tensor.to(torch.int64).contiguous() for tensor in (seeds_J, sample_index_J, positions_J)]
+        greedy, out_J = greedy_J.contiguous(), torch.empty(logits.shape[0], dtype=torch.int64)
+        self._lib.braid_sample(
+            self._pool, logits.data_ptr(), *logits.shape, *(key.data_ptr() for key in keys),
+            greedy.data_ptr(), out_J.data_ptr(),
+        )  # fmt: skip
+        return out_J
+
+    def allocate_kv(
+        self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Tensors of shape [P, K, S, D] over memory laid out as layer.h's KvLayout says, padded to whole tiles.
+
+        Shape and dtype may be read and the whole may be filled; single elements mean nothing to anybody but the kernels.
+        """
+        if dtype not in (torch.bfloat16, torch.float32) or device.type != "cpu":
+            raise ValueError(f"KV of {dtype} on {device}; the CPU kernels hold bfloat16 and float32 on the CPU")
+        per_word = 4 // dtype.itemsize
+        tile, panel = (16 if page_size <= 16 else 32), (16 if head_dim <= 16 else 32)
+        keys = -(-page_size // tile) * tile
+        k_dims, v_dims = -(-head_dim // per_word) * per_word, -(-head_dim // panel) * panel
+        k_pages = torch.empty((num_pages, num_kv, keys, k_dims), dtype=dtype)
+        v_pages = torch.empty((num_pages, num_kv, keys, v_dims), dtype=dtype)
+        return k_pages[:, :, :page_size, :head_dim], v_pages[:, :, :page_size, :head_dim]
+
+
+def _is_bf16(tensor: Tensor) -> bool:
+    if tensor.dtype is torch.bfloat16:
+        return True
+    if tensor.dtype is torch.float32:
+        return False
+    raise TypeError(f"the CPU kernels compute in bfloat16 and float32, not in {tensor.dtype}")
+
+
+def _activations(x_TK: Tensor, weight: CpuLinear) -> Tensor:
+    if _is_bf16(x_TK) != (weight.struct.dtype == library.BF16):
+        raise TypeError(f"rows are {x_TK.dtype}, but the weight was packed for another dtype")
+    return x_TK.contiguous()
+
+
+def _by_panel(weight_NX: Tensor) -> Tensor:
+    """[N, X] -> [N / 32, X, 32]: the outputs of a panel side by side."""
+    return weight_NX.view(-1, library.PANEL, weight_NX.shape[1]).transpose(1, 2).contiguous()
