@@ -105,6 +105,9 @@ class FakeWorker:
     def num_known(self) -> int:
         return len(self._known)
 
+    def request_of(self, seq_id: int) -> Request:
+        return self._known[seq_id].request
+
     def _admit(self, admission: Admission) -> None:
         assert admission.seq_id > self._last_seq_id, f"seq_id {admission.seq_id} is used again"
         self._last_seq_id = admission.seq_id

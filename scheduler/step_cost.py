@@ -24,7 +24,9 @@ _FORGETTING = 0.98
 _RIDGE = 1e-4
 _MIN_SPREAD = 0.1
 _CLIP = 3.0
-_SWEEPS = 3
+_SWEEPS = 6
+_FIT_EVERY = 4
+_NUM_EARLY = 50
 _SEED_SWEEPS = 400
 # Terms are scaled to about one each, so that one ridge constant fits all.
 _SCALE = (1.0, 1e-2, 1e-2, 1e-4, 1e-5, *(1e-2 for _ in _KNOTS))
@@ -76,7 +78,10 @@ class StepCost:
             seconds = min(seconds, predicted * (1.0 + limit))
         self._accumulate(features, seconds)
         self.num_observed += 1
-        self._fit(_SWEEPS if self.num_observed > 50 else _SEED_SWEEPS // 10)
+        if self.num_observed < _NUM_EARLY:
+            self._fit(_SEED_SWEEPS // 10)
+        elif self.num_observed % _FIT_EVERY == 0:
+            self._fit(_SWEEPS)
 
     def largest_prefill(self, decodes: StepFeatures, start: int, most: int, target_s: float) -> int:
         """Most prompt rows, in [0, most], that join `decodes` within `target_s`; the prompt goes on at KV `start`."""
@@ -103,8 +108,8 @@ class StepCost:
     def _fit(self, sweeps: int) -> None:
         """Non-negative ridge regression by coordinate descent from the last solution."""
         span = range(_NUM_TERMS)
-        gram = [[sum(part[i][j] for part in self._gram) for j in span] for i in span]
-        moment = [sum(part[i] for part in self._moment) for i in span]
+        gram = [[sum(column) for column in zip(*lines, strict=True)] for lines in zip(*self._gram, strict=True)]
+        moment = [sum(column) for column in zip(*self._moment, strict=True)]
         solution = [c / s for c, s in zip(self._coefficients, _SCALE, strict=True)]
         for _ in range(sweeps):
             for i in span:
