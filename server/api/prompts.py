@@ -56,7 +56,7 @@ class RawPrompt:
 
 
 def read_prompts(value: Any, vocab_size: int, limits: Limits, add_special_tokens: bool = True) -> tuple[RawPrompt, ...]:
-    """The `prompt` field: a string, strings, token ids, or lists of token ids. Raises ApiError 400 with param `prompt`."""
+    """The `prompt` field: a string, strings, token ids, or lists of token ids. Raises ApiError 400."""
     if value is None:
         raise invalid("prompt", "prompt is missing; give a string, a list of strings, or token ids")
     if isinstance(value, str):

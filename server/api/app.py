@@ -1,0 +1,143 @@
+"""`create_app`: the ASGI application, put together. The list of routes is here and nowhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from scheduler.types import StepStats
+from server.api.admission import Admission
+from server.api.chat import ChatForm
+from server.api.completions import CompletionForm
+from server.api.errors import ApiError, shown
+from server.api.handler import Form, GenerationResponse
+from server.api.middleware import EdgeMiddleware
+from server.api.monitor import ThroughputMeter, monitoring
+from server.api.pool import TextPool
+from server.api.routes import HealthRoutes, ModelRoutes, ServerRoutes, TextRoutes
+from server.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from server.api.services import Engine, Services
+from server.api.settings import ApiSettings
+from server.metrics import Metrics
+from server.text.chat import ChatTemplate
+from server.text.tokenizer import Tokenizer
+
+
+class Application:
+    """The ASGI callable. Pass `observe_step` to the engine client as its `on_step`, or call it per step."""
+
+    def __init__(self, api: FastAPI, services: Services, meter: ThroughputMeter) -> None:
+        self.api, self.services = api, services
+        self._edge = EdgeMiddleware(api, services)
+        self._meter = meter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._edge(scope, receive, send)
+
+    def observe_step(self, stats: StepStats) -> None:
+        self.services.metrics.observe_step(stats)
+        self._meter.observe(stats)
+
+
+def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metrics: Metrics) -> Application:
+    """The application over an engine. Raises ChatTemplateError if the model's template does not compile."""
+    source = settings.chat_template if settings.chat_template is not None else tokenizer.chat_template
+    template = None
+    if source is not None:
+        template = ChatTemplate(source, tokenizer, deadline_s=settings.timeouts.template_s)
+    services = Services(
+        settings=settings,
+        engine=client,
+        tokenizer=tokenizer,
+        metrics=metrics,
+        admission=Admission(settings, client, metrics),
+        pool=TextPool(settings.text_threads, settings.text_queue, metrics),
+        chat_template=template,
+        model_names=settings.served_model_names,
+        created=int(time.time()),
+    )
+    meter = ThroughputMeter()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with monitoring(services, meter):
+            yield
+
+    api = FastAPI(
+        title="Braid",
+        version=settings.version,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    _add_routes(api, services)
+    api.add_exception_handler(HTTPException, _on_http_exception)
+    api.add_exception_handler(ApiError, _on_api_error)
+    return Application(api, services, meter)
+
+
+def _add_routes(api: FastAPI, services: Services) -> None:
+    models, health = ModelRoutes(services), HealthRoutes(services)
+    text, server = TextRoutes(services), ServerRoutes(services)
+    routes: list[tuple[str, str, Callable[..., Any], type[BaseModel] | None]] = [
+        ("POST", "/v1/completions", _generation(services, CompletionForm), CompletionBody),
+        ("POST", "/v1/chat/completions", _generation(services, ChatForm), ChatBody),
+        ("GET", "/v1/models", models.list_models, None),
+        ("GET", "/v1/models/{model:path}", models.get_model, None),
+        ("POST", "/tokenize", text.tokenize, TokenizeBody),
+        ("POST", "/detokenize", text.detokenize, DetokenizeBody),
+        ("GET", "/health", health.ready, None),
+        ("GET", "/health/live", health.live, None),
+        ("GET", "/health/generate", health.generate, None),
+        ("GET", "/ping", health.ready, None),
+        ("GET", "/version", server.version, None),
+        ("GET", "/metrics", server.metrics, None),
+    ]
+    for method, path, endpoint, body in routes:
+        name = path.strip("/").replace("/", "_")
+        api.add_api_route(
+            path, endpoint, methods=[method], response_model=None, openapi_extra=_documented(body), name=name
+        )
+
+
+def _generation(services: Services, form: Form) -> Callable[..., Any]:
+    async def endpoint() -> Response:
+        return GenerationResponse(services, form)
+
+    return endpoint
+
+
+def _documented(body: type[BaseModel] | None) -> dict[str, Any] | None:
+    """The body's schema for /openapi.json; FastAPI itself must not read bodies (it takes NaN and lone surrogates)."""
+    if body is None:
+        return None
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}
+
+
+async def _on_http_exception(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = shown(request.scope["path"], 100)
+    if error.status_code == 404:
+        return ApiError(404, f"there is no route {path}").response()
+    if error.status_code == 405:
+        response = ApiError(405, f"the method {shown(request.method, 10)} is not allowed for {path}").response()
+        allow = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow")
+        if allow:
+            response.headers["allow"] = allow
+        return response
+    return ApiError(error.status_code, "the request was refused").response()
+
+
+async def _on_api_error(_: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
