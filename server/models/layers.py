@@ -1,0 +1,222 @@
+"""The decoder that the served families share: attention over pages, gated or sparse MLP, residual stream.
+
+Plain objects over `Ops`, no nn.Module: a layer runs 12 to 80 times a step, so its methods are bound once and it does
+nothing but call them. What makes a family differ (biases, QK norm, windows, experts) is data in ModelConfig.
+
+Legend of shapes: T rows of the step, H hidden, X concatenated q|k|v, J judged rows, V vocab, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kernels.ops import AttentionRows, Ops, PackedLinear
+from server.models.config import ModelConfig
+
+
+class Weights(Protocol):
+    """Where the tensors come from: a checkpoint or a random generator, on the model's device and in its dtype."""
+
+    def take(self, name: str) -> Tensor:
+        """The tensor of this published name; each is taken once, and the caller owns it."""
+        ...
+
+
+def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Published name and shape of every tensor the model needs."""
+    hidden, head_dim = config.hidden_size, config.head_dim
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for index in range(config.num_layers):
+        layer = f"model.layers.{index}"
+        for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+            yield from _linear_shapes(f"{layer}.self_attn.{name}_proj", size, hidden, config.qkv_bias)
+        yield from _linear_shapes(f"{layer}.self_attn.o_proj", hidden, q_size, config.output_bias)
+        if config.qk_norm:
+            yield f"{layer}.self_attn.q_norm.weight", (head_dim,)
+            yield f"{layer}.self_attn.k_norm.weight", (head_dim,)
+        yield from _mlp_shapes(config, index)
+        yield f"{layer}.input_layernorm.weight", (hidden,)
+        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def _linear_shapes(name: str, num_out: int, num_in: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (num_out, num_in)
+    if bias:
+        yield f"{name}.bias", (num_out,)
+
+
+def _mlp_shapes(config: ModelConfig, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    names, size, bias = [f"model.layers.{index}.mlp"], config.intermediate_size, config.mlp_bias
+    if config.moe is not None and index in config.moe.sparse_layers:
+        yield f"{names[0]}.gate.weight", (config.moe.num_experts, config.hidden_size)
+        names = [f"{names[0]}.experts.{expert}" for expert in range(config.moe.num_experts)]
+        size, bias = config.moe.intermediate_size, False
+    for name in names:
+        yield from _linear_shapes(f"{name}.gate_proj", size, config.hidden_size, bias)
+        yield from _linear_shapes(f"{name}.up_proj", size, config.hidden_size, bias)
+        yield from _linear_shapes(f"{name}.down_proj", config.hidden_size, size, bias)
+
+
+class Packer:
+    """Takes tensors from `weights`, joins projections of one input, packs them and counts the bytes kept."""
+
+    def __init__(self, weights: Weights, ops: Ops) -> None:
+        self._weights = weights
+        self._ops = ops
+        self.num_bytes = 0
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = self._weights.take(name)
+        self.num_bytes += tensor.nbytes
+        return tensor
+
+    def linear(self, layer: str, names: Sequence[str], bias: bool = False) -> PackedLinear:
+        """One packed weight of the projections `names` of `layer`, concatenated along their outputs."""
+        weight_NK = self._joined([f"{layer}.{name}.weight" for name in names])
+        bias_N = self._joined([f"{layer}.{name}.bias" for name in names]) if bias else None
+        return self.pack(weight_NK, bias_N)
+
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
+        packed = self._ops.pack_linear(weight_NK, bias_N)
+        self.num_bytes += packed.num_bytes
+        return packed
+
+    def _joined(self, names: Sequence[str]) -> Tensor:
+        """Concatenated along dimension 0, one source tensor in memory at a time beside the result."""
+        first = self._weights.take(names[0])
+        if len(names) == 1:
+            return first
+        parts = [first, *(self._weights.take(name) for name in names[1:])]
+        joined = first.new_empty((sum(part.shape[0] for part in parts), *first.shape[1:]))
+        row = 0
+        while parts:
+            part = parts.pop(0)
+            joined[row : row + part.shape[0]] = part
+            row += part.shape[0]
+        return joined
+
+
+class Attention:
+    """Self-attention of one layer: x -> o_proj(attend(rope(qkv_proj(x)))) + residual."""
+
+    def __init__(self, config: ModelConfig, index: int, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> None:
+        layer = f"model.layers.{index}.self_attn"
+        self._qkv = packer.linear(layer, ("q_proj", "k_proj", "v_proj"), config.qkv_bias)
+        self._out = packer.linear(layer, ("o_proj",), config.output_bias)
+        self._q_norm_D = packer.tensor(f"{layer}.q_norm.weight") if config.qk_norm else None
+        self._k_norm_D = packer.tensor(f"{layer}.k_norm.weight") if config.qk_norm else None
+        self._heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        self._eps = config.rms_norm_eps
+        self._scale = config.head_dim**-0.5
+        self._window = config.windows[index]
+        self._cos_sin_MR = cos_sin_MR
+        self._linear = ops.linear
+        self._rope_write = ops.qkv_rope_write
+        self._attend = ops.paged_attention
+
+    def __call__(
+        self, x_TH: Tensor, residual_TH: Tensor, rows: AttentionRows, k_pages: Tensor, v_pages: Tensor
+    ) -> Tensor:
+        num_q, num_kv, head_dim = self._heads
+        qkv_TX = self._linear(x_TH, self._qkv)
+        q_TQD = self._rope_write(
+            qkv_TX,
+            num_q,
+            num_kv,
+            head_dim,
+            self._cos_sin_MR,
+            self._q_norm_D,
+            self._k_norm_D,
+            self._eps,
+            k_pages,
+            v_pages,
+            rows,
+        )
+        out_TQD = self._attend(q_TQD, k_pages, v_pages, rows, self._scale, self._window)
+        return self._linear(out_TQD.flatten(1), self._out, residual_TH)
+
+
+class GatedMlp:
+    """down(silu(gate(x)) * up(x)) + residual."""
+
+    def __init__(self, config: ModelConfig, name: str, packer: Packer, ops: Ops) -> None:
+        self._gate_up = packer.linear(name, ("gate_proj", "up_proj"), config.mlp_bias)
+        self._down = packer.linear(name, ("down_proj",), config.mlp_bias)
+        self._linear = ops.linear
+        self._silu_mul = ops.silu_mul
+
+    def __call__(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
+        return self._linear(self._silu_mul(self._linear(x_TH, self._gate_up)), self._down, residual_TH)
+
+
+class SparseMlp:
+    """A router's weighted sum of its top_k experts, + residual. Router logits are float32, as their softmax is."""
+
+    def __init__(self, config: ModelConfig, name: str, packer: Packer, ops: Ops) -> None:
+        assert config.moe is not None
+        self._router = packer.linear(name, ("gate",))
+        experts = [f"{name}.experts.{expert}" for expert in range(config.moe.num_experts)]
+        self._gate_up = [packer.linear(expert, ("gate_proj", "up_proj")) for expert in experts]
+        self._down = [packer.linear(expert, ("down_proj",)) for expert in experts]
+        self._top_k = config.moe.top_k
+        self._norm_topk_prob = config.moe.norm_topk_prob
+        self._logits = ops.logits
+        self._moe = ops.moe
+
+    def __call__(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
+        router_TE = self._logits(x_TH, self._router)
+        out_TH = self._moe(x_TH, router_TE, self._gate_up, self._down, self._top_k, self._norm_topk_prob)
+        return out_TH + residual_TH
+
+
+class DecoderLayer:
+    """Pre-norm attention and MLP around the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> None:
+        name = f"model.layers.{index}"
+        self._attention = Attention(config, index, packer, ops, cos_sin_MR)
+        sparse = config.moe is not None and index in config.moe.sparse_layers
+        self._mlp = (SparseMlp if sparse else GatedMlp)(config, f"{name}.mlp", packer, ops)
+        self._norm1_H = packer.tensor(f"{name}.input_layernorm.weight")
+        self._norm2_H = packer.tensor(f"{name}.post_attention_layernorm.weight")
+        self._eps = config.rms_norm_eps
+        self._norm = ops.rms_norm
+
+    def __call__(self, x_TH: Tensor, rows: AttentionRows, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        x_TH = self._attention(self._norm(x_TH, self._norm1_H, self._eps), x_TH, rows, k_pages, v_pages)
+        return self._mlp(self._norm(x_TH, self._norm2_H, self._eps), x_TH)
+
+
+class Decoder:
+    """Embedding, layers, final norm, head: what `registry.Model` asks for. The caller holds torch.inference_mode."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, cos_sin_MR: Tensor) -> None:
+        packer = Packer(weights, ops)
+        self.config = config
+        self._embedding_VH = packer.tensor("model.embed_tokens.weight")
+        self._layers = [DecoderLayer(config, index, packer, ops, cos_sin_MR) for index in range(config.num_layers)]
+        self._norm_H = packer.tensor("model.norm.weight")
+        # A tied head is packed all the same: rows are looked up in one layout and multiplied in another.
+        tied = config.tie_word_embeddings
+        self._head = packer.pack(self._embedding_VH if tied else weights.take("lm_head.weight"))
+        self._eps = config.rms_norm_eps
+        self._ops = ops
+        self.num_weight_bytes = packer.num_bytes
+
+    def forward(self, tokens_T: Tensor, rows: AttentionRows, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Run all rows of a step, tokens int64 [T]; writes K and V, returns normed hidden states [T, H]."""
+        x_TH = self._ops.embed(self._embedding_VH, tokens_T)
+        for layer, (k_pages, v_pages) in zip(self._layers, kv, strict=True):
+            x_TH = layer(x_TH, rows, k_pages, v_pages)
+        return self._ops.rms_norm(x_TH, self._norm_H, self._eps)
+
+    def logits(self, hidden_JH: Tensor) -> Tensor:
+        """float32 [J, V] of rows that `forward` returned."""
+        return self._ops.logits(hidden_JH, self._head)

@@ -1,0 +1,67 @@
+"""Which `model_type` is read by which file, and what a model offers to the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionRows, Ops
+from server.models import llama, mistral, qwen2, qwen3, qwen3_moe
+from server.models.config import CheckpointError, ModelConfig, read_raw
+from server.models.layers import Decoder, Weights
+from server.models.rope import rotary_table
+
+ReadConfig = Callable[[Mapping[str, Any]], ModelConfig]
+
+MODELS: Mapping[str, ReadConfig] = MappingProxyType(
+    {
+        "llama": llama.read_config,
+        "mistral": mistral.read_config,
+        "qwen2": qwen2.read_config,
+        "qwen3": qwen3.read_config,
+        "qwen3_moe": qwen3_moe.read_config,
+    }
+)
+
+
+class Model(Protocol):
+    """What the worker runs."""
+
+    config: ModelConfig
+    num_weight_bytes: int
+
+    def forward(self, tokens_T: Tensor, rows: AttentionRows, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Write each layer's K and V of all rows into `kv` and return hidden states [T, H], final norm applied."""
+        ...
+
+    def logits(self, hidden_JH: Tensor) -> Tensor:
+        """float32 [J, V]."""
+        ...
+
+
+def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig of a config.json; CheckpointError if its `model_type` or a feature is not supported."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        raise CheckpointError(f"config.json: model_type is {model_type!r}; supported: {', '.join(MODELS)}")
+    return MODELS[model_type](raw)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint folder."""
+    return parse_config(read_raw(folder))
+
+
+def build_model(
+    config: ModelConfig, weights: Weights, ops: Ops, device: torch.device, max_model_len: int | None = None
+) -> Model:
+    """Assemble a model; its rotary table covers `max_model_len` positions (None = all the model has)."""
+    served_len = max_model_len or config.max_position
+    if served_len > config.max_position:
+        raise CheckpointError(f"max_model_len is {served_len}, but the model's positions end at {config.max_position}")
+    return Decoder(config, weights, ops, rotary_table(config.rope, served_len, device))
