@@ -48,6 +48,9 @@ ALLOWED: dict[str, set[str]] = {
         "scheduler.types",
     },
     "server.config": {"pydantic", "yaml", "scheduler.types", "server.engine.config", "server.api.settings"},
+    "server.flags": {"pydantic", "yaml", "server.config"},
+    "server.banner": {"server.config", "server.engine.config"},
+    "server.serve": {"*"},
     "server.__main__": {"*"},
     "server.embedded": {
         "torch",

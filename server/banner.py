@@ -1,0 +1,54 @@
+"""What a person sees at start: a dozen lines with every number that decides what the server can hold."""
+
+from __future__ import annotations
+
+import json
+
+from server.config import VERSION, ServerConfig
+from server.engine.config import EngineInfo
+
+
+def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tuple[str, float], ...]) -> str:
+    """The start-up report. `phases` are of the whole program, in order: (name, seconds)."""
+    name = config.model_names()[0]
+    host = config.host if config.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    slo = "auto" if facts.tbt_slo_s is None else f"{facts.tbt_slo_s * 1000:g} ms"
+    output = config.max_output_tokens
+    room = facts.kv_tokens / facts.model_len
+    weights = "random weights" if config.random_weights else name
+    lines = [
+        f"Braid {VERSION}",
+        f"model     {weights}: {_count(facts.num_parameters)} parameters, {facts.dtype}, {facts.device} ({facts.ops})",
+        f"memory    weights {_bytes(facts.weight_bytes)}, KV {_bytes(facts.kv_bytes)} = {facts.num_pages} pages of "
+        f"{facts.page_size} tokens: room for {room:.1f} sequences of {facts.model_len} tokens",
+        f"limits    {facts.max_seqs} sequences at once, {facts.max_queued_requests} queued; "
+        f"{facts.max_batched_tokens} tokens a step, time between tokens {slo}; "
+        f"output {'as the context leaves' if output is None else output}",
+        "start     " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases),
+        f"API       {url}/v1      docs {url}/docs      metrics {url}/metrics      health {url}/health",
+    ]
+    if config.quantization:
+        lines.insert(
+            2, f"          {config.quantization} weights: lossy, the text differs from the unquantised model's"
+        )
+    if not config.is_loopback() and not config.api_keys():
+        lines.append(f"warning   anyone who reaches {config.host}:{port} may use this server: no --api-key is set")
+    body = json.dumps({"model": name, "prompt": "def fibonacci(n):", "max_tokens": 64})
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys() else ""
+    lines += ["try", f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"]
+    return "\n".join(lines)
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"

@@ -1,0 +1,254 @@
+"""ServerConfig: every setting of the server, declared once. Flags, YAML keys, `--help` and README table come from here.
+
+Frozen: read once, validated, handed on as the small values that each part needs. Names are vLLM's where the setting is.
+No environment variable is read. The command line and files are parsed in flags.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
+from server.engine.config import EngineConfig
+
+VERSION = "0.1.0"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+_SUFFIXES = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_count(text: object) -> object:
+    """32k = 32,000; 32Ki or 32KiB = 32,768; 2GB = 2,000,000,000. What is not such a text is left for pydantic."""
+    if isinstance(text, bool):
+        raise ValueError("expected a whole number")
+    if not isinstance(text, str):
+        return text
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError("expected a whole number, with a suffix k, M, G, Ki, Mi or Gi if you like (32k, 2GiB)")
+    return int(float(match[1]) * _SUFFIXES[(match[2] or "").lower()])
+
+
+def _auto(text: object) -> object:
+    return None if text == "auto" else text
+
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+AutoCount = Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(lambda text: parse_count(_auto(text)))]
+Auto = BeforeValidator(_auto)
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def setting(default: Any, text: str, group: str, **limits: Any) -> Any:
+    """A field with its help text; `group` is its heading in --help and the README."""
+    return Field(default, description=text, json_schema_extra={"group": group}, **limits)
+
+
+def _in(group: str) -> Callable[..., Any]:
+    return lambda default, text, **limits: setting(default, text, group, **limits)
+
+
+_model, _engine, _http, _limits, _life = map(
+    _in, ("model", "engine", "HTTP", "limits of one request", "life cycle and logs")
+)
+
+
+class ServerConfig(BaseModel):
+    """`python -m server [serve] [MODEL] [--flag value ...]`"""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    model: str = _model("braid-tiny", "folder, hub id, or an embedded model (braid-tiny)", min_length=1)
+    served_model_name: Names = _model((), "name in the API, repeatable; the first is echoed (default: MODEL)")
+    revision: str | None = _model(None, "branch, tag or commit of a hub model")
+    download_dir: str | None = _model(None, "where hub models are kept (default: the hub library's cache)")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _model("auto", "auto = bfloat16 where it is native")
+    device: Literal["auto", "cpu", "cuda"] = _model("auto", "auto = cuda if there is one")
+    quantization: Literal["int8", "int4"] | None = _model(None, "weight-only, lossy: the text changes")
+    random_weights: str | None = _model(
+        None, "serve a shape without downloading it, e.g. hidden=768,layers=12,heads=12,kv_heads=4,mlp=3072,vocab=8192"
+    )
+    seed: int = _model(0, "seed of random weights; requests have their own", ge=0)
+    max_model_len: AutoCount = _model(None, "longest prompt + output in tokens (32k); auto = the model's, if it fits")
+    chat_template: Path | None = _model(None, "Jinja file used instead of the model's own chat template")
+
+    max_num_batched_tokens: Count = _engine(1024, "most tokens in a step; the step-time target may choose fewer")
+    max_num_seqs: Count = _engine(64, "sequences running at once")
+    max_num_queued_reqs: AutoCount = _engine(None, "sequences waiting before 429; auto = 4 x max-num-seqs")
+    max_num_queued_tokens: AutoCount = _engine(None, "prompt tokens waiting before 429; auto = 8 x context")
+    tbt_slo_ms: Annotated[Seconds | None, Auto] = _engine(
+        None, "target time between tokens; auto = 2.5 x the undisturbed step"
+    )
+    max_prefill_share: float = _engine(
+        0.5, "most of a step's prefill budget for one prompt while others wait", gt=0, le=1
+    )
+    block_size: AutoCount = _engine(None, "tokens of a KV page; auto = what measured best on the device")
+    kv_cache_memory: AutoCount = _engine(None, "bytes of the KV pool (2GiB); auto = a share of what is free")
+    enable_prefix_caching: bool = _engine(True, "reuse the KV of prompts that begin alike")
+    threads: AutoCount = _engine(None, "CPU threads of a step; auto = physical cores")
+    grammar_timeout: Seconds = _engine(5.0, "seconds to compile a structured-output constraint")
+    delta_interval_ms: float = _engine(10.0, "tokens of faster steps share a message this long; 0 = one a step", ge=0)
+    step_timeout: Seconds = _engine(120.0, "seconds without a step's end before the engine is restarted")
+
+    host: str = _http("127.0.0.1", "address to bind; 0.0.0.0 = all interfaces")
+    port: int = _http(8000, "port to bind; 0 = any free one", ge=0, le=65535)
+    api_key: Names = _http((), "bearer key, repeatable; none = no authentication")
+    api_key_file: Path | None = _http(None, "file with one key a line")
+    metrics_need_key: bool = _http(False, "/metrics asks for a key too")
+    allowed_hosts: Names = _http(
+        (), "Host headers served, repeatable; * = any (default: any, on loopback only its names)"
+    )
+    max_connections: Count = _http(1024, "open connections before 503")
+    max_header_size: Count = _http(64 << 10, "bytes of a request's header block")
+    max_headers: Count = _http(100, "headers of a request")
+    max_body_size: Count = _http(2 << 20, "bytes of a request's body (2MiB)", le=32 << 20)
+    body_timeout: Seconds = _http(30.0, "seconds to receive a body")
+    write_timeout: Seconds = _http(30.0, "seconds a reader may take nothing before its request is aborted")
+    keep_alive_timeout: Seconds = _http(15.0, "seconds an idle connection is kept")
+
+    max_output_tokens: AutoCount = _limits(None, "cap of max_tokens; auto = what the context leaves")
+    max_logprobs: int = _limits(20, "cap of logprobs, top_logprobs and prompt_logprobs", ge=0, le=1000)
+    max_prompts: Count = _limits(128, "prompts in a call")
+    max_n: Count = _limits(128, "samples of a prompt")
+    max_choices: Count = _limits(256, "prompts x n")
+    max_stop_strings: Count = _limits(4, "stop strings")
+    max_stop_chars: Count = _limits(256, "characters of a stop string")
+    max_stop_token_ids: Count = _limits(128, "stop token ids")
+    max_logit_bias: Count = _limits(1024, "entries of logit_bias")
+    max_allowed_token_ids: Count = _limits(1024, "entries of allowed_token_ids")
+    max_bad_words: Count = _limits(128, "entries of bad_words")
+    max_bad_word_tokens: Count = _limits(1024, "tokens in all bad_words")
+    max_grammar_size: Count = _limits(8 << 10, "bytes of a schema, regex or grammar")
+    max_grammar_depth: Count = _limits(32, "nesting of a schema")
+    max_messages: Count = _limits(1024, "messages of a chat")
+    max_json_depth: Count = _limits(64, "nesting of a body")
+    request_timeout: Seconds = _limits(600.0, "seconds from arrival to the last token")
+
+    drain_delay: float = _life(0.0, "seconds of accepting connections after SIGTERM, readiness already 503", ge=0)
+    drain_timeout: float = _life(25.0, "seconds that requests in flight may take to finish after SIGTERM", ge=0)
+    log_format: Literal["text", "json"] = _life("text", "form of the lines on standard error")
+    log_level: Literal["debug", "info", "warning", "error"] = _life("info", "least level logged")
+    log_requests: bool = _life(False, "one line per request: sizes and times, never text")
+    status_interval: Seconds = _life(10.0, "seconds between status lines while busy")
+    quiet: bool = _life(False, "print nothing at start")
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _none_is_none(cls, value: object) -> object:
+        return None if value == "none" else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ServerConfig:
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max-num-seqs is {self.max_num_seqs}, but a step of max-num-batched-tokens "
+                f"{self.max_num_batched_tokens} cannot hold a token of each; lower the one or raise the other"
+            )
+        for name in ("api_key_file", "chat_template"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name.replace('_', '-')}: there is no file {str(path)!r}")
+        if self.api_key_file is not None and not self.api_keys():
+            raise ValueError(f"api-key-file: {str(self.api_key_file)!r} holds no key")
+        return self
+
+    def api_keys(self) -> tuple[str, ...]:
+        keys = [*self.api_key]
+        if self.api_key_file is not None:
+            keys += [line.strip() for line in self.api_key_file.read_text().splitlines()]
+        return tuple(key for key in keys if key)
+
+    def model_names(self) -> tuple[str, ...]:
+        """As the API knows the model. A folder is called by its last part: paths are nobody's business."""
+        if self.served_model_name:
+            return self.served_model_name
+        return (Path(self.model).name if Path(self.model).is_dir() else self.model,)
+
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    def host_names(self) -> tuple[str, ...] | None:
+        """Host headers that are served, None = any (S-83)."""
+        if "*" in self.allowed_hosts:
+            return None
+        if self.allowed_hosts:
+            return self.allowed_hosts
+        return LOOPBACK_HOSTS if self.is_loopback() else None
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(
+            model=self.model,
+            dtype=self.dtype,
+            device=self.device,
+            random_weights=self.random_weights,
+            quantization=self.quantization,
+            kv_cache_bytes=self.kv_cache_memory,
+            max_model_len=self.max_model_len,
+            page_size=self.block_size,
+            max_batched_tokens=self.max_num_batched_tokens,
+            max_seqs=self.max_num_seqs,
+            num_threads=self.threads,
+            revision=self.revision,
+            download_dir=self.download_dir,
+            max_logprobs=self.max_logprobs,
+            seed=self.seed,
+            max_queued_requests=self.max_num_queued_reqs,
+            max_queued_tokens=self.max_num_queued_tokens,
+            max_prefill_share=self.max_prefill_share,
+            tbt_slo_s=None if self.tbt_slo_ms is None else self.tbt_slo_ms / 1000,
+            enable_prefix_caching=self.enable_prefix_caching,
+            grammar_timeout_s=self.grammar_timeout,
+            step_timeout_s=self.step_timeout,
+            delta_interval_s=self.delta_interval_ms / 1000,
+            progress=not self.quiet,
+        )
+
+    def api_settings(self) -> ApiSettings:
+        limits = Limits(
+            max_body_bytes=self.max_body_size,
+            max_headers=self.max_headers,
+            max_header_bytes=self.max_header_size,
+            max_depth=self.max_json_depth,
+            max_prompts=self.max_prompts,
+            max_n=self.max_n,
+            max_choices=self.max_choices,
+            max_output_tokens=self.max_output_tokens,
+            max_logprobs=self.max_logprobs,
+            max_stop_strings=self.max_stop_strings,
+            max_stop_chars=self.max_stop_chars,
+            max_stop_token_ids=self.max_stop_token_ids,
+            max_logit_bias=self.max_logit_bias,
+            max_allowed_token_ids=self.max_allowed_token_ids,
+            max_bad_words=self.max_bad_words,
+            max_bad_word_tokens=self.max_bad_word_tokens,
+            max_grammar_bytes=self.max_grammar_size,
+            max_grammar_depth=self.max_grammar_depth,
+            max_messages=self.max_messages,
+        )
+        return ApiSettings(
+            served_model_names=self.model_names(),
+            api_keys=self.api_keys(),
+            allowed_hosts=self.host_names(),
+            metrics_need_key=self.metrics_need_key,
+            chat_template=None if self.chat_template is None else self.chat_template.read_text(),
+            version=VERSION,
+            log_requests=self.log_requests,
+            status_interval_s=self.status_interval,
+            limits=limits,
+            timeouts=Timeouts(
+                body_s=self.body_timeout,
+                request_s=self.request_timeout,
+                write_s=self.write_timeout,
+                keep_alive_s=self.keep_alive_timeout,
+            ),
+        )

@@ -1,0 +1,141 @@
+"""EngineCore over a fake worker and the real scheduler: steps, faults, grammars, aborts."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from scheduler.types import Delta, FinishReason, Grammar, GrammarKind, StepPlan
+from server.engine.core import EngineCore
+from tests.server.engine.fakes import POISON, FakeWorker, expected, fake_core, request
+
+
+def run(core: EngineCore, timeout_s: float = 5.0) -> dict[str, list[Delta]]:
+    deltas: dict[str, list[Delta]] = {}
+    deadline = time.monotonic() + timeout_s
+    while core.has_work:
+        assert time.monotonic() < deadline
+        for delta in core.step()[0]:
+            deltas.setdefault(delta.request_id, []).append(delta)
+    return deltas
+
+
+def tokens_of(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.tokens]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_poisoned_request_fails_alone_whenever_it_comes(seed: int) -> None:
+    rng = random.Random(seed)
+    worker = FakeWorker()
+    core = fake_core(worker)
+    size = rng.randint(2, 16)
+    culprit = rng.randrange(size)
+    for i in range(size):
+        core.add(request(f"r{i}", (i, POISON if i == culprit else 7), 1 + i))
+        if rng.random() < 0.4:
+            core.step()
+    deltas = run(core)
+    last = deltas[f"r{culprit}"][-1] if f"r{culprit}" in deltas else None
+    for i in range(size):
+        if i != culprit and f"r{i}" in deltas:
+            assert expected((i, 7), 1 + i)[-len(tokens_of(deltas[f"r{i}"])) :] == tokens_of(deltas[f"r{i}"])
+    if last is not None:
+        assert last.fault is not None
+        assert last.fault.status == 500
+    assert core.stats().pages_used == 0
+
+
+def test_the_error_of_a_failing_step_ends_once() -> None:
+    core = fake_core(FakeWorker())
+    core.add(request("bad", (POISON,)))
+    core.add(request("good", (5,)))
+    deltas = run(core)
+    assert [delta.finish_reason for delta in deltas["bad"]] == [FinishReason.ERROR]
+    assert tokens_of(deltas["good"]) == expected((5,), 8)
+
+
+def test_a_device_error_leaves_the_core() -> None:
+    def dies(plan: StepPlan) -> Exception:
+        return RuntimeError("CUDA error: device-side assert triggered")
+
+    core = fake_core(FakeWorker(raises=dies))
+    core.add(request("r"))
+    with pytest.raises(RuntimeError, match="CUDA"):
+        core.step()
+
+
+@pytest.mark.parametrize("failing_step", range(1, 31))
+def test_memory_that_runs_out_once_costs_no_request(failing_step: int) -> None:
+    calls = 0
+
+    def raises(plan: StepPlan) -> Exception | None:
+        nonlocal calls
+        calls += 1
+        return MemoryError() if calls == failing_step else None
+
+    core = fake_core(FakeWorker(raises=raises))
+    for i in range(6):
+        core.add(request(f"r{i}", (i,), 20))
+    deltas = run(core)
+    assert all(tokens_of(deltas[f"r{i}"]) == expected((i,), 20) for i in range(6))
+    assert core.stats().pages_used == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "status"), [("good", None), ("bad", 400), ("slow", 400), ("bug", 500)], ids=lambda value: str(value)
+)
+def test_grammars_are_compiled_beside_the_loop_and_fail_alone(source: str, status: int | None) -> None:
+    worker = FakeWorker()
+    core = fake_core(worker)
+    core.add(request("g", (1,), grammar=Grammar(GrammarKind.REGEX, source)))
+    core.add(request("plain", (2,), 3))
+    deltas = run(core)
+    assert tokens_of(deltas["plain"]) == expected((2,), 3)
+    fault = deltas["g"][-1].fault
+    assert (fault.status if fault else None) == status
+    assert fault is None or fault.param == "response_format"
+    deadline = time.monotonic() + 3
+    while "g" not in worker.forgotten:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_too_many_endless_compilations_are_refused_not_piled_up() -> None:
+    core = fake_core(FakeWorker())
+    for i in range(12):
+        core.add(request(f"g{i}", (1,), grammar=Grammar(GrammarKind.REGEX, "slow")))
+    deltas = run(core)
+    statuses = sorted(deltas[f"g{i}"][-1].fault.status for i in range(12))  # type: ignore[union-attr]
+    assert statuses[0] == 400
+    core.add(request("later", (1,), grammar=Grammar(GrammarKind.REGEX, "slow")))
+    later = run(core)["later"][-1].fault
+    assert later is not None
+    assert later.status in (400, 503)
+
+
+def test_an_abort_at_any_moment_leaves_no_page_and_no_delta() -> None:
+    rng = random.Random(3)
+    worker = FakeWorker()
+    core = fake_core(worker)
+    alive: set[str] = set()
+    for i in range(300):
+        grammar = Grammar(GrammarKind.REGEX, rng.choice(["good", "slow"])) if rng.random() < 0.2 else None
+        core.add(request(f"r{i}", [i] * rng.randint(1, 60), rng.randint(1, 40), grammar=grammar))
+        alive.add(f"r{i}")
+        if rng.random() < 0.7:
+            victim = rng.choice(sorted(alive))
+            core.abort(victim)
+            core.abort(victim)
+            alive.discard(victim)
+        if rng.random() < 0.5:
+            for delta in core.step()[0]:
+                assert delta.request_id in alive
+                if delta.finish_reason is not None:
+                    alive.discard(delta.request_id)
+    for name in list(alive):
+        core.abort(name)
+    assert not core.has_work
+    assert core.stats().pages_used == 0
