@@ -89,6 +89,10 @@ class GrammarCompiler:
     def forget(self, request_id: str) -> None:
         self._prepared.pop(request_id, None)
 
+    @property
+    def num_prepared(self) -> int:
+        return len(self._prepared)
+
     def matcher(self, request: Request) -> GrammarMatcher | None:
         """A fresh matcher for one sequence of the request, before its first output token."""
         if request.sampling.grammar is None:

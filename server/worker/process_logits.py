@@ -202,5 +202,5 @@ def _min_p(rows: Sequence[JudgedRow], at: list[int], like: Tensor) -> Tensor:
 
 def _top(rows: Sequence[JudgedRow], at: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
     top_k = torch.tensor([rows[i].recipe.sampling.top_k for i in at], device=like.device)
-    top_p = torch.tensor([rows[i].recipe.sampling.top_p for i in at], dtype=torch.float32, device=like.device)
+    top_p = torch.tensor([rows[i].recipe.sampling.top_p for i in at], dtype=torch.float64, device=like.device)
     return top_k, top_p

@@ -1,7 +1,7 @@
 """A two-layer attention model over `Ops`, and the same model dense: the oracle of the worker's tests.
 
-Random float32 weights. `TinyModel` reads its keys from pages through `ReferenceOps`; `TinyModel.dense_logits` is a plain
-causal forward over a whole token string, written without pages, spans or `Ops`.
+Random float32 weights. `TinyModel` reads its keys from pages through `ReferenceOps`; `TinyModel.dense_logits` is a
+plain causal forward over a whole token string, written without pages, spans or `Ops`.
 """
 
 from __future__ import annotations

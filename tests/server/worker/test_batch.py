@@ -1,0 +1,79 @@
+"""Spans to tensors, against a loop over tokens."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from scheduler.types import MASK_ALL, Request, Span
+from server.worker.batch import build_batch
+from server.worker.recipe import make_recipe
+from server.worker.sequences import SequenceState
+
+CPU = torch.device("cpu")
+PAGE = 4
+
+
+def state(slot: int, num_pages: int) -> SequenceState:
+    request = Request(str(slot), (1,), 9)
+    return SequenceState(request, make_recipe(request, ()), slot, [1], 0, num_pages=num_pages)
+
+
+def random_spans(rng: random.Random, num_spans: int) -> tuple[list[Span], list[SequenceState]]:
+    spans, states = [], []
+    for slot in rng.sample(range(20), num_spans):
+        mask_block = rng.choice([1, 1, 3, 8, MASK_ALL])
+        start, length = rng.randint(0, 30), rng.randint(1, 12)
+        kv_len = start + length + (rng.randint(0, 4) if mask_block > 1 else 0)
+        spans.append(Span(slot, tuple(rng.choices(range(99), k=length)), start, kv_len, mask_block))
+        states.append(state(slot, -(-kv_len // PAGE) + rng.randint(0, 2)))
+    return spans, states
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_every_row_has_the_place_and_the_mask_of_its_span(seed: int) -> None:
+    rng = random.Random(seed)
+    page_table = np.array([rng.sample(range(1000), 14) for _ in range(20)], dtype=np.int32)
+    spans, states = random_spans(rng, rng.randint(1, 9))
+    batch = build_batch(spans, states, page_table, PAGE, CPU)
+    rows, at = batch.rows, 0
+    for index, span in enumerate(spans):
+        assert batch.first_rows[index] == at == int(rows.span_starts[index])
+        for offset, token in enumerate(span.tokens):
+            position = span.start + offset
+            visible = min(span.kv_len, (position // span.mask_block + 1) * span.mask_block)
+            page = int(page_table[span.seq_id, position // PAGE])
+            assert int(batch.tokens[at]) == token
+            assert int(rows.positions[at]) == position
+            assert int(rows.visible[at]) == visible
+            assert int(rows.slots[at]) == page * PAGE + position % PAGE
+            read = rows.page_table[int(rows.row_seq[at]), : -(-span.kv_len // PAGE)]
+            assert read.tolist() == page_table[span.seq_id, : len(read)].tolist()
+            at += 1
+    assert at == len(batch.tokens) == batch.first_rows[-1] == int(rows.span_starts[-1])
+    assert rows.visible.dtype == rows.page_table.dtype == torch.int32
+    assert rows.slots.dtype == batch.tokens.dtype == torch.int64
+
+
+def test_a_batch_of_512_decodes_is_built_within_a_few_milliseconds() -> None:
+    """Typically 0.6 ms; the limit leaves room for a busy machine and still catches a loop over tokens or pages."""
+    page_table = np.arange(512 * 64, dtype=np.int32).reshape(512, 64)
+    spans = [Span(i, (7,), 200 + i % 50, 201 + i % 50, judged=(0,)) for i in range(512)]
+    states = [state(i, 64) for i in range(512)]
+    best = float("inf")
+    for _ in range(20):
+        started_at = time.perf_counter()
+        build_batch(spans, states, page_table, PAGE, CPU)
+        best = min(best, time.perf_counter() - started_at)
+    assert best < 3e-3
+
+
+def test_a_span_past_its_pages_is_refused_by_name() -> None:
+    page_table = np.zeros((4, 8), dtype=np.int32)
+    spans = [Span(5, (1, 2), 0, 2), Span(6, (1,), 8, 9)]
+    with pytest.raises(ValueError, match=r"sequence 6 covers KV \[8, 9\).*2 pages hold 8"):
+        build_batch(spans, [state(0, 1), state(1, 2)], page_table, PAGE, CPU)
