@@ -53,6 +53,16 @@ class FinishedRequest:
     times: RequestTimes | None
 
 
+@dataclass(slots=True)
+class StepTotals:
+    """Sums over all steps, for the status line."""
+
+    generated: int = 0
+    prefilled: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
 def length_buckets(most: int) -> tuple[int, ...]:
     """1, 2, 5, 10, ... up to and including the first that is >= most."""
     buckets: list[int] = []
@@ -72,6 +82,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model_name
         self._model_len = model_len
+        self.totals = StepTotals()
         ProcessCollector(registry=self.registry)
         self._make_gauges()
         self._make_step_metrics()
@@ -195,6 +206,10 @@ class Metrics:
             if count:
                 self._tokens[kind].inc(count)
         self._generated.inc(stats.generated_tokens)
+        self.totals.generated += stats.generated_tokens
+        self.totals.prefilled += stats.prefill_tokens
+        self.totals.prefix_queries += stats.prefix_queries
+        self.totals.prefix_hits += stats.prefix_hits
         for counter, count in (
             (self._queries, stats.prefix_queries),
             (self._hits, stats.prefix_hits),

@@ -14,14 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from scheduler.types import StepStats
 from server.api.admission import Admission
 from server.api.chat import ChatForm
 from server.api.completions import CompletionForm
 from server.api.errors import ApiError, shown
 from server.api.handler import Form, GenerationResponse
 from server.api.middleware import EdgeMiddleware
-from server.api.monitor import ThroughputMeter, monitoring
+from server.api.monitor import monitoring
 from server.api.pool import TextPool
 from server.api.routes import HealthRoutes, ModelRoutes, ServerRoutes, TextRoutes
 from server.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -33,23 +32,21 @@ from server.text.tokenizer import Tokenizer
 
 
 class Application:
-    """The ASGI callable. Pass `observe_step` to the engine client as its `on_step`, or call it per step."""
+    """The ASGI callable: the edge around FastAPI's routes."""
 
-    def __init__(self, api: FastAPI, services: Services, meter: ThroughputMeter) -> None:
+    def __init__(self, api: FastAPI, services: Services) -> None:
         self.api, self.services = api, services
         self._edge = EdgeMiddleware(api, services)
-        self._meter = meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._edge(scope, receive, send)
 
-    def observe_step(self, stats: StepStats) -> None:
-        self.services.metrics.observe_step(stats)
-        self._meter.observe(stats)
-
 
 def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metrics: Metrics) -> Application:
-    """The application over an engine. Raises ChatTemplateError if the model's template does not compile."""
+    """The application over an engine; give `metrics.observe_step` to the engine client as `on_step`.
+
+    Raises ChatTemplateError if the model's template does not compile.
+    """
     source = settings.chat_template if settings.chat_template is not None else tokenizer.chat_template
     template = None
     if source is not None:
@@ -65,11 +62,10 @@ def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metr
         model_names=settings.served_model_names,
         created=int(time.time()),
     )
-    meter = ThroughputMeter()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with monitoring(services, meter):
+        async with monitoring(services):
             yield
 
     api = FastAPI(
@@ -83,7 +79,7 @@ def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metr
     _add_routes(api, services)
     api.add_exception_handler(HTTPException, _on_http_exception)
     api.add_exception_handler(ApiError, _on_api_error)
-    return Application(api, services, meter)
+    return Application(api, services)
 
 
 def _add_routes(api: FastAPI, services: Services) -> None:

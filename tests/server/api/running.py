@@ -1,0 +1,75 @@
+"""A real uvicorn server in a thread, and raw sockets to talk to it: disconnects do not exist in in-process clients."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from server.api.app import Application, create_app
+from server.api.settings import ApiSettings
+from server.metrics import Metrics
+from server.text.tokenizer import Tokenizer
+from tests.server.api.fake_engine import MODEL_LEN, FakeEngine, Script, byte_tokenizer
+
+
+class Server:
+    """What a test holds of a running server."""
+
+    def __init__(self, engine: FakeEngine, tokenizer: Tokenizer, app: Application, port: int) -> None:
+        self.engine, self.tokenizer, self.app, self.port = engine, tokenizer, app, port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def post_and_keep(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """Send a request and return its socket, unread."""
+        sock = self.connect()
+        raw = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        sock.sendall(head.encode() + f"Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        return sock
+
+
+def make_app(
+    script: Script | None = None,
+    settings: ApiSettings | None = None,
+    chat_template: str | None = "default",
+    **sizes: int,
+) -> tuple[Application, FakeEngine, Tokenizer]:
+    tokenizer = byte_tokenizer() if chat_template == "default" else byte_tokenizer(chat_template)
+    engine = FakeEngine(tokenizer, script, **sizes)
+    app = create_app(settings or ApiSettings(("tiny",)), engine, tokenizer, Metrics("tiny", MODEL_LEN))
+    return app, engine, tokenizer
+
+
+@contextmanager
+def serving(script: Script | None = None, settings: ApiSettings | None = None, **sizes: int) -> Iterator[Server]:
+    app, engine, tokenizer = make_app(script, settings, **sizes)
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http="h11", log_level="error", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield Server(engine, tokenizer, app, sock.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        sock.close()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.01)
