@@ -1,0 +1,81 @@
+"""The budget of a step follows the time-between-tokens target."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler.scheduler import Scheduler
+from scheduler.simulator import Machine, percentile, poisson, simulate, stall
+from scheduler.step_cost import StepCost
+from scheduler.types import Limits, StepFeatures, StepPlan, StepSample
+from tests.scheduler.worlds import World, make_limits, make_request
+
+
+def sizes(plan: StepPlan | None) -> list[int]:
+    assert plan is not None
+    return [len(span.tokens) for span in plan.spans]
+
+
+def seeded_cost() -> StepCost:
+    """10 ms, and 0.1 ms more per row: exactly."""
+    features = [StepFeatures(n, n - d, d) for n in (1, 8, 32, 128, 512) for d in (0, min(n, 8))]
+    return StepCost([StepSample(entry, 0.01 + 1e-4 * entry.tokens) for entry in features for _ in range(5)])
+
+
+def test_the_budget_of_a_mixed_step_follows_the_target_and_the_cap_when_nothing_decodes() -> None:
+    chunks = {}
+    for slo in (0.0125, 0.02, 0.04, 9.0):
+        limits = make_limits(max_batched_tokens=400, max_model_len=2000, num_pages=2000, tbt_slo_s=slo)
+        world = World(limits, Scheduler(limits, seeded_cost()))
+        world.add(make_request("prompt", (1,) * 800, max_tokens=99))
+        assert sizes(world.step()) == [400]
+        world.run_until_decoding("prompt")
+        world.add(make_request("second", (2,) * 900))
+        plan = world.step()
+        chunks[slo] = sizes(plan)[1]
+    assert chunks[0.0125] == 16
+    assert 50 <= chunks[0.02] <= 90
+    assert 200 <= chunks[0.04] <= 270
+    assert chunks[9.0] == 399
+
+
+def test_the_automatic_target_is_a_multiple_of_the_undisturbed_step() -> None:
+    limits = make_limits(max_batched_tokens=400, max_model_len=2000, num_pages=2000, tbt_auto_factor=3.0)
+    world = World(limits, Scheduler(limits, seeded_cost()))
+    world.add(make_request("first", 4, max_tokens=99))
+    world.step()
+    world.add(make_request("second", (2,) * 900))
+    plan = world.step()
+    # One decode takes 10.1 ms; 3 x 10.1 / 1.1 = 27.5 ms buy 17.4 ms of prompt rows at 0.1 ms.
+    assert 150 <= sizes(plan)[1] <= 185
+    assert plan is not None
+    assert plan.predicted_s <= 3.0 * 0.0101
+
+
+LIMITS = Limits(2048, 64, 4096, 4096, 16)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_streams_stall_at_most_three_undisturbed_steps_while_prompts_arrive(seed: int) -> None:
+    quiet, disturbed = stall(LIMITS, Machine(), seed)
+    assert percentile(disturbed.tbt_s, 99) <= 3.0 * percentile(quiet.tbt_s, 50)
+
+
+def test_the_stall_is_seen_when_the_target_is_relaxed() -> None:
+    relaxed = Limits(2048, 64, 4096, 4096, 16, tbt_slo_s=5.0)
+    quiet, disturbed = stall(relaxed, Machine(), 0)
+    assert percentile(disturbed.tbt_s, 99) > 6.0 * percentile(quiet.tbt_s, 50)
+
+
+def test_a_machine_that_is_flat_up_to_many_rows_gets_long_chunks() -> None:
+    gpu = Machine(curve=((1, 0.010), (64, 0.0102), (256, 0.012), (512, 0.020), (2048, 0.080)), key_s=1e-8, noise=0.05)
+    quiet, disturbed = stall(LIMITS, gpu, 0)
+    assert percentile(disturbed.tbt_s, 99) <= 3.0 * percentile(quiet.tbt_s, 50)
+    # 1,500-token prompts in at most five steps of about 25 ms.
+    assert percentile(disturbed.ttft_s, 90) <= 0.2
+
+
+def test_prompts_progress_under_a_target_that_cannot_be_met() -> None:
+    strict = Limits(2048, 64, 4096, 4096, 16, tbt_slo_s=0.001)
+    report = simulate(strict, poisson(20, 2.0, 300, 20, seed=1), Machine(), until_s=600.0)
+    assert len(report.ttft_s) == 20
