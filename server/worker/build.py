@@ -16,6 +16,7 @@ import torch
 
 from kernels.ops import Ops
 from kernels.select import select_ops
+from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
 from server.worker.config import WorkerConfig
@@ -123,13 +124,16 @@ def _cpu_quota() -> int:
 def _load(
     config: WorkerConfig, ops: Ops, dtype: torch.dtype, device: torch.device, progress: bool
 ) -> tuple[Model, Path | None]:
-    """The model and the folder it came from; random weights borrow the tokenizer of a local `model` folder."""
+    """The model and the folder of its tokenizer; random weights borrow the tokenizer of `model`."""
     if config.random_weights is None:
         folder = resolve_model(config.model, config.revision, config.download_dir)
-        return load_model(folder, ops, dtype, device, progress), folder
-    model = random_model(config.random_weights, ops, dtype, device, seed=config.seed)
-    local = Path(config.model)
-    return model, local if local.is_dir() else None
+        return load_model(folder, ops, dtype, device, progress, config.max_model_len), folder
+    model = random_model(config.random_weights, ops, dtype, device, config.seed, config.max_model_len)
+    try:
+        return model, resolve_model(config.model, config.revision, config.download_dir)
+    except (ValueError, OSError) as error:
+        logger.warning("random weights without a tokenizer, so structured output is refused: %s", error)
+        return model, None
 
 
 def _describe(
@@ -148,7 +152,7 @@ def _describe(
         eos_ids=tuple(model.config.eos_token_ids),
         block_size=model.config.block_size,
         mask_id=model.config.mask_token_id,
-        num_parameters=model.num_parameters,
+        num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
     )
 
 

@@ -154,4 +154,5 @@ class KVPool:
 
     @property
     def num_bytes(self) -> int:
-        return sum(k_pages.nbytes + v_pages.nbytes for k_pages, v_pages in self.layers)
+        """Memory taken, the back end's padding included."""
+        return sum(pages.untyped_storage().nbytes() for layer in self.layers for pages in layer)
