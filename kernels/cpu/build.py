@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "generic": (),
 }
-"""Compiler flags of each variant, best first. `generic` is whatever the compiler makes for the architecture's baseline."""
+"""Compiler flags of each variant, best first; `generic` is the architecture's baseline."""
 _NEEDED_FLAGS = {
     "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_bf16", "fma", "bmi2"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "bmi2"},
@@ -100,7 +100,7 @@ def library_path(variant: str | None = None, directory: Path | None = None) -> P
 
 
 def build(variant: str, directory: Path) -> Path:
-    """Compile one variant into `directory` and return the library's path; concurrent builders do not disturb each other."""
+    """Compile one variant into `directory` and return the library's path; concurrent builds are safe."""
     name = library_name(variant)
     compiler = find_compiler()
     if compiler is None:

@@ -62,6 +62,25 @@ struct AttentionArgs {
   int32_t is_bf16;
 };
 
+// Half layers: x [rows, hidden] is the residual stream, out its successor. qkv.qkv, qkv.q_out, attention.q and
+// attention.out are filled in here from scratch memory.
+struct AttentionBlockArgs {
+  const void *x, *norm;
+  void* out;
+  const Weight *qkv_weight, *out_weight;
+  QkvArgs qkv;
+  AttentionArgs attention;
+};
+
+struct MlpBlockArgs {
+  const void *x, *norm;
+  void* out;
+  const Weight *gate_up, *down;
+  int64_t rows;
+  float eps;
+  int32_t is_bf16;
+};
+
 template <class T>
 void rms_norm(Pool*, const T* x, const T* weight, long rows, long n, float eps, T* out);
 template <class T>

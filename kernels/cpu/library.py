@@ -57,6 +57,31 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+class AttentionBlockArgs(ctypes.Structure):
+    """layer.h AttentionBlockArgs."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "norm", "out")),
+        ("qkv_weight", POINTER(Weight)),
+        ("out_weight", POINTER(Weight)),
+        ("qkv", QkvArgs),
+        ("attention", AttentionArgs),
+    )
+
+
+class MlpBlockArgs(ctypes.Structure):
+    """layer.h MlpBlockArgs."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "norm", "out")),
+        ("gate_up", POINTER(Weight)),
+        ("down", POINTER(Weight)),
+        ("rows", c_int64),
+        ("eps", c_float),
+        ("is_bf16", c_int32),
+    )
+
+
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "braid_pool_create": (c_void_p, [c_int]),
     "braid_linear": (None, [c_void_p, POINTER(Weight), c_void_p, c_int64, c_void_p, c_void_p, c_int]),
@@ -65,6 +90,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "braid_silu_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p]),
     "braid_qkv_rope_write": (None, [c_void_p, POINTER(QkvArgs)]),
     "braid_paged_attention": (None, [c_void_p, POINTER(AttentionArgs)]),
+    "braid_attention_block": (None, [c_void_p, POINTER(AttentionBlockArgs)]),
+    "braid_mlp_block": (None, [c_void_p, POINTER(MlpBlockArgs)]),
     "braid_sample": (None, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from ctypes import byref
+from ctypes import byref, pointer
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.blocks import AttentionBlock, MlpBlock
 from kernels.cpu import library
 from kernels.cpu.build import best_variant, library_path
 from kernels.ops import AttentionRows, PackedLinear
@@ -75,6 +76,7 @@ class CpuOps:
         self.name = f"cpu-{self.variant}" if quantization is None else f"cpu-{self.variant}-{quantization}"
         self._lib = library.load(library_path(self.variant, directory))
         self._pool = self._lib.braid_pool_create(self.num_threads)
+        self._checked: tuple[AttentionRows, list[tuple[object, ...]]] | None = None
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> CpuLinear:
         is_bf16 = _is_bf16(weight_NK)
@@ -178,15 +180,12 @@ class CpuOps:
         rows: AttentionRows,
     ) -> Tensor:
         qkv = qkv_TX.contiguous()
-        if qkv.shape[1] != (num_q + 2 * num_kv) * head_dim or k_pages.dtype != qkv.dtype:
-            raise ValueError(f"qkv rows have {qkv.shape[1]} features of {qkv.dtype}, pages hold {k_pages.dtype}")
+        if qkv.shape[1] != (num_q + 2 * num_kv) * head_dim:
+            raise ValueError(f"qkv rows have {qkv.shape[1]} features, not ({num_q} + 2 * {num_kv}) * {head_dim}")
+        self._check_rows(rows, qkv.shape[0], k_pages, cos_sin_MR)
         q_TQD = torch.empty((qkv.shape[0], num_q, head_dim), dtype=qkv.dtype)
-        struct = library.QkvArgs(
-            qkv.data_ptr(), q_TQD.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), cos_sin_MR.data_ptr(),
-            None if q_norm_D is None else q_norm_D.data_ptr(), None if k_norm_D is None else k_norm_D.data_ptr(),
-            rows.positions.data_ptr(), rows.slots.data_ptr(),
-            qkv.shape[0], num_q, num_kv, head_dim, cos_sin_MR.shape[1], k_pages.shape[2], eps, _is_bf16(qkv),
-        )  # fmt: skip
+        struct = _qkv_args(num_q, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows, qkv.dtype)
+        struct.qkv, struct.q_out = qkv.data_ptr(), q_TQD.data_ptr()
         self._lib.braid_qkv_rope_write(self._pool, byref(struct))
         return q_TQD
 
@@ -200,20 +199,68 @@ class CpuOps:
         window: int | None = None,
     ) -> Tensor:
         q = q_TQD.contiguous()
-        num_q, head_dim = q.shape[1:]
-        num_kv, page_size = k_pages.shape[1:3]
-        if num_q % num_kv or num_q // num_kv > library.MAX_GROUP or k_pages.dtype != q.dtype:
-            raise ValueError(f"{num_q} query heads of {q.dtype} cannot read {num_kv} kv heads of {k_pages.dtype}")
+        self._check_rows(rows, q.shape[0], k_pages, None)
         out_TQD = torch.empty_like(q)
-        struct = library.AttentionArgs(
-            q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out_TQD.data_ptr(),
-            rows.page_table.data_ptr(), rows.row_seq.data_ptr(), rows.positions.data_ptr(),
-            rows.visible.data_ptr(), rows.span_starts.data_ptr(),
-            rows.page_table.shape[1], rows.span_starts.shape[0] - 1, num_q, num_kv, head_dim, page_size,
-            window or 0, scale, _is_bf16(q),
-        )  # fmt: skip
+        struct = _attention_args(q.shape[1], q.shape[2], k_pages, v_pages, rows, scale, window, q.dtype)
+        struct.q, struct.out = q.data_ptr(), out_TQD.data_ptr()
         self._lib.braid_paged_attention(self._pool, byref(struct))
         return out_TQD
+
+    def attention_block(
+        self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
+    ) -> Tensor:
+        qkv, out = _packed(block.qkv, x_TH.shape[1]), _packed(block.out, block.num_q * block.head_dim)
+        x, out_TH = _activations(x_TH, qkv), torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+        self._check_rows(rows, x.shape[0], k_pages, block.cos_sin_MR)
+        struct = library.AttentionBlockArgs(
+            x.data_ptr(), block.norm_H.data_ptr(), out_TH.data_ptr(), pointer(qkv.struct), pointer(out.struct),
+            _qkv_args(block.num_q, block.head_dim, block.cos_sin_MR, block.q_norm_D, block.k_norm_D, block.eps,
+                      k_pages, v_pages, rows, x.dtype),
+            _attention_args(block.num_q, block.head_dim, k_pages, v_pages, rows, block.scale, block.window, x.dtype),
+        )  # fmt: skip
+        self._lib.braid_attention_block(self._pool, byref(struct))
+        return out_TH
+
+    def mlp_block(self, x_TH: Tensor, block: MlpBlock) -> Tensor:
+        gate_up = _packed(block.gate_up, x_TH.shape[1])
+        down = _packed(block.down, gate_up.out_features // 2)
+        x, out_TH = _activations(x_TH, gate_up), torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+        struct = library.MlpBlockArgs(
+            x.data_ptr(), block.norm_H.data_ptr(), out_TH.data_ptr(), pointer(gate_up.struct), pointer(down.struct),
+            x.shape[0], block.eps, _is_bf16(x),
+        )  # fmt: skip
+        self._lib.braid_mlp_block(self._pool, byref(struct))
+        return out_TH
+
+    def _check_rows(self, rows: AttentionRows, num_rows: int, k_pages: Tensor, cos_sin_MR: Tensor | None) -> None:
+        """Refuse what would make a kernel read or write outside its memory; once per step and not once per layer."""
+        seen = (rows, num_rows, k_pages.shape, None if cos_sin_MR is None else cos_sin_MR.shape)
+        if self._checked is not None and self._checked[0] is rows and seen[1:] in self._checked[1]:
+            return
+        if self._checked is None or self._checked[0] is not rows:
+            self._checked = (rows, [])
+        num_pages, _, page_size, _ = k_pages.shape
+        for name in ("page_table", "row_seq", "positions", "visible", "span_starts"):
+            tensor = getattr(rows, name)
+            if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+                raise TypeError(f"rows.{name} is {tensor.dtype}; the CPU kernels need a contiguous int32 tensor")
+        if rows.slots.dtype != torch.int64 or not rows.slots.is_contiguous():
+            raise TypeError(f"rows.slots is {rows.slots.dtype}; the CPU kernels need a contiguous int64 tensor")
+        if (
+            not rows.row_seq.shape[0]
+            == rows.positions.shape[0]
+            == rows.visible.shape[0]
+            == rows.slots.shape[0]
+            == num_rows
+        ):
+            raise ValueError(f"rows describe {rows.row_seq.shape[0]} rows, the step has {num_rows}")
+        if num_rows and not 0 <= int(rows.slots.min()) <= int(rows.slots.max()) < num_pages * page_size:
+            raise ValueError(f"a slot lies outside the {num_pages} pages of {page_size}")
+        if num_rows and int(rows.visible.max()) > rows.page_table.shape[1] * page_size:
+            raise ValueError(f"a row sees more keys than {rows.page_table.shape[1]} pages of {page_size} hold")
+        if num_rows and cos_sin_MR is not None and int(rows.positions.max()) >= cos_sin_MR.shape[0]:
+            raise ValueError(f"position {int(rows.positions.max())} is past the {cos_sin_MR.shape[0]} rotary positions")
+        self._checked[1].append(seen[1:])
 
     def moe(
         self,
@@ -264,7 +311,7 @@ class CpuOps:
     ) -> tuple[Tensor, Tensor]:
         """Tensors of shape [P, K, S, D] over memory laid out as layer.h's KvLayout says, padded to whole tiles.
 
-        Shape and dtype may be read and the whole may be filled; single elements mean nothing to anybody but the kernels.
+        Shape and dtype may be read and the whole may be filled; single elements mean nothing outside the kernels.
         """
         if dtype not in (torch.bfloat16, torch.float32) or device.type != "cpu":
             raise ValueError(f"KV of {dtype} on {device}; the CPU kernels hold bfloat16 and float32 on the CPU")
@@ -275,6 +322,52 @@ class CpuOps:
         k_pages = torch.empty((num_pages, num_kv, keys, k_dims), dtype=dtype)
         v_pages = torch.empty((num_pages, num_kv, keys, v_dims), dtype=dtype)
         return k_pages[:, :, :page_size, :head_dim], v_pages[:, :, :page_size, :head_dim]
+
+
+def _qkv_args(
+    num_q: int,
+    head_dim: int,
+    cos_sin_MR: Tensor,
+    q_norm_D: Tensor | None,
+    k_norm_D: Tensor | None,
+    eps: float,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    rows: AttentionRows,
+    dtype: torch.dtype,
+) -> library.QkvArgs:
+    """All but the qkv and q_out pointers."""
+    if k_pages.dtype != dtype or cos_sin_MR.dtype != torch.float32 or not cos_sin_MR.is_contiguous():
+        raise TypeError(f"rows are {dtype}, pages {k_pages.dtype}, rotary table {cos_sin_MR.dtype} (expected float32)")
+    return library.QkvArgs(
+        None, None, k_pages.data_ptr(), v_pages.data_ptr(), cos_sin_MR.data_ptr(),
+        None if q_norm_D is None else q_norm_D.data_ptr(), None if k_norm_D is None else k_norm_D.data_ptr(),
+        rows.positions.data_ptr(), rows.slots.data_ptr(), rows.slots.shape[0], num_q, k_pages.shape[1], head_dim,
+        cos_sin_MR.shape[1], k_pages.shape[2], eps, dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+def _attention_args(
+    num_q: int,
+    head_dim: int,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    rows: AttentionRows,
+    scale: float,
+    window: int | None,
+    dtype: torch.dtype,
+) -> library.AttentionArgs:
+    """All but the q and out pointers."""
+    num_kv, page_size = k_pages.shape[1:3]
+    if num_q % num_kv or num_q // num_kv > library.MAX_GROUP or k_pages.dtype != dtype:
+        raise ValueError(f"{num_q} query heads of {dtype} cannot read {num_kv} kv heads of {k_pages.dtype}")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None")
+    return library.AttentionArgs(
+        None, k_pages.data_ptr(), v_pages.data_ptr(), None, rows.page_table.data_ptr(), rows.row_seq.data_ptr(),
+        rows.positions.data_ptr(), rows.visible.data_ptr(), rows.span_starts.data_ptr(), rows.page_table.stride(0),
+        rows.span_starts.shape[0] - 1, num_q, num_kv, head_dim, page_size, window or 0, scale, dtype == torch.bfloat16,
+    )  # fmt: skip
 
 
 def _is_bf16(tensor: Tensor) -> bool:

@@ -173,8 +173,8 @@ void pool_run(Pool* pool, long tiles, void (*fn)(void*, long), void* context) { 
 
 namespace {
 struct Buffers {
-  void* at[4] = {};
-  long size[4] = {};
+  void* at[5] = {};
+  long size[5] = {};
   ~Buffers() {
     for (void* p : at) std::free(p);
   }

@@ -20,7 +20,7 @@ void parallel(Pool* pool, long tiles, Body&& body) {
   pool_run(pool, tiles, [](void* context, long tile) { (*static_cast<Plain*>(context))(tile); }, &body);
 }
 
-// 64-byte aligned scratch of the calling thread; `which` names one of four independent buffers. Never shrinks.
+// 64-byte aligned scratch of the calling thread; `which` names one of five independent buffers. Never shrinks.
 void* scratch(int which, long bytes);
 template <class T>
 T* scratch_of(int which, long count) {
