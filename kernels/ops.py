@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.blocks import AttentionBlock, MlpBlock
+
 
 @dataclass(frozen=True)
 class AttentionRows:
@@ -114,6 +116,16 @@ class Ops(Protocol):
 
         Query head h reads kv head h // (Q / K). Memory past a sequence's last key may hold anything, NaN included.
         """
+        ...
+
+    def attention_block(
+        self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
+    ) -> Tensor:
+        """The attention half of a layer in one call, [T, H] -> [T, H]: `blocks.composed_attention_block` defines it."""
+        ...
+
+    def mlp_block(self, x_TH: Tensor, block: MlpBlock) -> Tensor:
+        """The gated-MLP half of a layer in one call, [T, H] -> [T, H]: `blocks.composed_mlp_block` defines it."""
         ...
 
     def silu_mul(self, gate_up_TX: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.blocks import AttentionBlock, MlpBlock, composed_attention_block, composed_mlp_block
 from kernels.ops import AttentionRows, PackedLinear
 
 TILE_ROWS = 256
@@ -150,6 +151,14 @@ class ReferenceOps:
         for tiles in _equal_tiles(rows.span_starts, q_TQD.shape[1], k_pages.shape[2] * rows.page_table.shape[1]):
             out_TQD[tiles] = _attend(q_TQD, k_pages, v_pages, rows, tiles, scale, window)
         return out_TQD
+
+    def attention_block(
+        self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
+    ) -> Tensor:
+        return composed_attention_block(self, x_TH, block, k_pages, v_pages, rows)
+
+    def mlp_block(self, x_TH: Tensor, block: MlpBlock) -> Tensor:
+        return composed_mlp_block(self, x_TH, block)
 
     def silu_mul(self, gate_up_TX: Tensor) -> Tensor:
         gate, up = gate_up_TX.float().chunk(2, dim=-1)

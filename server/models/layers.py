@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.blocks import AttentionBlock, MlpBlock
 from kernels.ops import AttentionRows, Ops, PackedLinear
 from server.models.config import ModelConfig
 
@@ -103,95 +104,77 @@ class Packer:
         return joined
 
 
-class Attention:
-    """Self-attention of one layer: x -> o_proj(attend(rope(qkv_proj(x)))) + residual."""
-
-    def __init__(self, config: ModelConfig, index: int, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> None:
-        layer = f"model.layers.{index}.self_attn"
-        self._qkv = packer.linear(layer, ("q_proj", "k_proj", "v_proj"), config.qkv_bias)
-        self._out = packer.linear(layer, ("o_proj",), config.output_bias)
-        self._q_norm_D = packer.tensor(f"{layer}.q_norm.weight") if config.qk_norm else None
-        self._k_norm_D = packer.tensor(f"{layer}.k_norm.weight") if config.qk_norm else None
-        self._heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        self._eps = config.rms_norm_eps
-        self._scale = config.head_dim**-0.5
-        self._window = config.windows[index]
-        self._cos_sin_MR = cos_sin_MR
-        self._linear = ops.linear
-        self._rope_write = ops.qkv_rope_write
-        self._attend = ops.paged_attention
-
-    def __call__(
-        self, x_TH: Tensor, residual_TH: Tensor, rows: AttentionRows, k_pages: Tensor, v_pages: Tensor
-    ) -> Tensor:
-        num_q, num_kv, head_dim = self._heads
-        qkv_TX = self._linear(x_TH, self._qkv)
-        q_TQD = self._rope_write(
-            qkv_TX,
-            num_q,
-            num_kv,
-            head_dim,
-            self._cos_sin_MR,
-            self._q_norm_D,
-            self._k_norm_D,
-            self._eps,
-            k_pages,
-            v_pages,
-            rows,
-        )
-        out_TQD = self._attend(q_TQD, k_pages, v_pages, rows, self._scale, self._window)
-        return self._linear(out_TQD.flatten(1), self._out, residual_TH)
+def attention_block(config: ModelConfig, index: int, packer: Packer, cos_sin_MR: Tensor) -> AttentionBlock:
+    """The weights of a layer's attention half."""
+    layer = f"model.layers.{index}"
+    return AttentionBlock(
+        norm_H=packer.tensor(f"{layer}.input_layernorm.weight"),
+        qkv=packer.linear(f"{layer}.self_attn", ("q_proj", "k_proj", "v_proj"), config.qkv_bias),
+        out=packer.linear(f"{layer}.self_attn", ("o_proj",), config.output_bias),
+        q_norm_D=packer.tensor(f"{layer}.self_attn.q_norm.weight") if config.qk_norm else None,
+        k_norm_D=packer.tensor(f"{layer}.self_attn.k_norm.weight") if config.qk_norm else None,
+        num_q=config.num_heads,
+        num_kv=config.num_kv_heads,
+        head_dim=config.head_dim,
+        cos_sin_MR=cos_sin_MR,
+        eps=config.rms_norm_eps,
+        scale=config.head_dim**-0.5,
+        window=config.windows[index],
+    )
 
 
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)) + residual."""
+    """x + down(silu(gate(n)) * up(n)), n = norm(x)."""
 
-    def __init__(self, config: ModelConfig, name: str, packer: Packer, ops: Ops) -> None:
-        self._gate_up = packer.linear(name, ("gate_proj", "up_proj"), config.mlp_bias)
-        self._down = packer.linear(name, ("down_proj",), config.mlp_bias)
-        self._linear = ops.linear
-        self._silu_mul = ops.silu_mul
+    def __init__(self, config: ModelConfig, index: int, packer: Packer, ops: Ops) -> None:
+        layer = f"model.layers.{index}"
+        self._block = MlpBlock(
+            norm_H=packer.tensor(f"{layer}.post_attention_layernorm.weight"),
+            gate_up=packer.linear(f"{layer}.mlp", ("gate_proj", "up_proj"), config.mlp_bias),
+            down=packer.linear(f"{layer}.mlp", ("down_proj",), config.mlp_bias),
+            eps=config.rms_norm_eps,
+        )
+        self._mlp_block = ops.mlp_block
 
-    def __call__(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
-        return self._linear(self._silu_mul(self._linear(x_TH, self._gate_up)), self._down, residual_TH)
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        return self._mlp_block(x_TH, self._block)
 
 
 class SparseMlp:
-    """A router's weighted sum of its top_k experts, + residual. Router logits are float32, as their softmax is."""
+    """x + a router's weighted sum of its top_k experts of norm(x). Router logits are float32, as their softmax is."""
 
-    def __init__(self, config: ModelConfig, name: str, packer: Packer, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, index: int, packer: Packer, ops: Ops) -> None:
         assert config.moe is not None
-        self._router = packer.linear(name, ("gate",))
-        experts = [f"{name}.experts.{expert}" for expert in range(config.moe.num_experts)]
+        layer = f"model.layers.{index}"
+        self._norm_H = packer.tensor(f"{layer}.post_attention_layernorm.weight")
+        self._router = packer.linear(f"{layer}.mlp", ("gate",))
+        experts = [f"{layer}.mlp.experts.{expert}" for expert in range(config.moe.num_experts)]
         self._gate_up = [packer.linear(expert, ("gate_proj", "up_proj")) for expert in experts]
         self._down = [packer.linear(expert, ("down_proj",)) for expert in experts]
         self._top_k = config.moe.top_k
         self._norm_topk_prob = config.moe.norm_topk_prob
+        self._eps = config.rms_norm_eps
+        self._norm = ops.rms_norm
         self._logits = ops.logits
         self._moe = ops.moe
 
-    def __call__(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
-        router_TE = self._logits(x_TH, self._router)
-        out_TH = self._moe(x_TH, router_TE, self._gate_up, self._down, self._top_k, self._norm_topk_prob)
-        return out_TH + residual_TH
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        normed_TH = self._norm(x_TH, self._norm_H, self._eps)
+        router_TE = self._logits(normed_TH, self._router)
+        return x_TH + self._moe(normed_TH, router_TE, self._gate_up, self._down, self._top_k, self._norm_topk_prob)
 
 
 class DecoderLayer:
-    """Pre-norm attention and MLP around the residual stream."""
+    """Attention and MLP around the residual stream: two calls of the back end where the MLP is dense."""
 
     def __init__(self, config: ModelConfig, index: int, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> None:
-        name = f"model.layers.{index}"
-        self._attention = Attention(config, index, packer, ops, cos_sin_MR)
+        self._attention = attention_block(config, index, packer, cos_sin_MR)
         sparse = config.moe is not None and index in config.moe.sparse_layers
-        self._mlp = (SparseMlp if sparse else GatedMlp)(config, f"{name}.mlp", packer, ops)
-        self._norm1_H = packer.tensor(f"{name}.input_layernorm.weight")
-        self._norm2_H = packer.tensor(f"{name}.post_attention_layernorm.weight")
-        self._eps = config.rms_norm_eps
-        self._norm = ops.rms_norm
+        self._mlp = (SparseMlp if sparse else GatedMlp)(config, index, packer, ops)
+        self._attention_block = ops.attention_block
 
     def __call__(self, x_TH: Tensor, rows: AttentionRows, k_pages: Tensor, v_pages: Tensor) -> Tensor:
-        x_TH = self._attention(self._norm(x_TH, self._norm1_H, self._eps), x_TH, rows, k_pages, v_pages)
-        return self._mlp(self._norm(x_TH, self._norm2_H, self._eps), x_TH)
+        return self._mlp(self._attention_block(x_TH, self._attention, k_pages, v_pages, rows))
 
 
 class Decoder:
