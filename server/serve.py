@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -78,6 +77,7 @@ def serve(config: ServerConfig) -> int:
     """Run until a signal or the engine's end; the exit code."""
     started_at = time.monotonic()
     configure_logging(config.log_format, config.log_level)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     if _has_kernels_package():
         say("the PyPI package 'kernels' is installed beside Braid, whose folder has that name; pip uninstall kernels")
         return 2
@@ -186,7 +186,7 @@ class _Server:
             await asyncio.gather(engine, return_exceptions=True)
             raise
         facts = self._client.info
-        tokenizer = self._tokenizer()
+        tokenizer = await asyncio.to_thread(self._tokenizer)
         if facts.vocab_size < tokenizer.vocab_size:
             raise ValueError(
                 f"the model has a vocabulary of {facts.vocab_size}, but its tokenizer gives ids up to "
@@ -196,7 +196,7 @@ class _Server:
         metrics = Metrics(settings.served_model_names[0], facts.model_len)
         self._observe.append(metrics.observe_step)
         app = create_app(settings, self._client, tokenizer, metrics)
-        await stack.enter_async_context(app.router.lifespan_context(app))
+        await stack.enter_async_context(app.api.router.lifespan_context(app.api))
         self._door.app = app
         total = time.monotonic() - self._started_at
         phases = (*facts.phases, ("front end", imported_at - before), ("total", total))
@@ -205,9 +205,11 @@ class _Server:
             sys.stdout.flush()
 
     def _tokenizer(self) -> Tokenizer:
+        """Of the model's folder; a hub model is in the cache by now, the engine has fetched it."""
+        from server.models.locate import resolve_model
         from server.text.tokenizer import Tokenizer
 
-        return Tokenizer.load(model_folder(self._config))
+        return Tokenizer.load(resolve_model(self._config.model, self._config.revision, self._config.download_dir))
 
     def _on_step(self, stats: StepStats) -> None:
         for observe in self._observe:
@@ -250,21 +252,6 @@ class _Server:
         self._http.should_exit = True
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):
             await asyncio.wait_for(http, FLUSH_S + 0.5)
-
-
-def model_folder(config: ServerConfig) -> Path:
-    """Where the tokenizer is: the model's folder, which for a hub model the engine has downloaded by now."""
-    folder = Path(config.model)
-    embedded = Path(__file__).parent / "embedded" / config.model
-    if folder.is_dir():
-        return folder
-    if embedded.is_dir():
-        return embedded
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(config.model, revision=config.revision, cache_dir=config.download_dir, local_files_only=True)
-    )
 
 
 def _has_kernels_package() -> bool:

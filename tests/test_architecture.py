@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.text": {"tokenizers", "jinja2", "transformers"},
     "server.engine": {"scheduler", "msgspec", "zmq"},
     "server.engine.loop": {"scheduler", "server.worker", "msgspec", "zmq"},
-    "server.engine.offline": {"scheduler", "server.worker", "server.text"},
+    "server.engine.offline": {"scheduler", "server.worker", "server.text", "server.models.locate"},
     "server.metrics": {"prometheus_client", "scheduler.types"},
     "server.api": {
         "fastapi",

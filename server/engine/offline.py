@@ -1,0 +1,202 @@
+"""Engine: generate text in this process, in a few lines. For scripts, tests and notebooks; no HTTP, no second process.
+
+    with Engine("braid-tiny") as engine:
+        print(engine.generate(["sort: 7 3 9 ->"], max_tokens=16)[0].text)
+
+The same core, scheduler and worker as the server's: the same seed gives the same tokens as there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+from scheduler.types import Delta, FinishReason, Request, Sampling, TokenLogprob
+from server.engine.config import EngineConfig, EngineInfo
+from server.engine.loop import build_core
+from server.models.locate import resolve_model
+from server.text.detokenizer import Detokenizer, StopConditions
+from server.text.tokenizer import Tokenizer
+
+IDLE_WAIT_S = 1.0
+
+
+class GenerationError(Exception):
+    """A request failed; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one prompt gave. `text` leaves out the stop string or token that ended it."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class _Choice:
+    """One prompt's output, growing."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: tuple[int, ...], stop: tuple[str, ...], min_tokens: int) -> None:
+        self._detokenizer = Detokenizer(tokenizer, StopConditions(stop, min_tokens=min_tokens), prompt=prompt)
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] = []
+        self.finish_reason: FinishReason | None = None
+
+    def absorb(self, delta: Delta) -> str:
+        """The new text. Sets `finish_reason` at the end, which a stop string may bring early."""
+        if delta.fault is not None:
+            raise GenerationError(delta.fault.message)
+        piece, num_taken = "", 0
+        for num_taken, token in enumerate(delta.tokens, 1):
+            is_stop_id = delta.stop_id is not None and num_taken == len(delta.tokens)
+            piece += self._detokenizer.push(token, is_stop_id)
+            if self._detokenizer.stopped is not None:
+                break
+        self._tokens += delta.tokens[:num_taken]
+        self._logprobs += delta.logprobs[:num_taken]
+        self._prompt_logprobs += delta.prompt_logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            piece += self._detokenizer.finish()
+        if self._detokenizer.stopped is not None:
+            self.finish_reason = FinishReason.STOP
+        self._text.append(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None, "the output has not ended"
+        return Completion(
+            "".join(self._text),
+            tuple(self._tokens),
+            self.finish_reason,
+            tuple(self._logprobs),
+            tuple(self._prompt_logprobs),
+        )
+
+
+class Engine:
+    """One model in this process. Not for several threads at once.
+
+    model    a folder, an embedded name or a hub id
+    options  fields of `EngineConfig`, such as dtype="float32", max_seqs=8
+    Raises ValueError or OSError if the model cannot be loaded.
+    """
+
+    def __init__(self, model: str = "braid-tiny", **options: Any) -> None:
+        config = replace(EngineConfig(model=model, progress=False), **options)
+        self._ready = threading.Event()
+        self._core, self.info = build_core(config, self._ready.set)
+        self.tokenizer = Tokenizer.load(resolve_model(config.model, config.revision, config.download_dir))
+        self._ids = itertools.count()
+
+    info: EngineInfo
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the model's memory. Idempotent."""
+        if hasattr(self, "_core"):
+            del self._core
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int = 16,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Continue all prompts, batched. Completions in the order of the prompts.
+
+        max_tokens  0 = only evaluate (with prompt_logprobs)
+        stop_ids    None = the model's end-of-sequence ids, () = ignore them
+        sampling    fields of `Sampling`: temperature, top_p, seed, logprobs, grammar ... (temperature 0 by default)
+        Raises GenerationError if any of them fails, with all others aborted; ValueError for a prompt without tokens.
+        """
+        choices = self._submit(prompts, max_tokens, stop, stop_ids, sampling)
+        try:
+            for name, delta in self._deltas(choices):
+                choice = choices[name]
+                choice.absorb(delta)
+        finally:
+            self._abort(choices)
+        return [choice.completion() for choice in choices.values()]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 16,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The text of one continuation, piece by piece. Closing the iterator aborts it."""
+        choices = self._submit([prompt], max_tokens, stop, stop_ids, sampling)
+        try:
+            for name, delta in self._deltas(choices):
+                if piece := choices[name].absorb(delta):
+                    yield piece
+        finally:
+            self._abort(choices)
+
+    def _submit(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int,
+        stop: Sequence[str],
+        stop_ids: Sequence[int] | None,
+        sampling: dict[str, Any],
+    ) -> dict[str, _Choice]:
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a string; give a list of prompts")
+        values = Sampling(**{"temperature": 0.0, **sampling})
+        ids = tuple(self.info.eos_ids if stop_ids is None else stop_ids)
+        requests, choices = [], {}
+        for prompt in prompts:
+            tokens = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+            wrong = [token for token in tokens if not 0 <= token < self.info.vocab_size]
+            if not tokens or wrong:
+                raise ValueError(
+                    f"token id {wrong[0]} is not in [0, {self.info.vocab_size})" if wrong else "a prompt has no tokens"
+                )
+            seeded = values if "seed" in sampling else replace(values, seed=secrets.randbits(63))
+            requests.append(Request(f"offline-{next(self._ids)}", tokens, max_tokens, seeded, ids))
+            choices[requests[-1].id] = _Choice(self.tokenizer, tokens, tuple(stop), values.min_tokens)
+        for request in requests:
+            self._core.add(request)
+        return choices
+
+    def _deltas(self, choices: dict[str, _Choice]) -> Iterator[tuple[str, Delta]]:
+        """Run steps until every choice has ended; a stop string aborts the rest of its request."""
+        open_ids = set(choices)
+        while open_ids:
+            deltas, stats = self._core.step()
+            for delta in deltas:
+                if delta.request_id not in open_ids:
+                    continue
+                yield delta.request_id, delta
+                if choices[delta.request_id].finish_reason is not None:
+                    open_ids.discard(delta.request_id)
+                    if delta.finish_reason is None:
+                        self._core.abort(delta.request_id)
+            if stats is None and not deltas:
+                self._ready.wait(IDLE_WAIT_S)
+                self._ready.clear()
+
+    def _abort(self, choices: dict[str, _Choice]) -> None:
+        for name in choices:
+            self._core.abort(name)
