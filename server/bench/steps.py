@@ -1,6 +1,7 @@
 """Step times against the machine's own limits, in one process and one run, so that the ratios mean something.
 
-floor         weight bytes / measured read bandwidth: no step can be faster, every weight is read once
+floor         bytes of the weights a step reads / measured read bandwidth: no step can be faster. An embedding table that is
+              not also the head is left out: a step reads a few of its rows
 decode        mean step with 1, 8, 32 streams decoding, scheduling and sampling included, as a multiple of the floor
 prompt        arithmetic rate of a long prompt as a share of the machine's rate on one large matrix product
 
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -28,7 +30,9 @@ from scheduler.types import Request, Sampling, StepSample
 from server.bench.client import BenchError
 from server.bench.report import percentile
 from server.engine.config import EngineConfig, make_limits
-from server.worker.build import WorkerConfig, build_worker
+from server.models.registry import Model
+from server.worker.build import build_worker
+from server.worker.config import WorkerConfig
 from server.worker.worker import Worker
 
 MIB = 1 << 20
@@ -64,12 +68,13 @@ class DecodeFigures:
 
 @dataclass(frozen=True, slots=True)
 class StepsReport:
-    """`prompt_matmul_share` counts only the products with weights (2 x parameters x tokens), so it is a lower bound."""
+    """`prompt_matmul_share` counts the products of the layers with their weights (2 x parameters x tokens) and neither
+    attention nor the head, so it is a lower bound."""
 
     ops: str
     dtype: str
     threads: int
-    weight_mib: float
+    read_mib: float
     read_gb_per_s: float
     matmul_gflops: float
     floor_ms: float
@@ -95,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         worker = build_worker(worker_config(config), progress=False)
     except (ValueError, OSError) as problem:
         raise BenchError(str(problem)) from problem
-    samples = worker.profile()
+    scheduler = make_scheduler(worker, config, worker.profile())
     dtype = getattr(torch, worker.info.dtype.removeprefix("torch."))
     machine = measure_machine(dtype)
     tasks = tqdm([*arguments.streams, None], desc="steps", disable=None)
@@ -103,9 +108,9 @@ def run(arguments: argparse.Namespace) -> int:
     prompt_rate = 0.0
     for streams in tasks:
         if streams is None:
-            prompt_rate = prompt_tokens_per_s(worker, config, samples, arguments.prompt_len)
+            prompt_rate = prompt_tokens_per_s(scheduler, worker, arguments.prompt_len)
         else:
-            times[streams] = decode_seconds(worker, config, samples, streams, arguments.input_len, arguments.output_len)
+            times[streams] = decode_seconds(scheduler, worker, streams, arguments.input_len, arguments.output_len)
     report = summarise(worker, machine.better(measure_machine(dtype)), times, prompt_rate)
     print(as_table(report))
     if arguments.json is not None:
@@ -128,11 +133,8 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     return Machine(memory.nbytes / read_s, 2.0 * size**3 / matmul_s)
 
 
-def decode_seconds(
-    worker: Worker, config: EngineConfig, samples: list[StepSample], streams: int, input_len: int, output_len: int
-) -> list[float]:
+def decode_seconds(scheduler: Scheduler, worker: Worker, streams: int, input_len: int, output_len: int) -> list[float]:
     """Wall seconds of each step, from schedule to update, in which exactly `streams` decodes and nothing else ran."""
-    scheduler = make_scheduler(worker, config, samples)
     for stream in range(streams):
         add(scheduler, worker, f"decode-{streams}-{stream}", input_len, output_len)
     seconds = []
@@ -144,11 +146,10 @@ def decode_seconds(
     return seconds[2:] if len(seconds) > 8 else seconds
 
 
-def prompt_tokens_per_s(worker: Worker, config: EngineConfig, samples: list[StepSample], prompt_len: int) -> float:
+def prompt_tokens_per_s(scheduler: Scheduler, worker: Worker, prompt_len: int) -> float:
     """Best of three prompts, each alone and in steps as large as the cap of the budget allows."""
     best = 0.0
     for attempt in range(3):
-        scheduler = make_scheduler(worker, config, samples)
         add(scheduler, worker, f"prompt-{attempt}", prompt_len, 1)
         total = 0.0
         while scheduler.has_work:
@@ -158,7 +159,8 @@ def prompt_tokens_per_s(worker: Worker, config: EngineConfig, samples: list[Step
 
 
 def make_scheduler(worker: Worker, config: EngineConfig, samples: list[StepSample]) -> Scheduler:
-    """Without prefix cache, so that no measurement helps the next, and without a time target."""
+    """Without prefix cache, so that no measurement helps the next, and without a time target. One worker has one
+    scheduler for life: sequence ids are never used twice."""
     limits = make_limits(
         replace(config, tbt_slo_s=RELAXED_S, enable_prefix_caching=False),
         worker.info.model_len,
@@ -193,8 +195,13 @@ def step(scheduler: Scheduler, worker: Worker) -> tuple[int, int, float]:
 
 
 def summarise(worker: Worker, machine: Machine, times: dict[int, list[float]], prompt_rate: float) -> StepsReport:
-    info = worker.info
-    floor_s = info.weight_bytes / machine.read_bytes_per_s
+    info, config = worker.info, cast(Model, worker._model).config
+    table = config.vocab_size * config.hidden_size
+    num_tables = 1 if config.tie_word_embeddings else 2
+    bytes_per_parameter = getattr(torch, info.dtype).itemsize
+    read_bytes = info.weight_bytes - (num_tables - 1) * table * bytes_per_parameter
+    layer_parameters = info.num_parameters - num_tables * table
+    floor_s = read_bytes / machine.read_bytes_per_s
     decode = []
     for streams, seconds in times.items():
         if not seconds:
@@ -207,21 +214,21 @@ def summarise(worker: Worker, machine: Machine, times: dict[int, list[float]], p
         ops=info.ops,
         dtype=info.dtype,
         threads=torch.get_num_threads(),
-        weight_mib=info.weight_bytes / MIB,
+        read_mib=read_bytes / MIB,
         read_gb_per_s=machine.read_bytes_per_s / 1e9,
         matmul_gflops=machine.matmul_flops_per_s / 1e9,
         floor_ms=1e3 * floor_s,
         decode=decode,
         prompt_tokens_per_s=prompt_rate,
-        prompt_matmul_share=2.0 * info.num_parameters * prompt_rate / machine.matmul_flops_per_s,
+        prompt_matmul_share=2.0 * layer_parameters * prompt_rate / machine.matmul_flops_per_s,
     )
 
 
 def as_table(report: StepsReport) -> str:
     lines = [
-        f"{report.ops}, {report.dtype}, weights {report.weight_mib:.1f} MiB, {report.threads} torch threads; machine: "
+        f"{report.ops}, {report.dtype}, a step reads {report.read_mib:.1f} MiB of weights, {report.threads} torch threads; machine: "
         f"read {report.read_gb_per_s:.1f} GB/s, matrix product {report.matmul_gflops:.0f} GFLOP/s",
-        f"floor (weight bytes / read bandwidth): {report.floor_ms:.2f} ms",
+        f"floor (those bytes / read bandwidth): {report.floor_ms:.2f} ms",
         f"{'decoding streams':<18}{'steps':>7}{'mean ms':>9}{'p50':>8}{'p99':>8}{'x floor':>9}{'tokens/s':>10}",
     ]
     lines += [
