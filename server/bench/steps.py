@@ -1,7 +1,7 @@
 """Step times against the machine's own limits, in one process and one run, so that the ratios mean something.
 
-floor         bytes of the weights a step reads / measured read bandwidth: no step can be faster. An embedding table that is
-              not also the head is left out: a step reads a few of its rows
+floor         bytes of the weights a step reads / measured read bandwidth: no step can be faster. An embedding table
+              that is not also the head is left out: a step reads a few of its rows
 decode        mean step with 1, 8, 32 streams decoding, scheduling and sampling included, as a multiple of the floor
 prompt        arithmetic rate of a long prompt as a share of the machine's rate on one large matrix product
 
@@ -226,9 +226,9 @@ def summarise(worker: Worker, machine: Machine, times: dict[int, list[float]], p
 
 def as_table(report: StepsReport) -> str:
     lines = [
-        f"{report.ops}, {report.dtype}, a step reads {report.read_mib:.1f} MiB of weights, {report.threads} torch threads; machine: "
-        f"read {report.read_gb_per_s:.1f} GB/s, matrix product {report.matmul_gflops:.0f} GFLOP/s",
-        f"floor (those bytes / read bandwidth): {report.floor_ms:.2f} ms",
+        f"{report.ops}, {report.dtype}, {report.threads} threads; the machine reads {report.read_gb_per_s:.1f} GB/s, "
+        f"multiplies large matrices at {report.matmul_gflops:.0f} GFLOP/s",
+        f"floor: {report.floor_ms:.2f} ms ({report.read_mib:.1f} MiB of weights a step / read bandwidth)",
         f"{'decoding streams':<18}{'steps':>7}{'mean ms':>9}{'p50':>8}{'p99':>8}{'x floor':>9}{'tokens/s':>10}",
     ]
     lines += [
