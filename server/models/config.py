@@ -47,7 +47,7 @@ class ModelConfig:
 
     max_position  longest sequence in tokens, RoPE scaling included
     windows       per layer: sliding window in tokens, the token itself included, or None
-    dtype         as published; None where the file does not say
+    dtype         as published, None where the file does not say; of a loaded model: what it runs in
     eos_token_ids config.json's and generation_config.json's together
     mask_token_id, block_size  of checkpoints that also denoise blocks (ours; SDAR-like ones)
     """

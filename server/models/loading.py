@@ -11,6 +11,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ def load_model(
     entries = read_entries(path)
     unused = (*_UNUSED, "lm_head.weight") if config.tie_word_embeddings else _UNUSED
     check_against(entries, dict(weight_shapes(config)), unused)
+    config = replace(config, dtype=dtype or config.dtype or torch.float32)
     bar_off = not (progress and sys.stderr.isatty())
     with tqdm(total=len(dict(weight_shapes(config))), desc="weights", unit="tensor", disable=bar_off) as bar:
-        weights = CheckpointWeights(entries, dtype or config.dtype or torch.float32, device, bar.update)
+        weights = CheckpointWeights(entries, config, device, bar.update)
         return build_model(config, weights, ops, device, max_model_len)
 
 
@@ -82,10 +84,10 @@ class CheckpointWeights:
     """`layers.Weights` of checked safetensors entries; calls `advance` once per tensor."""
 
     def __init__(
-        self, entries: Mapping[str, Entry], dtype: torch.dtype, device: torch.device, advance: Callable[[], Any]
+        self, entries: Mapping[str, Entry], config: ModelConfig, device: torch.device, advance: Callable[[], Any]
     ) -> None:
         self._entries = entries
-        self._dtype = dtype
+        self._dtype = config.dtype
         self._device = device
         self._advance = advance
 
@@ -111,8 +113,8 @@ def random_model(
     The same spec and seed give the same weights on every machine, whatever the order of loading.
     Raises CheckpointError naming the entry.
     """
-    config = parse_config(_parse_spec(spec))
-    weights = RandomWeights(config, dtype, device, seed)
+    config = replace(parse_config(_parse_spec(spec)), dtype=dtype)
+    weights = RandomWeights(config, device, seed)
     return build_model(config, weights, ops, device, max_model_len)
 
 
@@ -156,10 +158,10 @@ def _integer(key: str, value: str) -> int:
 class RandomWeights:
     """`layers.Weights` drawn per tensor from (seed, name), scaled so that activations keep their size with depth."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, seed: int) -> None:
         self._shapes = dict(weight_shapes(config))
         self._branch_scale = 1 / math.sqrt(2 * config.num_layers)
-        self._dtype = dtype
+        self._dtype = config.dtype
         self._device = device
         self._seed = seed
 
