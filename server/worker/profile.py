@@ -1,7 +1,7 @@
 """Warm-up: a few steps of typical shapes, run on the empty pool and timed, to seed the scheduler's step-time model.
 
 The keys that these steps read are whatever the pages hold; only time is measured and no answer is kept. Shapes go from
-cheap to dear and stop when the time is up, so that a slow machine or a large model starts no later for it.
+telling to less telling and stop when the time is up, so that a slow machine or a large model starts no later for it.
 """
 
 from __future__ import annotations
@@ -62,17 +62,16 @@ class Shape:
 
 SHAPES = (
     Shape(1, 1, 32),
-    Shape(4, 1, 32),
+    Shape(1, 64, 0),
     Shape(8, 1, 32),
+    Shape(1, 256, 0),
+    Shape(32, 1, 64),
     Shape(1, 16, 0),
     Shape(16, 1, 256),
-    Shape(1, 64, 0),
-    Shape(32, 1, 64),
     Shape(1, 128, 0),
-    Shape(1, 256, 0),
+    Shape(1, 512, 0),
     Shape(64, 1, 128),
     Shape(1, 256, 1024),
-    Shape(1, 512, 0),
     Shape(1, 1024, 0),
 )
 
@@ -80,22 +79,24 @@ SHAPES = (
 def measure_steps(
     run: Callable[[StepPlan], StepResult], pool: PoolShape, max_seqs: int, max_batched_tokens: int
 ) -> list[StepSample]:
-    """Time the shapes that fit the limits; the best of `REPEATS` runs after one that is not counted.
+    """Time the shapes that fit the limits, the better of `REPEATS` runs each; the very first run is not counted.
 
     Returns one sample per shape that there was time for, at least one.
     """
     started_at = time.perf_counter()
     samples: list[StepSample] = []
-    seconds_per_token = 0.0
-    slowest_s = 0.0
+    slowest_s, most_tokens = 0.0, 1
     for number, shape in enumerate(SHAPES):
         if not _fits(shape, pool, max_seqs, max_batched_tokens):
             continue
-        expected_s = max(slowest_s, seconds_per_token * shape.tokens) * (1 + REPEATS)
-        if samples and time.perf_counter() - started_at + expected_s > PROFILE_S:
-            break
-        seconds = _time(run, shape, pool, first_step=-(number + 1) * (REPEATS + 2), deadline=started_at + PROFILE_S)
-        slowest_s, seconds_per_token = max(slowest_s, seconds), seconds / shape.tokens
+        # A step's time grows much slower than its rows until arithmetic costs more than reading the weights.
+        expected_s = REPEATS * slowest_s * max(1.0, shape.tokens / most_tokens) ** 0.5
+        if time.perf_counter() - started_at + expected_s > PROFILE_S:
+            continue
+        if not samples:
+            _time(run, shape, pool, first_step=-1, repeats=1)
+        seconds = _time(run, shape, pool, first_step=-(number + 1) * (REPEATS + 2), repeats=REPEATS)
+        slowest_s, most_tokens = max(slowest_s, seconds), max(most_tokens, shape.tokens)
         samples.append(StepSample(shape.features, seconds))
     return samples
 
@@ -110,10 +111,8 @@ def _fits(shape: Shape, pool: PoolShape, max_seqs: int, max_batched_tokens: int)
     )
 
 
-def _time(
-    run: Callable[[StepPlan], StepResult], shape: Shape, pool: PoolShape, first_step: int, deadline: float
-) -> float:
-    """Seconds of one step of the shape, its sequences admitted before and released after."""
+def _time(run: Callable[[StepPlan], StepResult], shape: Shape, pool: PoolShape, first_step: int, repeats: int) -> float:
+    """Seconds of one step of the shape, the best of `repeats`; its sequences are admitted before and released after."""
     ids = tuple(-1 - i for i in range(shape.num_seqs))
     length = shape.context + shape.num_rows
     per_seq = -(-length // pool.page_size)
@@ -132,12 +131,7 @@ def _time(
     admitted = tuple(Admission(seq_id, request, request.prompt) for seq_id in ids)
     pages = tuple((seq_id, tuple(range(i * per_seq, (i + 1) * per_seq))) for i, seq_id in enumerate(ids))
     try:
-        first_s = run(StepPlan(first_step, spans, admitted, pages)).elapsed_s
-        counted: list[float] = []
-        for repeat in range(REPEATS):
-            if time.perf_counter() > deadline:
-                break
-            counted.append(run(StepPlan(first_step + repeat + 1, spans)).elapsed_s)
-        return min(counted, default=first_s)
+        run(StepPlan(first_step, (), admitted, pages))
+        return min(run(StepPlan(first_step + repeat + 1, spans)).elapsed_s for repeat in range(repeats))
     finally:
-        run(StepPlan(first_step + REPEATS + 1, (), released=ids))
+        run(StepPlan(first_step + repeats + 1, (), released=ids))

@@ -17,7 +17,7 @@ NEG_INF = float("-inf")
 NUM_BINS = 2048
 BINS_PER_NAT = 64
 """2048 bins of 1/64 reach 32 nats below the best logit; the last bin holds the rest."""
-MAX_CELLS = 1 << 18
+MAX_CELLS = 1 << 17
 """Logits looked at together: the intermediate arrays stay in the cache and small."""
 
 _Floats = NDArray[np.float32]
@@ -82,7 +82,7 @@ def _edge(logits: _Floats, weights: _Floats, wanted: _Doubles) -> tuple[_Floats,
     edge = np.minimum((mass < wanted[:, None]).sum(axis=1), NUM_BINS - 1)
     above = np.where(edge > 0, mass[each, edge - 1], 0.0)
 
-    row, token = np.nonzero(bins == (edge + each * NUM_BINS)[:, None])
+    row, token = np.divmod(np.flatnonzero(bins == (edge + each * NUM_BINS)[:, None]), logits.shape[1])
     counts = np.bincount(row, minlength=num_rows)
     place = np.arange(row.size) - (counts.cumsum() - counts)[row]
     inside = np.full((num_rows, max(1, int(counts.max()))), NEG_INF, dtype=np.float32)

@@ -39,7 +39,8 @@ def make(folder: Path, **options: object) -> Worker:
 @pytest.fixture(scope="module")
 def oracle(folder: Path) -> torch.nn.Module:
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def expected(oracle: torch.nn.Module, request: Request) -> list[int]:
@@ -72,6 +73,18 @@ def test_a_llama_generates_what_transformers_does_alone_chunked_and_batched(
     wanted = [expected(oracle, request) for request in requests()]
     assert Driver(worker, chunk).generate(requests()) == wanted
     assert [Driver(worker, chunk).generate([request])[0] for request in requests()] == wanted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_request_alone_gives_the_tokens_it_gives_in_a_crowd_of_32(folder: Path, dtype: str) -> None:
+    asked = [
+        Request(f"c{i}", tuple(3 + (i * 7 + j * 5) % 300 for j in range(1 + 5 * i)), 12, Sampling(seed=i, top_p=0.95))
+        for i in range(32)
+    ]
+    together = Driver(make(folder, dtype=dtype, kv_cache_bytes=4 * PAGES), chunk=16).generate(asked)
+    alone = make(folder, dtype=dtype, num_threads=2)
+    for place in (0, 9, 31):
+        assert Driver(alone).generate([asked[place]])[0] == together[place]
 
 
 def test_a_schema_is_obeyed_with_the_checkpoints_own_tokenizer(worker: Worker) -> None:
@@ -144,7 +157,7 @@ def test_names_of_devices_and_dtypes_are_checked(monkeypatch: pytest.MonkeyPatch
 
 
 def test_threads_follow_the_cores_and_the_quota_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5}, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5}, raising=False)
     monkeypatch.setattr(build, "_core_of", lambda cpu: ("0", str(cpu // 2)))
     monkeypatch.setattr(build, "_cpu_quota", lambda: 1 << 16)
     assert usable_cores() == 3
