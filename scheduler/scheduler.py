@@ -227,12 +227,12 @@ class Scheduler:
         deltas: list[Delta] = []
         has_failed = False
         for seq, span, outcome in zip(draft.owners, draft.spans, result.outcomes, strict=True):
+            has_failed = has_failed or outcome.error is not None
             if seq.status is not Status.RUNNING:
                 continue
             delta = self._absorb(seq, span, outcome)
             if delta is not None:
                 deltas.append(delta)
-                has_failed = has_failed or delta.fault is not None
         self._in_flight = None
         self._queues.bury()
         if not has_failed:

@@ -1,13 +1,17 @@
 """How long a step takes: a model fitted online to what the worker measures.
 
-seconds = c0 + c1 tokens + sum_k h_k max(0, tokens - knot_k) + c2 decode_seqs + c3 context_tokens + c4
-prefill_context, all coefficients >= 0: a convex curve in the rows of a step (weights are read once whatever the rows
-are, until arithmetic costs more) plus the keys that are read. Non-negative, so that more work is never predicted to
-be faster and the budget can be found by bisection. Fitted to *relative* errors by ridge regression with forgetting.
-Forgetting is per size of step (`_STRATA`): an hour of pure decoding must not wipe out what prefill costs. One-sided
-outliers (a busy neighbour makes a step ten times longer) are clipped to what the spread of recent errors makes
-plausible. Source: the form of SmartSpec (Liu et al. 2024) and Niyama's two regimes (512 tokens there), generalised to
-a few knots, because the knee depends on the machine.
+seconds = c0 + c1 tokens + sum_k h_k max(0, tokens - knot_k) + c2 decode_seqs + c3 context_tokens
+          + c4 prefill_context, all coefficients >= 0
+
+That is a convex curve in the rows of a step (weights are read once whatever the rows are, until arithmetic costs more)
+plus the keys that are read. Non-negative, so that more work is never predicted to be faster and the budget can be found
+by bisection. The coefficients are fitted to *relative* errors by ridge regression with forgetting, which is per size of
+step (`_STRATA`): an hour of pure decoding must not wipe out what prefill costs. Besides, every step moves all of them a
+little by one factor: when a neighbour takes half of the machine, steps not seen since are slower, too. One-sided
+outliers (one step ten times longer) are clipped to what the spread of recent errors makes plausible.
+
+Source: the linear form of SmartSpec (Liu et al. 2024) and Niyama's two regimes (split at 512 tokens). Departure:
+several knots, because the knee depends on the machine, and the common factor.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from scheduler.types import StepFeatures, StepSample
 _KNOTS = (16, 64, 256)
 _STRATA = (2, 8, 32, 64, 128, 256, 512)
 _NUM_TERMS = 5 + len(_KNOTS)
-_FORGETTING = 0.98
+_FORGETTING = 0.99
+_PACE_RATE = 0.05
 _RIDGE = 1e-4
 _MIN_SPREAD = 0.1
 _CLIP = 3.0
@@ -48,7 +53,7 @@ class StepCost:
         """Take profile samples, as they are, and fit thoroughly."""
         for features, seconds in samples:
             if seconds > 0:
-                self._accumulate(features, seconds)
+                self._accumulate(features, seconds, seconds)
                 self.num_observed += 1
         if self.num_observed:
             self._fit(_SEED_SWEEPS)
@@ -63,6 +68,7 @@ class StepCost:
         return self._mean_error or 0.0
 
     def predict(self, features: StepFeatures) -> float:
+        """Expected wall seconds of a step."""
         return sum(c * x for c, x in zip(self._coefficients, _terms(features), strict=True))
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
@@ -76,7 +82,8 @@ class StepCost:
             limit = _CLIP * self._spread
             self._spread = max(_MIN_SPREAD, _ema(self._spread, min(abs(error), limit), 0.05))
             seconds = min(seconds, predicted * (1.0 + limit))
-        self._accumulate(features, seconds)
+            self._change_pace(1.0 + _PACE_RATE * (seconds / predicted - 1.0))
+        self._accumulate(features, seconds, predicted or seconds)
         self.num_observed += 1
         if self.num_observed < _NUM_EARLY:
             self._fit(_SEED_SWEEPS // 10)
@@ -94,13 +101,22 @@ class StepCost:
                 high = rows - 1
         return low
 
-    def _accumulate(self, features: StepFeatures, seconds: float) -> None:
+    def _change_pace(self, factor: float) -> None:
+        """Every kind of step takes `factor` times as long, also those not seen lately: a neighbour came or left."""
+        self._coefficients = [c * factor for c in self._coefficients]
+        self._moment = [[m * factor for m in part] for part in self._moment]
+
+    def _accumulate(self, features: StepFeatures, seconds: float, scale_s: float) -> None:
+        """Add a sample. `scale_s` is the predicted time, so that 10 % weigh the same in a short and a long step.
+
+        (Dividing by the measured time would favour the fast steps of noisy data.)
+        """
         stratum = bisect_left(_STRATA, features.tokens)
         gram, moment = self._gram[stratum], self._moment[stratum]
-        # Divided by the time itself: an error of 10 % weighs the same in a short and in a long step.
-        row = [x * s / seconds for x, s in zip(_terms(features), _SCALE, strict=True)]
+        row = [x * s / scale_s for x, s in zip(_terms(features), _SCALE, strict=True)]
+        target = seconds / scale_s
         for i, left in enumerate(row):
-            moment[i] = moment[i] * _FORGETTING + left
+            moment[i] = moment[i] * _FORGETTING + left * target
             line = gram[i]
             for j, right in enumerate(row):
                 line[j] = line[j] * _FORGETTING + left * right
