@@ -169,7 +169,8 @@ class RandomWeights:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=self._dtype, device=self._device)
-        generator = torch.Generator().manual_seed((self._seed << 32 ^ zlib.crc32(name.encode())) & (1 << 63) - 1)
+        # torch's CPU generator keeps 32 bits of a seed, so both go into one hash.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         scale = 0.02 if name.endswith(".bias") else 1.0 if "embed" in name else shape[-1] ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             scale *= self._branch_scale

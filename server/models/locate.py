@@ -24,7 +24,7 @@ def resolve_model(name_or_path: str, revision: str | None = None, download_dir: 
     Raises ModelNotFoundError.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    if name_or_path and path.is_dir():
         return path
     if name_or_path in EMBEDDED:
         embedded = Path(__file__).resolve().parent.parent / "embedded" / name_or_path
