@@ -7,8 +7,8 @@ A fenced block whose info string holds `run` is executed with a server at the ad
     ```
 
 Each block is one shell script and must end with status 0. `127.0.0.1:8000` and `localhost:8000` become the test's
-server. A fenced block `json answer` or `text answer` right after it shows the answer: keys and texts of JSON must agree,
-numbers and generated ids may differ; of other text every line must appear.
+server. A fenced block `json answer` or `text answer` right after it shows the answer: keys and texts of JSON must
+agree, numbers and generated ids may differ; of other text every line must appear.
 """
 
 from __future__ import annotations
