@@ -22,13 +22,17 @@ from server.embedded.model import PRESETS, TinyModel
 from server.embedded.objective import Trunk, causal_loss, diffusion_loss
 
 HERE = Path(__file__).parent
-WARMUP = 0.03
-"""Share of the run over which the learning rate rises."""
+WARMUP_STEPS = 50
+DECAY_SHARE = 0.5
+"""Share of the run, at its end, over which the learning rate falls in a straight line to zero."""
 
 
-def rate_factor(progress: float) -> float:
-    """The learning rate's share of its peak at `progress` in 0..1: a short rise, then a straight line to zero."""
-    return max(0.0, min(progress / WARMUP, (1.0 - progress) / (1.0 - WARMUP)))
+def rate_factor(step: int, progress: float) -> float:
+    """The learning rate's share of its peak: a short rise by steps, a plateau, a straight line down to 0 at progress 1.
+
+    The plateau is what makes a run on a shared machine sound: how fast steps come may change without moving the rate.
+    """
+    return max(0.0, min((step + 1) / WARMUP_STEPS, 1.0, (1.0 - progress) / DECAY_SHARE))
 
 
 def make_optimizers(model: TinyModel, rate: float, muon_rate: float) -> list[torch.optim.Optimizer]:
@@ -98,7 +102,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = peak * max(rate_factor(progress), 1e-3)
+                group["lr"] = peak * rate_factor(self.state.step, progress)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
