@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -82,12 +83,26 @@ def serve(config: ServerConfig) -> int:
         say("the PyPI package 'kernels' is installed beside Braid, whose folder has that name; pip uninstall kernels")
         return 2
     try:
+        check_model(config)
+    except ValueError as error:
+        say(str(error))
+        return 1
+    try:
         listener = listen(config.host, config.port)
     except OSError as error:
         say(str(error.args[-1]))
         return 2
     with listener:
         return asyncio.run(_Server(config, listener, started_at).run())
+
+
+def check_model(config: ServerConfig) -> None:
+    """Raise ValueError at once for a model that is plainly a path and not there; hub ids are the engine's to fetch."""
+    from server.models.locate import resolve_model
+
+    name = config.model
+    if config.random_weights is None and (name.startswith((".", "/", "~")) or Path(name).exists()):
+        resolve_model(name)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,7 +1,9 @@
 """`python -m server.engine`: the engine process. Started by `EngineClient`, which speaks to it over standard input."""
 
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from server.engine.config import EngineConfig, EngineInfo
 from server.engine.core import EngineCore
@@ -10,9 +12,12 @@ from server.engine.runner import run_engine
 
 def build(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
     # Imported late: the process is bound to its parent's life and can report errors before torch is there.
+    started_at = time.monotonic()
     from server.engine.loop import build_core
 
-    return build_core(config, wake)
+    imported_s = time.monotonic() - started_at
+    core, facts = build_core(config, wake)
+    return core, replace(facts, phases=(("import", imported_s), *facts.phases))
 
 
 if __name__ == "__main__":
