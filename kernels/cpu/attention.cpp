@@ -33,12 +33,14 @@ BRAID_INLINE void put_weights(bf16* p, vf x) {
 template <class T>
 class Attend {
  public:
-  Attend(const AttentionArgs& args)
+  explicit Attend(const AttentionArgs& args)
       : g(args), layout(args.page_size, args.num_kv, args.head_dim), group(args.num_q / args.num_kv),
         chunk_pages(args.page_size >= kChunkKeys ? 1 : kChunkKeys / args.page_size),
         columns(chunk_pages * layout.padded_keys) {}
 
-  void run(const Tile& tile) {
+  // `next` is the tile this thread most likely takes next, or null: its first keys are fetched behind this one's values.
+  void run(const Tile& tile, const Tile* next) {
+    following = next;
     rows = tile.count * group;
     pages = g.page_table + g.row_seq[tile.first] * g.max_pages;
     head = tile.head;
@@ -151,14 +153,28 @@ class Attend {
     peak[r] = now;
   }
 
+  void prefetch_keys(long page, long kv_head) {
+    prefetch_bytes(layout.keys(static_cast<const T*>(g.k_pages), page, kv_head), layout.padded_keys * layout.dim_words * 4);
+  }
+
+  // The i-th page that the following tile reads.
+  void prefetch_following(long i) {
+    long token = following->first;
+    long start = g.window > 0 ? long(g.positions[token]) - g.window + 1 : 0;
+    long page = (start > 0 ? start : 0) / g.page_size + i;
+    if (page * g.page_size < g.visible[token])
+      prefetch_keys(g.page_table[g.row_seq[token] * g.max_pages + page], following->head);
+  }
+
   // Values of keys below last_key. With bf16 an odd end leaves half a word that nobody has written: it is cleared in a copy.
   void values_of(long page, long end, long origin, long last_key, long end_page) {
     constexpr int per_word = Word<T>::k;
     for (; page < end; page++) {
       const uint32_t* values = layout.values(static_cast<const T*>(g.v_pages), pages[page], head);
       if (page + chunk_pages < end_page)
-        prefetch_bytes(layout.keys(static_cast<const T*>(g.k_pages), pages[page + chunk_pages], head),
-                       layout.padded_keys * layout.dim_words * 4);
+        prefetch_keys(pages[page + chunk_pages], head);
+      else if (following)
+        prefetch_following(page + chunk_pages - end_page);
       long keys = last_key - page * g.page_size;
       keys = keys < g.page_size ? keys : g.page_size;
       const uint32_t* a = reinterpret_cast<const uint32_t*>(weights + (page - origin) * layout.padded_keys);
@@ -196,6 +212,7 @@ class Attend {
   long group, chunk_pages, columns;
   long rows = 0, head = 0;
   const int32_t* pages = nullptr;
+  const Tile* following = nullptr;
   uint32_t* q = nullptr;
   float *scores = nullptr, *out = nullptr;
   T* weights = nullptr;
@@ -218,7 +235,7 @@ void paged_attention(Pool* pool, const AttentionArgs& g) {
       long left = g.span_starts[s + 1] - first;
       for (long h = 0; h < g.num_kv; h++) list[n++] = Tile{s, first, left < tokens ? left : tokens, h};
     }
-  parallel(pool, n, [&](long t) { Attend<T>(g).run(list[t]); });
+  parallel(pool, n, [&](long t) { Attend<T>(g).run(list[t], t + 1 < n ? &list[t + 1] : nullptr); });
 }
 
 template void paged_attention<bf16>(Pool*, const AttentionArgs&);

@@ -10,31 +10,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from ctypes import byref, pointer
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, MlpBlock
+from kernels.blocks import AttentionBlock, MlpBlock, composed_attention_block, composed_mlp_block
 from kernels.cpu import library
-from kernels.cpu.build import best_variant, library_path
+from kernels.cpu.arguments import RowsCheck, attention_args, qkv_args
+from kernels.cpu.build import best_variant, cpu_flags, library_path
+from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
 from kernels.ops import AttentionRows, PackedLinear
 
-
-@dataclass(frozen=True)
-class CpuLinear:
-    """A weight as panels of 32 output features (linear.h), with the tensors that its pointers point into."""
-
-    out_features: int
-    in_features: int
-    struct: library.Weight
-    tensors: tuple[Tensor, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+AMX_ROWS = 16
+"""A tile of the AMX unit has 16 rows; below, memory bandwidth bounds the product and nothing is gained."""
 
 
 def default_num_threads() -> int:
@@ -42,19 +33,14 @@ def default_num_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _packed(weight: PackedLinear, in_features: int) -> CpuLinear:
-    if not isinstance(weight, CpuLinear):
-        raise TypeError(f"this weight was packed by another back end ({type(weight).__name__})")
-    if weight.in_features != in_features:
-        raise ValueError(f"rows have {in_features} features, but the weight takes {weight.in_features}")
-    return weight
-
-
 class CpuOps:
     """`Ops` through the C++ kernels of this folder.
 
     quantization  None, "int8" (a scale per output) or "int4" (a scale per output and 32 inputs); weight-only, lossy
     num_threads   threads of a step, the calling one included; default: the cores this process may run on
+    onednn_rows   from this many rows on, bfloat16 products go to oneDNN, which keeps a second copy of the weights and
+                  does not promise that a row is the same in any company. None: never; "auto": 16 on CPUs with AMX (a
+                  matrix unit that these kernels do not use), else never. Quantised weights never go there.
     variant, directory  which build to load and from where (kernels/cpu/build.py); default: the best for this CPU
     Raises        BuildError if there is no library and none can be built.
     """
@@ -63,6 +49,7 @@ class CpuOps:
         self,
         quantization: str | None = None,
         num_threads: int | None = None,
+        onednn_rows: int | Literal["auto"] | None = "auto",
         variant: str | None = None,
         directory: Path | None = None,
     ) -> None:
@@ -71,12 +58,15 @@ class CpuOps:
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
         self.quantization = quantization
+        if onednn_rows == "auto":
+            onednn_rows = AMX_ROWS if {"amx_tile", "amx_bf16"} <= cpu_flags() else None
+        self.onednn_rows = None if quantization else onednn_rows
         self.num_threads = num_threads or default_num_threads()
         self.variant = variant or best_variant()
         self.name = f"cpu-{self.variant}" if quantization is None else f"cpu-{self.variant}-{quantization}"
         self._lib = library.load(library_path(self.variant, directory))
         self._pool = self._lib.braid_pool_create(self.num_threads)
-        self._checked: tuple[AttentionRows, list[tuple[object, ...]]] | None = None
+        self._check_rows = RowsCheck()
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> CpuLinear:
         is_bf16 = _is_bf16(weight_NK)
@@ -96,7 +86,11 @@ class CpuOps:
             format=layout,
             dtype=library.BF16 if is_bf16 else library.FLOAT,
         )
-        return CpuLinear(num_out, num_in, struct, tensors)
+        onednn = None
+        if is_bf16 and self.onednn_rows is not None:
+            reordered = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous())
+            onednn = (reordered, None if bias_N is None else bias_N.to(torch.bfloat16))
+        return CpuLinear(num_out, num_in, struct, tensors, onednn)
 
     def _panels(self, weight_NK: Tensor, padded_out: int) -> tuple[tuple[Tensor, ...], int]:
         """The weight in its panel layout (and scales), and the layout's WeightFormat."""
@@ -110,19 +104,10 @@ class CpuOps:
                 self._pool, weight.data_ptr(), num_out, num_in, weight.element_size(), panels.data_ptr()
             )
             return (panels,), library.BF16 if per_word == 2 else library.FLOAT
-        weight = F.pad(weight_NK.float(), (0, steps * per_word - num_in, 0, padded_out - num_out))
-        if self.quantization == "int8":
-            scale_N = (weight.abs().amax(1) / 127).clamp_min(1e-12)
-            return (_by_panel((weight / scale_N[:, None]).round().to(torch.int8)), scale_N.contiguous()), library.INT8
-        groups = F.pad(weight, (0, -weight.shape[1] % library.INT4_GROUP)).view(padded_out, -1, library.INT4_GROUP)
-        scale_NG = (groups.abs().amax(2) / 7).clamp_min(1e-12)
-        nibbles = (groups / scale_NG[:, :, None]).round().clamp(-7, 7).to(torch.int16) + 8
-        nibbles = _by_panel(nibbles.view(padded_out, -1)[:, : weight.shape[1]])
-        low, high = nibbles.chunk(2, dim=-1)
-        return ((low | (high << 4)).to(torch.uint8).contiguous(), _by_panel(scale_NG)), library.INT4
+        return quantised_panels(weight_NK, padded_out, self.quantization)
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
-        packed = _packed(weight, x_TK.shape[1])
+        packed = packed_here(weight, x_TK.shape[1])
         x = _activations(x_TK, packed)
         y_TN = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
         residual = None
@@ -133,11 +118,17 @@ class CpuOps:
                 )
             residual_TN = residual_TN.contiguous()
             residual = residual_TN.data_ptr()
+        if packed.onednn is not None and self._prefers_onednn(x):
+            y = torch.ops.mkldnn._linear_pointwise(x, *packed.onednn, "none", [], "")
+            return cast(Tensor, y if residual_TN is None else y + residual_TN)
         self._lib.braid_linear(self._pool, packed.struct, x.data_ptr(), x.shape[0], residual, y_TN.data_ptr(), 0)
         return y_TN
 
+    def _prefers_onednn(self, x_TK: Tensor) -> bool:
+        return self.onednn_rows is not None and x_TK.dtype == torch.bfloat16 and x_TK.shape[0] >= self.onednn_rows
+
     def logits(self, x_JK: Tensor, weight: PackedLinear) -> Tensor:
-        packed = _packed(weight, x_JK.shape[1])
+        packed = packed_here(weight, x_JK.shape[1])
         x = _activations(x_JK, packed)
         y_JV = torch.empty((x.shape[0], packed.out_features), dtype=torch.float32)
         self._lib.braid_linear(self._pool, packed.struct, x.data_ptr(), x.shape[0], None, y_JV.data_ptr(), 1)
@@ -184,7 +175,7 @@ class CpuOps:
             raise ValueError(f"qkv rows have {qkv.shape[1]} features, not ({num_q} + 2 * {num_kv}) * {head_dim}")
         self._check_rows(rows, qkv.shape[0], k_pages, cos_sin_MR)
         q_TQD = torch.empty((qkv.shape[0], num_q, head_dim), dtype=qkv.dtype)
-        struct = _qkv_args(num_q, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows, qkv.dtype)
+        struct = qkv_args(num_q, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows, qkv.dtype)
         struct.qkv, struct.q_out = qkv.data_ptr(), q_TQD.data_ptr()
         self._lib.braid_qkv_rope_write(self._pool, byref(struct))
         return q_TQD
@@ -201,7 +192,7 @@ class CpuOps:
         q = q_TQD.contiguous()
         self._check_rows(rows, q.shape[0], k_pages, None)
         out_TQD = torch.empty_like(q)
-        struct = _attention_args(q.shape[1], q.shape[2], k_pages, v_pages, rows, scale, window, q.dtype)
+        struct = attention_args(q.shape[1], q.shape[2], k_pages, v_pages, rows, scale, window, q.dtype)
         struct.q, struct.out = q.data_ptr(), out_TQD.data_ptr()
         self._lib.braid_paged_attention(self._pool, byref(struct))
         return out_TQD
@@ -209,21 +200,25 @@ class CpuOps:
     def attention_block(
         self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
     ) -> Tensor:
-        qkv, out = _packed(block.qkv, x_TH.shape[1]), _packed(block.out, block.num_q * block.head_dim)
+        if self._prefers_onednn(x_TH):
+            return composed_attention_block(self, x_TH, block, k_pages, v_pages, rows)
+        qkv, out = packed_here(block.qkv, x_TH.shape[1]), packed_here(block.out, block.num_q * block.head_dim)
         x, out_TH = _activations(x_TH, qkv), torch.empty_like(x_TH, memory_format=torch.contiguous_format)
         self._check_rows(rows, x.shape[0], k_pages, block.cos_sin_MR)
         struct = library.AttentionBlockArgs(
             x.data_ptr(), block.norm_H.data_ptr(), out_TH.data_ptr(), pointer(qkv.struct), pointer(out.struct),
-            _qkv_args(block.num_q, block.head_dim, block.cos_sin_MR, block.q_norm_D, block.k_norm_D, block.eps,
+            qkv_args(block.num_q, block.head_dim, block.cos_sin_MR, block.q_norm_D, block.k_norm_D, block.eps,
                       k_pages, v_pages, rows, x.dtype),
-            _attention_args(block.num_q, block.head_dim, k_pages, v_pages, rows, block.scale, block.window, x.dtype),
+            attention_args(block.num_q, block.head_dim, k_pages, v_pages, rows, block.scale, block.window, x.dtype),
         )  # fmt: skip
         self._lib.braid_attention_block(self._pool, byref(struct))
         return out_TH
 
     def mlp_block(self, x_TH: Tensor, block: MlpBlock) -> Tensor:
-        gate_up = _packed(block.gate_up, x_TH.shape[1])
-        down = _packed(block.down, gate_up.out_features // 2)
+        if self._prefers_onednn(x_TH):
+            return composed_mlp_block(self, x_TH, block)
+        gate_up = packed_here(block.gate_up, x_TH.shape[1])
+        down = packed_here(block.down, gate_up.out_features // 2)
         x, out_TH = _activations(x_TH, gate_up), torch.empty_like(x_TH, memory_format=torch.contiguous_format)
         struct = library.MlpBlockArgs(
             x.data_ptr(), block.norm_H.data_ptr(), out_TH.data_ptr(), pointer(gate_up.struct), pointer(down.struct),
@@ -231,36 +226,6 @@ class CpuOps:
         )  # fmt: skip
         self._lib.braid_mlp_block(self._pool, byref(struct))
         return out_TH
-
-    def _check_rows(self, rows: AttentionRows, num_rows: int, k_pages: Tensor, cos_sin_MR: Tensor | None) -> None:
-        """Refuse what would make a kernel read or write outside its memory; once per step and not once per layer."""
-        seen = (rows, num_rows, k_pages.shape, None if cos_sin_MR is None else cos_sin_MR.shape)
-        if self._checked is not None and self._checked[0] is rows and seen[1:] in self._checked[1]:
-            return
-        if self._checked is None or self._checked[0] is not rows:
-            self._checked = (rows, [])
-        num_pages, _, page_size, _ = k_pages.shape
-        for name in ("page_table", "row_seq", "positions", "visible", "span_starts"):
-            tensor = getattr(rows, name)
-            if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-                raise TypeError(f"rows.{name} is {tensor.dtype}; the CPU kernels need a contiguous int32 tensor")
-        if rows.slots.dtype != torch.int64 or not rows.slots.is_contiguous():
-            raise TypeError(f"rows.slots is {rows.slots.dtype}; the CPU kernels need a contiguous int64 tensor")
-        if (
-            not rows.row_seq.shape[0]
-            == rows.positions.shape[0]
-            == rows.visible.shape[0]
-            == rows.slots.shape[0]
-            == num_rows
-        ):
-            raise ValueError(f"rows describe {rows.row_seq.shape[0]} rows, the step has {num_rows}")
-        if num_rows and not 0 <= int(rows.slots.min()) <= int(rows.slots.max()) < num_pages * page_size:
-            raise ValueError(f"a slot lies outside the {num_pages} pages of {page_size}")
-        if num_rows and int(rows.visible.max()) > rows.page_table.shape[1] * page_size:
-            raise ValueError(f"a row sees more keys than {rows.page_table.shape[1]} pages of {page_size} hold")
-        if num_rows and cos_sin_MR is not None and int(rows.positions.max()) >= cos_sin_MR.shape[0]:
-            raise ValueError(f"position {int(rows.positions.max())} is past the {cos_sin_MR.shape[0]} rotary positions")
-        self._checked[1].append(seen[1:])
 
     def moe(
         self,
@@ -324,52 +289,6 @@ class CpuOps:
         return k_pages[:, :, :page_size, :head_dim], v_pages[:, :, :page_size, :head_dim]
 
 
-def _qkv_args(
-    num_q: int,
-    head_dim: int,
-    cos_sin_MR: Tensor,
-    q_norm_D: Tensor | None,
-    k_norm_D: Tensor | None,
-    eps: float,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    rows: AttentionRows,
-    dtype: torch.dtype,
-) -> library.QkvArgs:
-    """All but the qkv and q_out pointers."""
-    if k_pages.dtype != dtype or cos_sin_MR.dtype != torch.float32 or not cos_sin_MR.is_contiguous():
-        raise TypeError(f"rows are {dtype}, pages {k_pages.dtype}, rotary table {cos_sin_MR.dtype} (expected float32)")
-    return library.QkvArgs(
-        None, None, k_pages.data_ptr(), v_pages.data_ptr(), cos_sin_MR.data_ptr(),
-        None if q_norm_D is None else q_norm_D.data_ptr(), None if k_norm_D is None else k_norm_D.data_ptr(),
-        rows.positions.data_ptr(), rows.slots.data_ptr(), rows.slots.shape[0], num_q, k_pages.shape[1], head_dim,
-        cos_sin_MR.shape[1], k_pages.shape[2], eps, dtype == torch.bfloat16,
-    )  # fmt: skip
-
-
-def _attention_args(
-    num_q: int,
-    head_dim: int,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    rows: AttentionRows,
-    scale: float,
-    window: int | None,
-    dtype: torch.dtype,
-) -> library.AttentionArgs:
-    """All but the q and out pointers."""
-    num_kv, page_size = k_pages.shape[1:3]
-    if num_q % num_kv or num_q // num_kv > library.MAX_GROUP or k_pages.dtype != dtype:
-        raise ValueError(f"{num_q} query heads of {dtype} cannot read {num_kv} kv heads of {k_pages.dtype}")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1, or None")
-    return library.AttentionArgs(
-        None, k_pages.data_ptr(), v_pages.data_ptr(), None, rows.page_table.data_ptr(), rows.row_seq.data_ptr(),
-        rows.positions.data_ptr(), rows.visible.data_ptr(), rows.span_starts.data_ptr(), rows.page_table.stride(0),
-        rows.span_starts.shape[0] - 1, num_q, num_kv, head_dim, page_size, window or 0, scale, dtype == torch.bfloat16,
-    )  # fmt: skip
-
-
 def _is_bf16(tensor: Tensor) -> bool:
     if tensor.dtype is torch.bfloat16:
         return True
@@ -382,8 +301,3 @@ def _activations(x_TK: Tensor, weight: CpuLinear) -> Tensor:
     if _is_bf16(x_TK) != (weight.struct.dtype == library.BF16):
         raise TypeError(f"rows are {x_TK.dtype}, but the weight was packed for another dtype")
     return x_TK.contiguous()
-
-
-def _by_panel(weight_NX: Tensor) -> Tensor:
-    """[N, X] -> [N / 32, X, 32]: the outputs of a panel side by side."""
-    return weight_NX.view(-1, library.PANEL, weight_NX.shape[1]).transpose(1, 2).contiguous()

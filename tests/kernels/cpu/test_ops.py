@@ -264,6 +264,22 @@ def test_the_fused_halves_of_a_layer_equal_their_composition_bit_for_bit(
     assert torch.equal(ops.mlp_block(x, mlp), composed_mlp_block(ops, x, mlp))
 
 
+def test_onednn_takes_over_from_the_given_row_count_where_it_is_asked_for() -> None:
+    ops, plain = CpuOps(num_threads=2, onednn_rows=16), CpuOps(num_threads=2, onednn_rows=None)
+    w, bias = random(64, 96, dtype=torch.bfloat16) / 10, random(64, dtype=torch.bfloat16, seed=1)
+    packed, own = ops.pack_linear(w, bias), plain.pack_linear(w, bias)
+    for count in (15, 16, 40):
+        x, residual = random(count, 96, dtype=torch.bfloat16), random(count, 64, dtype=torch.bfloat16, seed=2)
+        # Two roundings more: of the product, and of its sum with the residual.
+        want = plain.linear(x, own, residual)
+        torch.testing.assert_close(ops.linear(x, packed, residual).float(), want.float(), rtol=2**-6, atol=2**-6)
+        assert count >= 16 or torch.equal(ops.linear(x, packed, residual), want)
+    assert packed.onednn is not None
+    assert own.onednn is None
+    assert packed.num_bytes > own.num_bytes
+    assert CpuOps("int8", onednn_rows=16).pack_linear(w).onednn is None
+
+
 def test_rows_that_point_outside_their_memory_are_refused(ops: CpuOps) -> None:
     world = World(ops, Shape(), [20])
     rows = rows_of([(0, 20)], world.pages, 16)

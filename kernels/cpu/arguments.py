@@ -1,0 +1,95 @@
+"""Argument structs of the attention kernels, and the check that no row points outside its memory.
+
+Legend of shapes in kernels/ops.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import library
+from kernels.ops import AttentionRows
+
+
+class RowsCheck:
+    """Checks a step's rows against the pages and the rotary table, once per step and not once per layer."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[AttentionRows, list[tuple[object, ...]]] | None = None
+
+    def __call__(self, rows: AttentionRows, num_rows: int, k_pages: Tensor, cos_sin_MR: Tensor | None) -> None:
+        """Refuse what would make a kernel read or write outside its memory; once per step and not once per layer."""
+        seen = (rows, num_rows, k_pages.shape, None if cos_sin_MR is None else cos_sin_MR.shape)
+        if self._seen is not None and self._seen[0] is rows and seen[1:] in self._seen[1]:
+            return
+        if self._seen is None or self._seen[0] is not rows:
+            self._seen = (rows, [])
+        num_pages, _, page_size, _ = k_pages.shape
+        for name in ("page_table", "row_seq", "positions", "visible", "span_starts"):
+            tensor = getattr(rows, name)
+            if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+                raise TypeError(f"rows.{name} is {tensor.dtype}; the CPU kernels need a contiguous int32 tensor")
+        if rows.slots.dtype != torch.int64 or not rows.slots.is_contiguous():
+            raise TypeError(f"rows.slots is {rows.slots.dtype}; the CPU kernels need a contiguous int64 tensor")
+        if (
+            not rows.row_seq.shape[0]
+            == rows.positions.shape[0]
+            == rows.visible.shape[0]
+            == rows.slots.shape[0]
+            == num_rows
+        ):
+            raise ValueError(f"rows describe {rows.row_seq.shape[0]} rows, the step has {num_rows}")
+        if num_rows and not 0 <= int(rows.slots.min()) <= int(rows.slots.max()) < num_pages * page_size:
+            raise ValueError(f"a slot lies outside the {num_pages} pages of {page_size}")
+        if num_rows and int(rows.visible.max()) > rows.page_table.shape[1] * page_size:
+            raise ValueError(f"a row sees more keys than {rows.page_table.shape[1]} pages of {page_size} hold")
+        if num_rows and cos_sin_MR is not None and int(rows.positions.max()) >= cos_sin_MR.shape[0]:
+            raise ValueError(f"position {int(rows.positions.max())} is past the {cos_sin_MR.shape[0]} rotary positions")
+        self._seen[1].append(seen[1:])
+
+
+def qkv_args(
+    num_q: int,
+    head_dim: int,
+    cos_sin_MR: Tensor,
+    q_norm_D: Tensor | None,
+    k_norm_D: Tensor | None,
+    eps: float,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    rows: AttentionRows,
+    dtype: torch.dtype,
+) -> library.QkvArgs:
+    """All but the qkv and q_out pointers."""
+    if k_pages.dtype != dtype or cos_sin_MR.dtype != torch.float32 or not cos_sin_MR.is_contiguous():
+        raise TypeError(f"rows are {dtype}, pages {k_pages.dtype}, rotary table {cos_sin_MR.dtype} (expected float32)")
+    return library.QkvArgs(
+        None, None, k_pages.data_ptr(), v_pages.data_ptr(), cos_sin_MR.data_ptr(),
+        None if q_norm_D is None else q_norm_D.data_ptr(), None if k_norm_D is None else k_norm_D.data_ptr(),
+        rows.positions.data_ptr(), rows.slots.data_ptr(), rows.slots.shape[0], num_q, k_pages.shape[1], head_dim,
+        cos_sin_MR.shape[1], k_pages.shape[2], eps, dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+def attention_args(
+    num_q: int,
+    head_dim: int,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    rows: AttentionRows,
+    scale: float,
+    window: int | None,
+    dtype: torch.dtype,
+) -> library.AttentionArgs:
+    """All but the q and out pointers."""
+    num_kv, page_size = k_pages.shape[1:3]
+    if num_q % num_kv or num_q // num_kv > library.MAX_GROUP or k_pages.dtype != dtype:
+        raise ValueError(f"{num_q} query heads of {dtype} cannot read {num_kv} kv heads of {k_pages.dtype}")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1, or None")
+    return library.AttentionArgs(
+        None, k_pages.data_ptr(), v_pages.data_ptr(), None, rows.page_table.data_ptr(), rows.row_seq.data_ptr(),
+        rows.positions.data_ptr(), rows.visible.data_ptr(), rows.span_starts.data_ptr(), rows.page_table.stride(0),
+        rows.span_starts.shape[0] - 1, num_q, num_kv, head_dim, page_size, window or 0, scale, dtype == torch.bfloat16,
+    )  # fmt: skip
