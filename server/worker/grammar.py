@@ -29,6 +29,8 @@ MAX_SOURCE_BYTES = {
 }
 MAX_DEPTH = 32
 """Nesting of a JSON schema: real ones stay below ten, bombs do not."""
+WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Between JSON tokens. Bounded: without a bound, a model that likes white space writes it until max_tokens."""
 MAX_CACHED = 64
 """Compiled grammars kept for requests to come, least recently used out first."""
 
@@ -46,7 +48,7 @@ class GrammarMatcher:
         """Follow the output tokens of `history` not followed yet; an error message if the grammar forbids one."""
         for token in history[self._num_seen :]:
             if not self._matcher.consume_token(token):
-                return f"the output left its grammar at output token {token}: {self._matcher.get_error()}"
+                return f"the output left its grammar at output token {token}: {_one_line(self._matcher.get_error())}"
         self._num_seen = max(self._num_seen, len(history))
         return None
 
@@ -59,7 +61,7 @@ class GrammarMatcher:
         """Set the bit of every allowed token in `bits`, int32 [1, ceil(V / 32)]; an error message if it cannot."""
         fill_next_token_bitmask(self._matcher, bits)
         if self._matcher.is_error():
-            return f"the grammar could not be followed: {self._matcher.get_error()}"
+            return f"the grammar could not be followed: {_one_line(self._matcher.get_error())}"
         if self.is_complete and self._stop_ids.size:
             # All that is left is to end; the request may have ends of its own.
             words = bits[0].view(np.uint32)
@@ -134,12 +136,12 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     limits = LLParserLimits(verbose_errors=False)
     matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
     if matcher.is_error():
-        raise ValueError(f"the {name} grammar cannot be used: {matcher.get_error()}")
+        raise ValueError(f"the {name} grammar cannot be used: {_one_line(matcher.get_error())}")
     # The first mask shows what the compile could not: a grammar that allows nothing, or is beyond the step limits.
     mask = np.zeros((1, (tokenizer.vocab_size + 31) // 32), dtype=np.int32)
     fill_next_token_bitmask(matcher, mask)
     if matcher.is_error():
-        raise ValueError(f"the {name} grammar cannot be used: {matcher.get_error()}")
+        raise ValueError(f"the {name} grammar cannot be used: {_one_line(matcher.get_error())}")
     if not mask.any():
         raise ValueError(f"the {name} grammar cannot be used: no token of this model can begin it")
     return matcher
@@ -159,7 +161,7 @@ def _source(grammar: Grammar) -> str:
         raise ValueError("the json_schema grammar is not a JSON object")
     if depth(schema) > MAX_DEPTH:
         raise ValueError(f"the json_schema grammar is nested deeper than {MAX_DEPTH} levels")
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": WHITE_SPACE}))
 
 
 def _choice_lark(source: str) -> str:
@@ -175,6 +177,10 @@ def _parsed(source: str, name: str) -> object:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the {name} grammar is not valid JSON: {error}") from None
     return value
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
 
 
 def depth(value: object) -> int:

@@ -104,7 +104,7 @@ def test_every_output_obeys_its_grammar_and_ends_by_itself_in_a_mixed_batch(
         if output[-1] == EOS:
             check(request.sampling.grammar.kind, text(tokenizer_file, output[:-1]))
             finished += 1
-    # White space between JSON tokens is free, so a random model may use up max_tokens on it.
+    # A random model may use up max_tokens on white space between JSON tokens.
     assert finished >= 16
     assert outputs[-1] == Driver(make_worker(model)).generate([plain])[0]
 
@@ -116,6 +116,14 @@ def test_a_json_object_is_what_response_format_json_object_gives(model: TinyMode
     ended = [text(tokenizer_file, output[:-1]) for output in outputs if output[-1] == EOS]
     assert len(ended) >= 3
     assert all(isinstance(json.loads(output), dict) for output in ended)
+
+
+def test_white_space_in_json_is_free_but_bounded(model: TinyModel, tokenizer_file: Path) -> None:
+    space = Tokenizer.from_file(str(tokenizer_file)).encode(" ").ids[0]
+    request = asked(GrammarKind.JSON_OBJECT, "", logit_bias=((space, 100.0),))
+    output = text(tokenizer_file, Driver(make_worker(model, tokenizer_file=tokenizer_file)).generate([request])[0])
+    assert " " * 32 in output
+    assert " " * 33 not in output
 
 
 def test_a_resumed_constrained_output_goes_on_where_it_stopped(model: TinyModel, tokenizer_file: Path) -> None:
