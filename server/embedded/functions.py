@@ -1,7 +1,7 @@
 """Short Python functions, written for this project, and their variations: the part of the data that teaches code.
 
-`functions.txt` is plain Python text, one function after another; `draw_function` renames the function and its arguments, and
-keeps or drops the docstring, so that `def fibonacci(n):` and `def fib(num):` both complete. Nothing here is executed.
+`functions.txt` is plain Python text, one function after another; `draw_function` renames the function and its arguments,
+and keeps or drops the docstring, so that `def fibonacci(n):` and `def fib(num):` both complete. Nothing is executed.
 """
 
 from __future__ import annotations
