@@ -31,7 +31,7 @@ def resolve_model(name_or_path: str, revision: str | None = None, download_dir: 
         if not (embedded / "config.json").is_file():
             raise ModelNotFoundError(f"the embedded model {name_or_path} is missing from this tree ({embedded})")
         return embedded
-    if path.exists():
+    if name_or_path and path.exists():
         raise ModelNotFoundError(f"model {name_or_path!r} is a file; give the checkpoint's folder")
     if not _HUB_ID.fullmatch(name_or_path) or name_or_path.startswith((".", "/", "~")):
         raise ModelNotFoundError(
