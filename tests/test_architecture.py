@@ -58,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "tokenizers",
         "safetensors",
         "tqdm",
+        "matplotlib",
         "kernels",
         "server.models",
         "server.text",
@@ -70,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Only functions may import these: at the top they would slow every start or be missing on a plain install.
-LAZY_ONLY = {("server.text", "transformers"), ("server.bench", "matplotlib")}
+LAZY_ONLY = {("server.text", "transformers"), ("server.bench", "matplotlib"), ("server.embedded", "matplotlib")}
 
 MAX_LINES = 300
 MAX_LINES_KERNEL_OR_SCHEMA = 400
