@@ -9,14 +9,13 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Protocol
-
-from tokenizers.decoders import DecodeStream
 
 from server.text.tokenizer import Tokenizer
 
 PRIMING_TOKENS = 6
-"""Prompt tokens that prime a DecodeStream: enough for SentencePiece to keep the first word's space."""
+"""Prompt tokens that prime a window: enough for SentencePiece to keep the first word's space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,42 +53,37 @@ class ByteLevelStream:
 
 
 class WindowStream:
-    """For every other vocabulary: the library's DecodeStream, which holds text that ends in U+FFFD.
+    """For every other vocabulary: decodes the tokens of the last piece with the new ones, and shows the difference.
 
-    That rule would hold a literal U+FFFD (or invalid bytes) for ever, so what is held is released as soon as it cannot
-    be the beginning of a character.
+    The library's own DecodeStream holds text that ends in U+FFFD, for ever if that character is literal or its bytes
+    are invalid (and repeats text when restarted). Here text is held only while it can begin a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._seen = list(prompt[-PRIMING_TOKENS:])
+        # A window that began within a run of byte tokens would decode the whole run as invalid.
+        self._shown = list(dropwhile(tokenizer.is_byte_token, prompt[-PRIMING_TOKENS:]))
         self._held: list[int] = []
-        self._stream = DecodeStream(ids=list(self._seen), skip_special_tokens=skip_special_tokens)
 
     def push(self, token_id: int) -> str:
-        piece: str | None = self._stream.step(self._tokenizer.raw, token_id)
         self._held.append(token_id)
-        if piece is not None:
-            self._settle()
-            return piece
         if _is_partial_character(b"".join(map(self._tokenizer.token_bytes, self._held))):
             return ""
-        return self._release()
+        return self.finish()
 
     def finish(self) -> str:
-        return self._release() if self._held else ""
-
-    def _release(self) -> str:
-        before = self._tokenizer.decode(self._seen, self._skip)
-        after = self._tokenizer.decode(self._seen + self._held, self._skip)
-        self._settle()
-        self._stream = DecodeStream(ids=list(self._seen), skip_special_tokens=self._skip)
-        return after[len(before) :] if after.startswith(before) else ""
-
-    def _settle(self) -> None:
-        self._seen = (self._seen + self._held)[-PRIMING_TOKENS:]
+        if not self._held:
+            return ""
+        before = self._tokenizer.decode(self._shown, self._skip)
+        after = self._tokenizer.decode(self._shown + self._held, self._skip)
+        if after != before:
+            self._shown = self._held
+        else:  # nothing visible (a special token): the context before it still decides about spaces
+            self._shown = self._shown + self._held
         self._held = []
+        same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
+        return after[same:]
 
 
 def _is_partial_character(value: bytes) -> bool:

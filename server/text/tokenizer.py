@@ -101,6 +101,11 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
 
+    def is_byte_token(self, token_id: int) -> bool:
+        """Is it a byte-fallback token, `<0xNN>`?"""
+        token = self.raw.id_to_token(token_id)
+        return not self.is_byte_level and token is not None and _is_byte_name(token)
+
     def _find_token_bytes(self, token_id: int) -> bytes:
         added = self._added.get(token_id)
         if added is not None:
@@ -113,7 +118,7 @@ class Tokenizer:
                 return bytes(self._byte_of_char[char] for char in token)
             except KeyError:
                 return str(token).encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if _is_byte_name(token):
             return bytes([int(token[3:5], 16)])
         return str(token).replace("▁", " ").encode()
 
@@ -124,6 +129,10 @@ class Tokenizer:
         longest = max((len(token) for token in self.raw.get_vocab(with_added_tokens=False)), default=1)
         longest = max([longest, *(len(token.content.encode()) for token in self._added.values())])
         return longest * (MAX_NORMALIZER_SHRINK if self.raw.normalizer is not None else 1)
+
+
+def _is_byte_name(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _byte_of_char() -> dict[str, int]:

@@ -42,18 +42,22 @@ def make_app(
     script: Script | None = None,
     settings: ApiSettings | None = None,
     chat_template: str | None = "default",
-    **sizes: int,
+    max_seqs: int = 8,
+    queue: int = 32,
 ) -> tuple[Application, FakeEngine, Tokenizer]:
     tokenizer = byte_tokenizer() if chat_template == "default" else byte_tokenizer(chat_template)
-    engine = FakeEngine(tokenizer, script, **sizes)
+    engine = FakeEngine(tokenizer, script, max_seqs, queue)
     app = create_app(settings or ApiSettings(("tiny",)), engine, tokenizer, Metrics("tiny", MODEL_LEN))
     return app, engine, tokenizer
 
 
 @contextmanager
-def serving(script: Script | None = None, settings: ApiSettings | None = None, **sizes: int) -> Iterator[Server]:
-    app, engine, tokenizer = make_app(script, settings, **sizes)
-    sock = socket.socket()
+def serving(
+    script: Script | None = None, settings: ApiSettings | None = None, max_seqs: int = 8, queue: int = 32
+) -> Iterator[Server]:
+    app, engine, tokenizer = make_app(script, settings, max_seqs=max_seqs, queue=queue)
+    # With the protocol number, or asyncio leaves Nagle on: head and body then arrive 40 ms apart.
+    sock = socket.socket(proto=socket.IPPROTO_TCP)
     sock.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, http="h11", log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
