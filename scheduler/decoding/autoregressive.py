@@ -11,6 +11,7 @@ from scheduler.sequence import Sequence
 from scheduler.types import FinishReason, Outcome, Read, Span, TokenLogprob
 
 _FIRST_ROW = (0,)
+_SAMPLE = Read.SAMPLE
 
 
 class Autoregressive:
@@ -38,8 +39,8 @@ class Autoregressive:
         start = seq.num_committed
         tokens = seq.tokens
         known = len(tokens)
-        if start == known - 1 and start >= seq.prefill_end:
-            return Span(seq.seq_id, (tokens[start],), start, known, 1, _FIRST_ROW, Read.SAMPLE)
+        if seq.prefill_end <= start == known - 1:
+            return Span(seq.seq_id, (tokens[start],), start, known, 1, _FIRST_ROW, _SAMPLE)
         end = min(known, start + budget)
         judged = self._judged_rows(start, end)
         read = Read.SAMPLE if judged else Read.NOTHING
