@@ -58,6 +58,7 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed-torch: $(VENV)/.created
+	@echo "installing $(TORCH); the first time this downloads 200 MB or more"
 	@if [ "$(HAS_GPU)" != yes ] && case "$(TORCH)" in *+*) false;; esac \
 	  && $(PY) -m pip install --quiet $(TORCH_PIP_FLAGS) '$(TORCH)+cpu' 2>/dev/null; then \
 	  echo "installed $(TORCH)+cpu"; \
