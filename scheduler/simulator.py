@@ -220,9 +220,7 @@ def main(arguments: Sequence[str]) -> None:
     machine = replace(Machine(), noise=options.noise)
     if options.bench_schedule:
         plan_s, update_s = bench_schedule()
-        _say(
-            f"512 decoding sequences: schedule {1e3 * plan_s:.3f} ms, update {1e3 * update_s:.3f} ms (CPU time, medians)"
-        )
+        _say(f"512 decodes: schedule {1e3 * plan_s:.3f} ms, update {1e3 * update_s:.3f} ms (CPU time, medians)")
     elif options.stall:
         quiet, disturbed = stall(limits, machine, options.seed)
         median = percentile(quiet.tbt_s, 50)
