@@ -32,7 +32,6 @@ class EngineConfig:
     grammar_timeout_s        longest compilation of a structured-output constraint
     step_timeout_s           silence of the loop after which the engine is restarted; readiness fails at a quarter
     delta_interval_s         tokens of faster steps are sent together, at most this long after the last message
-    nice                     added to the process's niceness (0 = leave)
     warm_up                  measure a few steps at start, so that the step-time model is right from the first request
     """
 
@@ -59,7 +58,6 @@ class EngineConfig:
     grammar_timeout_s: float = 5.0
     step_timeout_s: float = 120.0
     delta_interval_s: float = 0.01
-    nice: int = 0
     warm_up: bool = True
     progress: bool = True
 

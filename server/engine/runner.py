@@ -167,8 +167,6 @@ def run_engine(build: Build) -> int:
     bootstrap = read_bootstrap()
     configure_logging(bootstrap.log_format, bootstrap.log_level)
     die_with_parent()
-    if bootstrap.config.nice:
-        os.nice(bootstrap.config.nice)
     loop = Loop(bootstrap.endpoint, bootstrap.config.delta_interval_s)
     try:
         core, facts = build(bootstrap.config, loop.wake)

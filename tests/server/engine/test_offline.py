@@ -1,0 +1,90 @@
+"""Engine in-process on a tiny checkpoint: what `Engine(...)` promises, and that batching changes no text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scheduler.types import FinishReason
+from server.engine.offline import Engine, GenerationError
+from tests.tiny import write_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+    with Engine(str(folder), dtype="float32", num_threads=1, max_seqs=8, warm_up=False) as engine:
+        yield engine
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(engine: Engine) -> None:
+    prompts = [f"prompt number {i} " * (1 + i % 3) for i in range(12)]
+    together = engine.generate(prompts, max_tokens=12, stop_ids=(), temperature=0.9, seed=5)
+    alone = [engine.generate([prompt], max_tokens=12, stop_ids=(), temperature=0.9, seed=5)[0] for prompt in prompts]
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    assert all(len(one.tokens) == 12 and one.finish_reason is FinishReason.LENGTH for one in together)
+
+
+def test_a_stream_is_the_completion_in_pieces(engine: Engine) -> None:
+    whole = engine.generate(["hello"], max_tokens=20, stop_ids=())[0]
+    pieces = list(engine.stream("hello", max_tokens=20, stop_ids=()))
+    assert "".join(pieces) == whole.text
+    assert len(pieces) > 1
+
+
+def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
+    text = engine.generate(["hello"], max_tokens=30, stop_ids=())[0].text
+    stop = text[5:8]
+    stopped = engine.generate(["hello"], max_tokens=30, stop=[stop], stop_ids=())[0]
+    assert stopped.text == text[: text.index(stop)]
+    assert stopped.finish_reason is FinishReason.STOP
+    assert len(stopped.tokens) < 30
+
+
+def test_a_stop_id_is_a_token_without_text(engine: Engine) -> None:
+    free = engine.generate(["hello"], max_tokens=10, stop_ids=())[0]
+    stopped = engine.generate(["hello"], max_tokens=10, stop_ids=(free.tokens[4],))[0]
+    cut = free.tokens.index(free.tokens[4]) + 1
+    assert stopped.tokens == free.tokens[:cut]
+    assert stopped.finish_reason is FinishReason.STOP
+    assert free.text.startswith(stopped.text)
+
+
+def test_logprobs_come_one_per_token(engine: Engine) -> None:
+    result = engine.generate(["hello world"], max_tokens=5, stop_ids=(), logprobs=2, prompt_logprobs=1)[0]
+    assert [entry.token for entry in result.logprobs] == list(result.tokens)
+    assert len(result.prompt_logprobs) == len(engine.tokenizer.encode("hello world")) - 1
+
+
+def test_closing_a_stream_frees_its_pages(engine: Engine) -> None:
+    stream = engine.stream("hello", max_tokens=100, stop_ids=())
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert engine.generate(["again"], max_tokens=2, stop_ids=())[0].tokens
+    assert engine._core.stats().pages_used == 0
+
+
+def test_what_cannot_run_is_refused_with_a_reason(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.generate([[]])
+    with pytest.raises(ValueError, match="token id 99999 is not in"):
+        engine.generate([[99999]])
+    with pytest.raises(GenerationError):
+        engine.generate([[5] * 600], max_tokens=600)
+    with pytest.raises(TypeError):
+        engine.generate("hello")
+    assert not engine._core.has_work
+
+
+def test_the_offline_engine_loads_no_http_package() -> None:
+    code = (
+        "import server.engine.offline, sys; print([m for m in ('fastapi', 'uvicorn', 'pydantic') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stderr
