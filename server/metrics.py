@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from scheduler.types import FinishReason, RequestTimes, StepStats
@@ -79,6 +79,7 @@ class Metrics:
     """All metrics, in a registry of their own (several servers can live in one process, as tests do)."""
 
     def __init__(self, model_name: str, model_len: int = 8192) -> None:
+        disable_created_metrics()  # a timestamp per series would double the scrape
         self.registry = CollectorRegistry()
         self._model = model_name
         self._model_len = model_len

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 
 from starlette.types import Receive
 
@@ -17,6 +18,7 @@ from server.api.admission import Permit
 from server.api.body import ClientGone
 from server.api.choice import Choice, Piece
 from server.api.errors import ApiError
+from server.api.grammar import grammar_field
 from server.api.services import Services, Stream
 from server.api.validation import Call
 from server.engine.client import EngineUnavailable
@@ -124,7 +126,10 @@ class Generation:
             while not choice.is_finished:
                 delta = await stream.__anext__()
                 if delta.fault is not None or delta.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-                    self._fail(as_api_error(delta.fault, choice.request.id))
+                    fault = delta.fault
+                    if fault is not None and fault.param == "response_format":
+                        fault = replace(fault, param=grammar_field(self.call.checked.body))
+                    self._fail(as_api_error(fault, choice.request.id))
                     return
                 if delta.tokens:
                     now = time.monotonic()

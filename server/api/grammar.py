@@ -40,6 +40,12 @@ def read_grammar(body: GenerationBody, limits: Limits) -> Grammar | None:
     return grammar
 
 
+def grammar_field(body: GenerationBody) -> str:
+    """The field that a body's grammar came from, for errors found when it is compiled."""
+    names = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+    return next((name for name in names if getattr(body, name)), "response_format")
+
+
 def _from_response_format(value: dict[str, Any]) -> Grammar | None:
     kind = value.get("type")
     if kind == "text":
