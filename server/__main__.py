@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0
     if command == "bench":
-        from server.bench.__main__ import main as bench
+        from server.bench.cli import main as bench
 
         return int(bench(rest) or 0)
     return _serve(rest)

@@ -49,7 +49,7 @@ class Bootstrap(msgspec.Struct, frozen=True):
 class Loop:
     """One core and one end of the link."""
 
-    def __init__(self, endpoint: str, delta_interval_s: float) -> None:
+    def __init__(self, endpoint: str, delta_interval_s: float, step_timeout_s: float) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         configure(self._socket)
@@ -62,6 +62,8 @@ class Loop:
         self._poller.register(self._wake_read, zmq.POLLIN)
         self._codec = engine_codec()
         self._outgoing = Outgoing(delta_interval_s)
+        # Silence of a quarter of the timeout counts as hung.
+        self._heartbeat_ms = int(1000 * min(HEARTBEAT_S, step_timeout_s / 8))
         self._is_stopped = False
 
     def send(self, message: FromEngine) -> None:
@@ -104,7 +106,7 @@ class Loop:
 
     def _wait(self, core: EngineCore) -> None:
         """Nothing to run: sleep until a message, a compiled grammar or the next heartbeat."""
-        timeout_ms = STUCK_POLL_MS if core.has_work else int(HEARTBEAT_S * 1000)
+        timeout_ms = STUCK_POLL_MS if core.has_work else self._heartbeat_ms
         ready = dict(self._poller.poll(timeout_ms))
         if self._wake_read in ready:
             os.read(self._wake_read, 4096)
@@ -167,7 +169,7 @@ def run_engine(build: Build) -> int:
     bootstrap = read_bootstrap()
     configure_logging(bootstrap.log_format, bootstrap.log_level)
     die_with_parent()
-    loop = Loop(bootstrap.endpoint, bootstrap.config.delta_interval_s)
+    loop = Loop(bootstrap.endpoint, bootstrap.config.delta_interval_s, bootstrap.config.step_timeout_s)
     try:
         core, facts = build(bootstrap.config, loop.wake)
     except Exception as error:
