@@ -21,6 +21,8 @@ from server.bench.report import Distribution
 from server.bench.workload import Server, Workload, make_prompts, request_body
 
 ROOM_FOR_PROMPT = 16
+SETTLE_S = 0.5
+"""After the last prompt: time for the gaps that are open then to close."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class StallSettings:
 
 @dataclass(frozen=True, slots=True)
 class StallReport:
-    """Times in milliseconds, of all gaps of all streams that ended inside the phase.
+    """Times in milliseconds, of all gaps of all streams that ended in the phase or were open at its end.
 
     stall_ratio   p99 under load / undisturbed median
     prompt_speed  prompt tokens per second under load / alone
@@ -88,7 +90,9 @@ class RunningStreams:
         for times in self._times:
             first = max(1, bisect.bisect_left(times, start))
             last = bisect.bisect_right(times, end)
-            found += [times[i] - times[i - 1] for i in range(first, last)]
+            # The gap that is open when the phase ends belongs to it: its stall may just be under way.
+            closed = last + 1 if last < len(times) else last
+            found += [times[i] - times[i - 1] for i in range(first, closed)]
         return found
 
     async def _run(self) -> None:
@@ -128,6 +132,7 @@ async def measure(
         bar.update()
         under_load = await _send_one_by_one(target, long, server, loaded, settings.timeout_s, bar)
         load_to = time.perf_counter()
+        await asyncio.sleep(SETTLE_S)
     finally:
         await streams.stop()
     if streams.failure:
