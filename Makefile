@@ -1,5 +1,5 @@
 # One command each for a person on a fresh machine: every target does its own set-up and then runs.
-#   make serve      start the server (PORT=8000, SERVE_FLAGS='--model ... --tbt-slo-ms 50')
+#   make serve      start the server (PORT=8000, SERVE_FLAGS='MODEL --tbt-slo-ms 50')
 #   make test       the default test suite        make test-all   the slow tests too
 #   make check      ruff (lint, format) and mypy  make bench      load a running server (BENCH_FLAGS)
 # Nothing is installed outside .venv. A second run finds its stamp and costs nothing.
@@ -25,7 +25,7 @@ TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
 serve: $(VENV)/.installed-run
-	@exec $(PY) -m server serve --port $(PORT) $(SERVE_FLAGS)
+	@exec $(PY) -m server serve --port $(PORT) $(or $(SERVE_FLAGS),--config configs/embedded.yaml)
 
 test: $(VENV)/.installed-test
 	$(PY) -m pytest -m "not slow" $(TEST_FLAGS)

@@ -26,7 +26,7 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         f"{facts.max_batched_tokens} tokens a step, time between tokens {slo}; "
         f"output {'as the context leaves' if output is None else output}",
         "start     " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases),
-        f"API       {url}/v1      docs {url}/docs      metrics {url}/metrics      health {url}/health",
+        f"API       {url}/v1      metrics {url}/metrics      health {url}/health",
     ]
     if config.quantization:
         lines.insert(
