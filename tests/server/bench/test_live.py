@@ -41,7 +41,7 @@ def test_stall_measures_our_server(url: str, tmp_path: Path) -> None:
         "--prompt-len",
         "200",
         "--num-prompts",
-        "4",
+        "12",
         "--seconds",
         "0.5",
     ]
