@@ -95,7 +95,8 @@ def request_body(workload: Workload, model: str, prompt: str | list[int]) -> dic
     }
     body |= {"messages": [{"role": "user", "content": prompt}]} if workload.is_chat else {"prompt": prompt}
     if workload.ignore_eos:
-        body["ignore_eos"] = True
+        # Past its end a model may write nothing but end tokens; unseen, they would bring no events to time.
+        body |= {"ignore_eos": True, "skip_special_tokens": False}
     return body | dict(workload.extra)
 
 
