@@ -72,9 +72,12 @@ def library_name(variant: str) -> str:
 
 
 def cache_dir() -> Path:
-    """The user's private cache of built libraries (not created here)."""
+    """The user's private cache of built libraries (not created here); BuildError if there is no place for one."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "braid" / "kernels"
+    try:
+        return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "braid" / "kernels"
+    except RuntimeError as error:  # a user without a home
+        raise BuildError(f"no cache directory for the CPU kernels: {error}; set XDG_CACHE_HOME") from error
 
 
 def find_compiler() -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.blocks import AttentionBlock, MlpBlock, composed_attention_block, composed_mlp_block
 from kernels.cpu import library
 from kernels.cpu.arguments import RowsCheck, attention_args, qkv_args
-from kernels.cpu.build import best_variant, cpu_flags, library_path
+from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
 from kernels.ops import AttentionRows, PackedLinear
 
@@ -64,7 +64,11 @@ class CpuOps:
         self.num_threads = num_threads or default_num_threads()
         self.variant = variant or best_variant()
         self.name = f"cpu-{self.variant}" if quantization is None else f"cpu-{self.variant}-{quantization}"
-        self._lib = library.load(library_path(self.variant, directory))
+        path = library_path(self.variant, directory)
+        try:
+            self._lib = library.load(path)
+        except OSError as error:  # e.g. a cache on a file system mounted noexec
+            raise BuildError(f"cannot load the compiled CPU kernels from {path}: {error}") from error
         self._pool = self._lib.braid_pool_create(self.num_threads)
         self._check_rows = RowsCheck()
 

@@ -45,6 +45,19 @@ def test_a_prebuilt_directory_serves_without_a_compiler(tmp_path: Path, monkeypa
     assert oct((directory).stat().st_mode & 0o777) == "0o700"
 
 
+def test_a_library_that_does_not_load_leads_to_plain_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "PREBUILT_DIR", tmp_path / "none")
+    monkeypatch.setattr("kernels.select.best_variant", lambda: "avx2")
+    build.cache_dir().mkdir(parents=True, mode=0o700)
+    (build.cache_dir() / build.library_name(build.best_variant())).write_bytes(b"not a library")
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(select_ops("cpu", torch.float32), ReferenceOps)
+    assert "cannot load" in caplog.text
+
+
 def test_code_that_others_could_have_written_is_refused(tmp_path: Path) -> None:
     library = tmp_path / build.library_name(build.best_variant())
     library.write_bytes(b"not ours")
