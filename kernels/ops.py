@@ -55,6 +55,8 @@ class Ops(Protocol):
     """What a back end offers. Activations, norms and KV pages are of the model's dtype; sums are float32."""
 
     name: str
+    owns_threads: bool
+    """It computes on threads of its own: torch's then stay at one, or theirs spin on the cores its steps need."""
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
         """Take over a weight [out, in] and its bias [out]; the caller drops its own copy afterwards.

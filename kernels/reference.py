@@ -85,6 +85,7 @@ class ReferenceOps:
         if quantization not in (None, "int8", "int4"):
             raise ValueError(f"quantization is {quantization!r}; supported are 'int8' and 'int4'")
         self.quantization = quantization
+        self.owns_threads = False
         self.name = "reference" if quantization is None else f"reference-{quantization}"
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> DenseLinear:

@@ -7,7 +7,7 @@
 namespace braid {
 namespace {
 
-constexpr long kAhead = 4096;     // bytes the streaming pass prefetches ahead, tuned on 2 memory channels
+constexpr long kAhead = 4096;     // bytes the streaming pass prefetches ahead
 constexpr long kPackRows = 24;    // from here on rows are repacked, so that one word of K is one cache line for 12 rows
 constexpr long kChunkRows = 384;  // rows of A a tile covers: bounds what one thread holds, and makes tiles for many cores
 constexpr long kBlockWords = 64;  // words of K dequantised at a time: 8 KB, stays in L1

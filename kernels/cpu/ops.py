@@ -61,6 +61,7 @@ class CpuOps:
         if onednn_rows == "auto":
             onednn_rows = AMX_ROWS if {"amx_tile", "amx_bf16"} <= cpu_flags() else None
         self.onednn_rows = None if quantization else onednn_rows
+        self.owns_threads = self.onednn_rows is None
         self.num_threads = num_threads or default_num_threads()
         self.variant = variant or best_variant()
         self.name = f"cpu-{self.variant}" if quantization is None else f"cpu-{self.variant}-{quantization}"

@@ -31,7 +31,7 @@ from server.bench.client import BenchError
 from server.bench.report import percentile
 from server.engine.config import EngineConfig, make_limits
 from server.models.registry import Model
-from server.worker.build import build_worker
+from server.worker.build import build_worker, usable_cores
 from server.worker.config import WorkerConfig
 from server.worker.worker import Worker
 
@@ -111,7 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
             prompt_rate = prompt_tokens_per_s(scheduler, worker, arguments.prompt_len)
         else:
             times[streams] = decode_seconds(scheduler, worker, streams, arguments.input_len, arguments.output_len)
-    report = summarise(worker, machine.better(measure_machine(dtype)), times, prompt_rate)
+    report = summarise(
+        worker, machine.better(measure_machine(dtype)), times, prompt_rate, arguments.num_threads or usable_cores()
+    )
     print(as_table(report))
     if arguments.json is not None:
         write_json(arguments.json, report)
@@ -125,11 +127,14 @@ def worker_config(config: EngineConfig) -> WorkerConfig:
 
 def measure_machine(dtype: torch.dtype) -> Machine:
     """Best of several: reading 512 MiB with torch's own threads, and a 2048-cube product in `dtype`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
     memory = torch.ones(512 * MIB // 8, dtype=torch.int64)
     read_s = _best_seconds(lambda: memory.max(), 5)
     size = 2048
     left, right = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
     matmul_s = _best_seconds(lambda: torch.nn.functional.linear(left, right), 5)
+    torch.set_num_threads(before)
     return Machine(memory.nbytes / read_s, 2.0 * size**3 / matmul_s)
 
 
@@ -194,7 +199,9 @@ def step(scheduler: Scheduler, worker: Worker) -> tuple[int, int, float]:
     return plan.num_tokens, len(plan.spans), elapsed
 
 
-def summarise(worker: Worker, machine: Machine, times: dict[int, list[float]], prompt_rate: float) -> StepsReport:
+def summarise(
+    worker: Worker, machine: Machine, times: dict[int, list[float]], prompt_rate: float, threads: int
+) -> StepsReport:
     info, config = worker.info, cast(Model, worker._model).config
     table = config.vocab_size * config.hidden_size
     num_tables = 1 if config.tie_word_embeddings else 2
@@ -213,7 +220,7 @@ def summarise(worker: Worker, machine: Machine, times: dict[int, list[float]], p
     return StepsReport(
         ops=info.ops,
         dtype=info.dtype,
-        threads=torch.get_num_threads(),
+        threads=threads,
         read_mib=read_bytes / MIB,
         read_gb_per_s=machine.read_bytes_per_s / 1e9,
         matmul_gflops=machine.matmul_flops_per_s / 1e9,
