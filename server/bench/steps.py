@@ -111,9 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
             prompt_rate = prompt_tokens_per_s(scheduler, worker, arguments.prompt_len)
         else:
             times[streams] = decode_seconds(scheduler, worker, streams, arguments.input_len, arguments.output_len)
-    report = summarise(
-        worker, machine.better(measure_machine(dtype)), times, prompt_rate, arguments.num_threads or usable_cores()
-    )
+    machine = machine.better(measure_machine(dtype))
+    report = summarise(worker, machine, times, prompt_rate, arguments.num_threads or usable_cores())
     print(as_table(report))
     if arguments.json is not None:
         write_json(arguments.json, report)

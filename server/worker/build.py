@@ -44,8 +44,8 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     if device.type == "cpu":
         _keep_step_buffers()
     ops = select_ops(device, dtype, quantization=config.quantization, num_threads=num_threads)
-    # After an operator of its own on two threads, torch's second one spins for milliseconds: on 2 cores that took a step
-    # of 8 rows from 11 ms to 17 ms.
+    # After an operator on two threads, torch's second one spins for milliseconds: on 2 cores that took a step of 8 rows
+    # from 11 ms to 17 ms.
     torch.set_num_threads(1 if ops.owns_threads else num_threads)
     model, folder = _load(config, ops, dtype, device, progress)
     _return_free_memory()
