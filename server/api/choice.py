@@ -52,6 +52,9 @@ class Choice:
         self.wants_token_ids = checked.body.return_token_ids
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(self.request.stop_ids) - frozenset(checked.body.stop_token_ids)
+        options = checked.body.stream_options
+        # A client that counts tokens sees each as it comes, even half a character that has no text yet.
+        self._is_counted = self.wants_token_ids or (options is not None and options.continuous_usage_stats)
         self._shows_stop = checked.body.include_stop_str_in_output
         self._wants_logprobs = checked.logprobs is not None
         self._skip_special = checked.body.skip_special_tokens
@@ -84,7 +87,7 @@ class Choice:
         if self._text.stopped is None and delta.finish_reason is not None:
             piece.text += self._text.finish()
         self._note_end(piece, delta)
-        if not piece.text and piece.finish_reason is None:
+        if not piece.text and piece.finish_reason is None and not self._is_counted:
             return None
         piece.num_tokens = self.num_tokens
         self._pending = Piece(self.index)
