@@ -71,7 +71,7 @@ def export_model(model: TinyModel, tokenizer: Tokenizer, folder: Path, dtype: to
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Export the checkpoint in `--checkpoint` to `server/embedded/<preset>` or `--output`."""
+    """Export the checkpoint in `--checkpoint` to `server/embedded/<preset without -quick>` or `--output`."""
     parser = argparse.ArgumentParser(prog="python -m server.embedded.export", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=None)
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     state = checkpoint.load_state(args.checkpoint)
     model = TinyModel(PRESETS[state.preset])
     checkpoint.load_weights(args.checkpoint, model)
-    output = args.output or HERE / state.preset
+    output = args.output or HERE / state.preset.removesuffix("-quick")
     export_model(model, Tokenizer.from_file(str(args.tokenizer)), output)
     shutil.copy(args.checkpoint / checkpoint.STATE, output / "training.json")
     print(f"{output}: step {state.step}, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -1,6 +1,6 @@
 """Short Python functions, written for this project, and their variations: the part of the data that teaches code.
 
-`functions.txt` is plain Python text, one function after another; `draw_function` renames the function and its arguments,
+`functions.txt` is plain Python text, one function after another. `draw_function` renames a function and its arguments
 and keeps or drops the docstring, so that `def fibonacci(n):` and `def fib(num):` both complete. Nothing is executed.
 """
 

@@ -7,6 +7,8 @@ anneals to the end of its budget; the price is that two such runs differ in thei
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,9 +67,19 @@ class Trainer:
         self.state = checkpoint.TrainState(args.preset, args.seed)
         if args.resume:
             self._resume(args.output)
+        self.state.sessions.append(self._describe())
         self.trunk: Trunk = torch.compile(self.model, dynamic=False) if args.compile else self.model
         self.base_s = self.state.elapsed_s
         self.started = time.monotonic()
+
+    def _describe(self) -> dict[str, str | float | int]:
+        """What this session runs on and with, for the model card."""
+        args = self.args
+        return {
+            "first_step": self.state.step, "device": args.device, "threads": torch.get_num_threads(), "rows": args.rows,
+            "filler_rows": args.filler_rows, "row_len": args.row_len, "torch": torch.__version__,
+            "python": platform.python_version(), "processor_cores": os.cpu_count() or 0,
+        }  # fmt: skip
 
     def _resume(self, folder: Path) -> None:
         self.state = checkpoint.load_state(folder)
