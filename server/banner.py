@@ -34,7 +34,7 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         )
     if not config.is_loopback() and not config.api_keys():
         lines.append(f"warning   anyone who reaches {config.host}:{port} may use this server: no --api-key is set")
-    body = json.dumps({"model": name, "prompt": "def fibonacci(n):", "max_tokens": 64})
+    body = json.dumps({"model": name, "prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0})
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys() else ""
     lines += ["try", f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"]
     return "\n".join(lines)

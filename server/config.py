@@ -87,7 +87,7 @@ class ServerConfig(BaseModel):
     max_num_queued_reqs: AutoCount = _engine(None, "sequences waiting before 429; auto = 4 x max-num-seqs")
     max_num_queued_tokens: AutoCount = _engine(None, "prompt tokens waiting before 429; auto = 8 x context")
     tbt_slo_ms: Annotated[Seconds | None, Auto] = _engine(
-        None, "target time between tokens; auto = 2.5 x the undisturbed step"
+        None, "target time between tokens; auto = 2 x the undisturbed step"
     )
     max_prefill_share: float = _engine(
         0.5, "most of a step's prefill budget for one prompt while others wait", gt=0, le=1
