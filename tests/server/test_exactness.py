@@ -76,9 +76,10 @@ def alone() -> list[tuple[int, ...]]:
 
 def test_a_crowd_changes_no_token_and_neither_does_an_engine_killed_midway(alone: list[tuple[int, ...]]) -> None:
     async def run() -> None:
-        async with engine(CONFIG) as (client, steps):
+        # A loose target lets all prompts in within a few steps, so that the crowd really is one.
+        async with engine(replace(CONFIG, tbt_slo_s=5.0)) as (client, steps):
             assert await crowd(client, "crowd") == alone
-            assert max(stats.num_running for stats in steps) >= 24
+            assert max(stats.num_running for stats in steps) == 32
             assert await crowd(client, "hits") == alone
             assert sum(stats.prefix_hits for stats in steps) > 0
             before = client.stats.step
