@@ -248,7 +248,7 @@ class _Server:
     async def _drain(self) -> None:
         """Let what is in flight finish, unless a second signal comes (R-19)."""
         num = self._client.num_in_flight
-        logger.warning("draining: %d requests in flight; signal again to stop at once", num)
+        logger.info("draining: %d requests in flight; signal again to stop at once", num)
         self._client.begin_drain()
         second = asyncio.create_task(self._signals.get())
         patience = asyncio.create_task(self._wait_idle())

@@ -30,9 +30,9 @@ from scheduler.types import Request, Sampling, StepSample
 from server.bench.client import BenchError
 from server.bench.report import percentile
 from server.engine.config import EngineConfig, make_limits
+from server.engine.loop import worker_config
 from server.models.registry import Model
 from server.worker.build import build_worker, usable_cores
-from server.worker.config import WorkerConfig
 from server.worker.worker import Worker
 
 MIB = 1 << 20
@@ -117,11 +117,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         write_json(arguments.json, report)
     return 0
-
-
-def worker_config(config: EngineConfig) -> WorkerConfig:
-    names = WorkerConfig.__dataclass_fields__
-    return WorkerConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 
 def measure_machine(dtype: torch.dtype) -> Machine:

@@ -59,7 +59,6 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     if tokenizer_file is not None and not tokenizer_file.exists():
         tokenizer_file = None
     grammars = GrammarCompiler(tokenizer_file, info.vocab_size, info.eos_ids)
-    _report(config, info, num_threads)
     return Worker(model, ops, pool, grammars, info, config.max_seqs, config.max_batched_tokens, device)
 
 
@@ -156,24 +155,6 @@ def _describe(
         mask_id=model.config.mask_token_id,
         num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
     )
-
-
-def _report(config: WorkerConfig, info: WorkerInfo, num_threads: int) -> None:
-    tokens = info.num_pages * info.page_size
-    logger.info(
-        "model=%s parameters=%.1fM weights=%.0fMB dtype=%s device=%s ops=%s threads=%d kv=%.0fMB pages=%d tokens=%d",
-        config.random_weights or config.model,
-        info.num_parameters / 1e6,
-        info.weight_bytes / 1e6,
-        info.dtype,
-        info.device,
-        info.ops,
-        num_threads,
-        info.kv_bytes / 1e6,
-        info.num_pages,
-        tokens,
-    )
-    logger.info("max concurrency at %d tokens per request: %.1f", info.model_len, tokens / info.model_len)
 
 
 def _glibc() -> ctypes.CDLL | None:

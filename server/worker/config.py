@@ -17,7 +17,6 @@ class WorkerConfig:
     kv_cache_bytes  size of the KV pool; None = a share of what is free
     max_model_len   longest sequence in tokens; None = the model's, or what the pool holds
     max_batched_tokens, max_seqs   what a plan may bring; they size the KV pool and the page table
-    max_logprobs    refused above by the edge; the worker answers what a request asks
     seed            of random weights
     num_threads     CPU threads of the forward pass; None = one per core this process may use
     """
@@ -35,5 +34,4 @@ class WorkerConfig:
     num_threads: int | None = None
     revision: str | None = None
     download_dir: str | None = None
-    max_logprobs: int = 20
     seed: int = 0
