@@ -13,6 +13,16 @@ from typing import NamedTuple
 
 from scheduler.features import StepFeatures as StepFeatures
 from scheduler.features import StepSample as StepSample
+from scheduler.sampling import Grammar as Grammar
+from scheduler.sampling import GrammarKind as GrammarKind
+from scheduler.sampling import Sampling as Sampling
+from scheduler.speculation import Drafts as Drafts
+from scheduler.speculation import DraftTally as DraftTally
+from scheduler.speculation import Speculation as Speculation
+from scheduler.speculation import SpeculationMode as SpeculationMode
+from scheduler.speculation import SpeculationSettings as SpeculationSettings
+from scheduler.speculation import SpeculationUsage as SpeculationUsage
+from scheduler.speculation import VerifyMode as VerifyMode
 
 MASK_ALL = 1 << 30
 """`mask_block` of a bidirectional span: every row sees every key of its sequence."""
@@ -34,54 +44,6 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-class GrammarKind(StrEnum):
-    JSON_OBJECT = "json_object"
-    JSON_SCHEMA = "json_schema"
-    REGEX = "regex"
-    LARK = "lark"
-    CHOICE = "choice"
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """A constraint on the output: `source` is JSON text (schema, or list of choices), a regex or a Lark grammar."""
-
-    kind: GrammarKind
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the judged rows of one sequence become tokens. Every field is valid on arrival: the edge has checked it.
-
-    temperature     0 = greedy
-    top_k           0 = off
-    seed            64-bit key of the noise (R5); requests without one get a random key before they get here
-    sample_index    which of the `n` samples of one prompt this is; part of the noise counter
-    min_tokens      EOS and stop ids are masked until this many tokens are out
-    logprobs        None = off, k = the sampled token's and the k best alternatives' (raw distribution, float32)
-    prompt_logprobs as logprobs, for the prompt's own tokens; such a request takes no prefix-cache hits
-    bad_words       token-id sequences that must not appear
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    allowed_token_ids: tuple[int, ...] | None = None
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    min_tokens: int = 0
-    seed: int = 0
-    sample_index: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """One token string to continue. A client call with n samples or several prompts is several of these.
@@ -93,7 +55,7 @@ class Request:
     max_tokens  output tokens, `output` included; 0 = only evaluate the prompt (echo + logprobs)
     stop_ids    end the output and are part of it (EOS included unless ignored); finish reason STOP
     priority    lower first
-    cache_salt  prefix pages are shared only between equal salts
+    cache_salt  prefix pages, and what drafters learn, are shared only between equal salts
     """
 
     id: str
@@ -104,6 +66,7 @@ class Request:
     output: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str = ""
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 class Span(NamedTuple):
@@ -117,7 +80,12 @@ class Span(NamedTuple):
     mask_block  the row at KV index i sees keys [0, min(kv_len, (i // mask_block + 1) * mask_block)); 1 = causal
     judged      offsets into `tokens` of the rows whose logits are read, ascending
     read        how they are read. SAMPLE: the row of the sequence's last known token is sampled; a judged row
-                followed by a prompt token gives that token's prompt_logprobs and is not sampled
+                followed by a prompt token gives that token's prompt_logprobs and is not sampled. VERIFY: tokens are
+                the last known token and drafts; every row is judged
+    parents     of a draft tree: for each token the offset of its parent, -1 for tokens[0]; () = a chain. Token j of a
+                tree is written at start + j, stands at position start + depth(j) and sees the keys before `start`, its
+                ancestors and itself. At most `MAX_TREE_NODES` tokens
+    num_drafts  most drafts wanted for the sequence's next span, proposed at the end of this step; 0 = no drafter works
     """
 
     seq_id: int
@@ -127,6 +95,8 @@ class Span(NamedTuple):
     mask_block: int = 1
     judged: tuple[int, ...] = ()
     read: Read = Read.NOTHING
+    parents: tuple[int, ...] = ()
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +115,7 @@ class StepPlan:
     new_pages  (seq_id, page ids appended to its page table), admissions' first pages (prefix hits included) too
     released   sequences whose worker-side state is dropped (finished, aborted or preempted before this step)
     budget     the token budget this step was built under; predicted_s the step-time model's forecast (0 = none yet)
+    draft_depth  most sequential draft steps a model drafter may take at the end of this step; 0 = it does not run
     """
 
     step: int
@@ -154,6 +125,7 @@ class StepPlan:
     released: tuple[int, ...] = ()
     budget: int = 0
     predicted_s: float = 0.0
+    draft_depth: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -177,6 +149,7 @@ class Outcome:
     tokens           sampled (SAMPLE), accepted + one (VERIFY), or the block as it now stands (DENOISE)
     logprobs         one per token of `tokens` where the request asked
     prompt_logprobs  of the prompt tokens that follow this span's rows, in order (position start+1 ...)
+    drafts           proposed for the next span, if the span asked and a drafter had any
     """
 
     seq_id: int
@@ -184,15 +157,17 @@ class Outcome:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     error: str | None = None
+    drafts: Drafts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Outcomes in span order and the step's wall time in seconds."""
+    """Outcomes in span order and the step's wall time in seconds; draft_s of these went into proposing drafts."""
 
     step: int
     outcomes: tuple[Outcome, ...]
     elapsed_s: float
+    draft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +195,7 @@ class Delta:
 
     stop_id        the stop token that ended it, if one did
     cached_tokens  prompt tokens served by the prefix cache; sent with the first delta
+    speculation    what the request's drafts came to; sent with the last delta if there were any
     """
 
     request_id: str
@@ -231,6 +207,7 @@ class Delta:
     cached_tokens: int | None = None
     times: RequestTimes | None = None
     fault: Fault | None = None
+    speculation: SpeculationUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +221,9 @@ class StepStats:
     prefix_hits       of these, tokens whose pages were found
     pages_used        pages owned by sequences; pages_cached are idle but hold a prefix; the rest of pages_total is
     free
+    draft_tokens   drafts verified; accepted_tokens of these became output; draft_s seconds spent on proposing
+    drafts         the same per drafter and position
+    goodput_predicted   tokens per second the planner expected of this step (0 = no planner, or nothing known yet)
     """
 
     step: int = 0
@@ -265,6 +245,10 @@ class StepStats:
     pages_cached: int = 0
     pages_total: int = 0
     oldest_waiting_s: float = 0.0
+    accepted_tokens: int = 0
+    draft_s: float = 0.0
+    drafts: tuple[DraftTally, ...] = ()
+    goodput_predicted: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
