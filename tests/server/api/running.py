@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import uvicorn
 
 from server.api.app import Application, create_app
@@ -17,6 +18,9 @@ from server.api.settings import ApiSettings
 from server.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 from tests.server.api.fake_engine import MODEL_LEN, FakeEngine, Script, byte_tokenizer
+
+PATIENCE_S = 60.0
+"""How long a test waits for what must happen: only a broken server takes so long, however slow the machine is."""
 
 
 class Server:
@@ -27,7 +31,22 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=PATIENCE_S, **options)
+
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=PATIENCE_S, **options)
+
+    def client(self) -> httpx.Client:
+        """One connection, kept: for many calls."""
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def held(self) -> tuple[int, int, int]:
+        """Requests in the engine, permits, prompt tokens of the permits: (0, 0, 0) when nothing is held."""
+        admission = self.app.services.admission
+        return len(self.engine.in_flight), admission.num_requests, admission.num_tokens
 
     def post_and_keep(self, path: str, body: dict[str, Any]) -> socket.socket:
         """Send a request and return its socket, unread."""
@@ -72,7 +91,7 @@ def serving(
         sock.close()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"

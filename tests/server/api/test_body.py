@@ -90,7 +90,7 @@ def server() -> Iterator[Server]:
 
 
 def post(server: Server, raw: bytes, path: str = "/v1/completions") -> httpx.Response:
-    return httpx.post(server.url + path, content=raw, headers={"content-type": "application/json"}, timeout=10)
+    return server.post(path, content=raw, headers={"content-type": "application/json"})
 
 
 def check_refusal(response: httpx.Response, param: str | None) -> None:
@@ -126,7 +126,7 @@ def test_the_corpus_is_large_enough() -> None:
 
 
 def test_every_wrong_value_of_every_field_is_refused_by_name_streamed_or_not(server: Server) -> None:
-    with httpx.Client(base_url=server.url) as client:
+    with server.client() as client:
         for field, value in TYPED:
             body = {**GOOD, field: value}
             response = client.post("/v1/completions", json=body)
@@ -147,12 +147,15 @@ def test_unknown_fields_are_ignored_and_of_duplicate_keys_the_last_wins(server: 
 
 
 def test_a_missing_content_type_gets_the_curl_hint(server: Server) -> None:
-    url = server.url + "/v1/completions"
-    response = httpx.post(url, content=json.dumps(GOOD), headers={"content-type": "application/x-www-form-urlencoded"})
+    response = server.post(
+        "/v1/completions", content=json.dumps(GOOD), headers={"content-type": "application/x-www-form-urlencoded"}
+    )
     check_refusal(response, None)
     assert response.status_code == 415
     assert "-H 'Content-Type: application/json'" in response.json()["error"]["message"]
-    gzip = httpx.post(url, content=b"x", headers={"content-type": "application/json", "content-encoding": "gzip"})
+    gzip = server.post(
+        "/v1/completions", content=b"x", headers={"content-type": "application/json", "content-encoding": "gzip"}
+    )
     assert gzip.status_code == 415
 
 
@@ -162,12 +165,12 @@ def test_bodies_over_the_limit_are_413_declared_or_not(server: Server) -> None:
     def chunks() -> Iterator[bytes]:
         yield from (big[i : i + 65536] for i in range(0, len(big), 65536))
 
-    url, headers = server.url + "/v1/completions", {"content-type": "application/json"}
-    with httpx.Client() as client:
+    headers = {"content-type": "application/json"}
+    with server.client() as client:
         for content in (big, chunks()):
             # The server may close before the client has written everything.
             with contextlib.suppress(httpx.WriteError):
-                assert client.post(url, content=content, headers=headers).status_code == 413
+                assert client.post("/v1/completions", content=content, headers=headers).status_code == 413
 
 
 def test_a_prompt_that_cannot_fit_is_refused_without_tokenizing(server: Server) -> None:
@@ -181,8 +184,8 @@ def test_a_prompt_that_cannot_fit_is_refused_without_tokenizing(server: Server) 
 def test_all_text_survives_or_is_refused(server: Server) -> None:
     for text in ("\x00", "\x1b[31m", "\u202e", "😀" * 20, "e" + "\u0301" * 100, "\ufffd", "\U0010ffff", "<eos>"):
         assert post(server, json.dumps({**GOOD, "prompt": text}).encode()).status_code == 200
-        ids = httpx.post(server.url + "/tokenize", json={"prompt": text}).json()["tokens"]
-        assert httpx.post(server.url + "/detokenize", json={"tokens": ids}).json()["prompt"] == text
+        ids = server.post("/tokenize", json={"prompt": text}).json()["tokens"]
+        assert server.post("/detokenize", json={"tokens": ids}).json()["prompt"] == text
 
 
 def test_nothing_is_held_after_the_corpus(server: Server) -> None:

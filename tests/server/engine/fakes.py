@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -37,13 +39,15 @@ def request(name: str, prompt: Iterable[int] = (1, 2, 3), max_tokens: int = 8, *
 class FakeWorker:
     """Obeys the plan's contract and nothing else.
 
-    poison  raises when a span of a sequence whose prompt holds POISON runs
+    POISON    raises when a span of a sequence whose prompt holds it runs
+    patience  the grammar "slow" compiles until it is set
     """
 
     def __init__(self, step_s: float = 0.0, raises: Callable[[StepPlan], Exception | None] | None = None) -> None:
         self.known: dict[int, list[int]] = {}
         self.prompts: dict[int, tuple[int, ...]] = {}
         self.forgotten: list[str] = []
+        self.patience = threading.Event()
         self.num_runs = 0
         self._step_s, self._raises = step_s, raises
 
@@ -53,7 +57,7 @@ class FakeWorker:
         if grammar.source == "bad":
             raise ValueError("the schema is not a schema")
         if grammar.source == "slow":
-            time.sleep(0.6)
+            self.patience.wait(600)
         if grammar.source == "bug":
             raise RuntimeError("a bug")
 
@@ -88,12 +92,13 @@ class FakeWorker:
 LIMITS = Limits(max_batched_tokens=256, max_seqs=32, max_model_len=512, num_pages=400, page_size=16)
 
 
-def fake_core(worker: FakeWorker, limits: Limits = LIMITS, wake: Callable[[], None] = lambda: None) -> EngineCore:
-    return EngineCore(worker, Scheduler(limits), grammar_timeout_s=0.2, wake=wake)
+def fake_core(worker: FakeWorker, limits: Limits = LIMITS, grammar_timeout_s: float = 60.0) -> EngineCore:
+    return EngineCore(worker, Scheduler(limits), grammar_timeout_s=grammar_timeout_s)
 
 
 def build_fake(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
-    """`model` says how the fake engine behaves: "ok", "slow", "crash", "hang", "bad-start", "die-at-start"."""
+    """`model` says how the fake engine behaves: "ok", "slow-50ms" (steps of 50 ms), "crash", "device-error", "hang",
+    "bad-start", "die-at-start"."""
     import os
 
     if config.model == "bad-start":
@@ -110,7 +115,8 @@ def build_fake(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCo
             return RuntimeError("CUDA error: device-side assert triggered")
         return None
 
-    worker = FakeWorker(0.005, raises)
+    slow = re.fullmatch(r"slow-(\d+)ms", config.model)
+    worker = FakeWorker(int(slow[1]) / 1000 if slow else 0.005, raises)
     limits = make_limits(config, 512, 400, 16)
     info = EngineInfo(
         config.model, 512, VOCAB, 1, 400, 16, 1, 1, "float32", "cpu", "fake", (2,), None, None,
