@@ -20,7 +20,7 @@ def port() -> Iterator[int]:
     """A server that has answered one completion."""
     with spawned_server("") as url:
         port = Target.parse(url).port
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         body = json.dumps({"model": "braid-tiny", "prompt": "hello", "max_tokens": 8, "ignore_eos": True})
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -31,7 +31,7 @@ def port() -> Iterator[int]:
 
 
 def test_every_metric_that_is_queried_exists_in_a_live_scrape(port: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request("GET", "/metrics")
     response = connection.getresponse()
     assert response.status == 200

@@ -7,6 +7,7 @@ import http.client
 import http.server
 import json
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -19,7 +20,6 @@ from typing import Any
 import pytest
 import yaml
 
-from server.bench.spawn import free_port
 from tests.docker.scrape import real_scrape
 from tests.docker.test_monitoring import RULES, expressions
 
@@ -31,8 +31,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def free_port() -> int:
+    """Prometheus does not say which port it got for 0, so it is told one (which another could take before it does)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def get(port: int, path: str) -> Any:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("GET", path)
         return json.loads(connection.getresponse().read())
@@ -82,7 +89,7 @@ def prometheus(folder: Path, target_port: int) -> Iterator[int]:
             yield port
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(120)
 
 
 def braid_target(port: int) -> dict[str, Any] | None:
@@ -94,7 +101,7 @@ def braid_target(port: int) -> dict[str, Any] | None:
 
 
 def await_up(port: int, folder: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         target = braid_target(port)
         if target and target["health"] == "up":
@@ -110,8 +117,11 @@ def assert_every_query_works(port: int) -> None:
         query = expression.replace("$__rate_interval", "30s").replace("$model", ".*").replace("$instance", ".*")
         answer = get(port, "/api/v1/query?" + urllib.parse.urlencode({"query": query}))
         assert answer["status"] == "success", f"{where}: {answer}"
-    gauges = get(port, "/api/v1/query?" + urllib.parse.urlencode({"query": "braid_engine_ready"}))
-    assert len(gauges["data"]["result"]) == 1
+    # A scrape that took too long on a busy machine leaves a gap; the next one fills it.
+    deadline = time.monotonic() + 300
+    while len(get(port, "/api/v1/query?query=braid_engine_ready")["data"]["result"]) != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     rules = get(port, "/api/v1/rules")["data"]["groups"][0]["rules"]
     assert {rule["name"] for rule in rules} == {rule["alert"] for rule in RULES}
     assert not [rule["name"] for rule in rules if rule["health"] == "err"]
@@ -121,7 +131,9 @@ def test_the_shipped_files_pass_promtool(tmp_path: Path) -> None:
     for name in ("prometheus.yml", "alerts.yml"):
         shutil.copy(PROMETHEUS_FILES / name, tmp_path / name)
     for check in (["config", "prometheus.yml"], ["rules", "alerts.yml"]):
-        result = subprocess.run(["promtool", "check", *check], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        result = subprocess.run(
+            ["promtool", "check", *check], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
         assert result.returncode == 0, result.stdout + result.stderr
 
 

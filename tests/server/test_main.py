@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ import pytest
 from tests.tiny import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 300.0
+"""How long a test waits for what must happen: only a broken server takes so long, however slow the machine is."""
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +31,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run(*arguments: str) -> tuple[int, str, float]:
-    started_at = time.monotonic()
+def run(*arguments: str) -> tuple[int, str]:
     result = subprocess.run(
-        [sys.executable, "-m", "server", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "server", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    return result.returncode, result.stdout + result.stderr, time.monotonic() - started_at
+    return result.returncode, result.stdout + result.stderr
 
 
 def children_of(pid: int) -> list[int]:
@@ -55,12 +51,13 @@ def is_alive(pid: int) -> bool:
 
 
 class Running:
-    """One server process on a free port."""
+    """One server process on a port that the system chose; its start-up report says which."""
 
     def __init__(self, *arguments: str) -> None:
-        self.port = free_port()
-        command = [sys.executable, "-m", "server", *arguments, "--port", str(self.port), "--threads", "1"]
+        command = [sys.executable, "-m", "server", *arguments, "--port", "0", "--threads", "1"]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.banner: list[str] = []
+        self.port = 0
 
     def open(self, path: str, body: dict[str, Any] | None = None) -> Any:
         request = urllib.request.Request(
@@ -68,7 +65,7 @@ class Running:
             None if body is None else json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        return urllib.request.urlopen(request, timeout=30)
+        return urllib.request.urlopen(request, timeout=PATIENCE_S)
 
     def is_ready(self) -> bool:
         try:
@@ -78,15 +75,18 @@ class Running:
             return False
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + 60
-        while not self.is_ready():
-            assert self.process.poll() is None, self.process.communicate()[1]
-            assert time.monotonic() < deadline, "the server does not get ready"
-            time.sleep(0.05)
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.banner.append(line)
+            if found := re.match(r"  curl http://127.0.0.1:(\d+)/v1/completions", line):
+                self.port = int(found[1])
+                break
+        assert self.port, self.process.communicate()[1]
+        assert self.is_ready()
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=40)
-        return self.process.returncode, out, err
+        out, err = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, "".join(self.banner) + out, err
 
 
 @contextlib.contextmanager
@@ -102,7 +102,8 @@ def running(*arguments: str) -> Iterator[Running]:
 
 
 def test_it_answers_says_what_it_holds_survives_an_engine_kill_and_drains(checkpoint: Path) -> None:
-    with running(str(checkpoint), "--dtype", "float32", "--served-model-name", "tiny") as server:
+    flags = ("--dtype", "float32", "--served-model-name", "tiny", "--drain-timeout", str(PATIENCE_S))
+    with running(str(checkpoint), *flags) as server:
         body = {"model": "tiny", "prompt": "hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
         with server.open("/v1/completions", body) as answer:
             reference = json.load(answer)["choices"][0]["text"]
@@ -115,7 +116,10 @@ def test_it_answers_says_what_it_holds_survives_an_engine_kill_and_drains(checkp
                 if number == 4:
                     os.kill(engine, signal.SIGKILL)
         assert text == reference
-        assert children_of(server.process.pid)[0] != engine
+        deadline = time.monotonic() + PATIENCE_S
+        while engine in children_of(server.process.pid) or not server.is_ready():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         engine = children_of(server.process.pid)[0]
         with server.open("/v1/completions", {**body, "max_tokens": 300, "stream": True}) as stream:
             stream.readline()
@@ -132,27 +136,26 @@ def test_it_answers_says_what_it_holds_survives_an_engine_kill_and_drains(checkp
 
 
 def test_a_second_signal_stops_at_once(checkpoint: Path) -> None:
-    with running(
-        str(checkpoint), "--random-weights", "hidden=256,layers=8,heads=4,kv_heads=2,mlp=1024,vocab=4096"
-    ) as server:
+    shape = "hidden=256,layers=8,heads=4,kv_heads=2,mlp=1024,vocab=4096"
+    with running(str(checkpoint), "--random-weights", shape, "--drain-timeout", str(PATIENCE_S)) as server:
         body = {"model": "tiny", "prompt": "hello", "max_tokens": 3900, "ignore_eos": True, "stream": True}
         with server.open("/v1/completions", body) as stream:
             stream.readline()
             server.process.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + PATIENCE_S
             while server.is_ready():
                 assert time.monotonic() < deadline
-            started_at = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             code, _, err = server.end()
-        assert time.monotonic() - started_at < 3.0
+            # Nobody waited for the last token.
+            assert b'finish_reason":"length' not in stream.read()
         assert code == 0, err
 
 
 def test_an_engine_that_is_killed_too_often_ends_the_server_with_a_failure(checkpoint: Path) -> None:
     with running(str(checkpoint), "--dtype", "float32") as server:
         killed: set[int] = set()
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE_S
         while server.process.poll() is None:
             assert time.monotonic() < deadline
             for child in children_of(server.process.pid):
@@ -177,7 +180,7 @@ def test_an_engine_that_is_killed_too_often_ends_the_server_with_a_failure(check
     ],
 )
 def test_a_bad_start_says_why_in_one_line_and_leaves_nothing(arguments: list[str], code: int, message: str) -> None:
-    result, output, _ = run(*arguments)
+    result, output = run(*arguments)
     assert result == code, output
     assert message in output
     assert "Traceback" not in output
@@ -189,18 +192,17 @@ def test_a_port_in_use_is_refused_before_anything_starts() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        code, output, elapsed = run("--port", str(port))
+        code, output = run("--port", str(port))
     assert code == 2
     assert (
         output.strip() == f"error: port {port} on 127.0.0.1 is in use; stop what listens there or choose another --port"
     )
-    assert elapsed < 10
 
 
 def test_print_config_and_help_start_nothing() -> None:
-    code, output, _ = run("--max-model-len", "2k", "--print-config")
+    code, output = run("--max-model-len", "2k", "--print-config")
     assert code == 0
     assert "max-model-len: 2000" in output
-    code, output, _ = run("serve", "--help")
+    code, output = run("serve", "--help")
     assert code == 0
     assert "--tbt-slo-ms" in output
