@@ -81,11 +81,25 @@ class DraftTally(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SpeculationUsage:
-    """A request's drafts over its life: verified, accepted, and the steps that had any."""
+    """What drafts of a request came to: verified, of these made output, and the steps that verified any.
+
+    prediction_drafted, prediction_accepted   the part that was found in the request's own prediction
+    """
 
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
+    prediction_drafted: int = 0
+    prediction_accepted: int = 0
+
+    def __add__(self, other: SpeculationUsage) -> SpeculationUsage:
+        return SpeculationUsage(
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+            self.steps + other.steps,
+            self.prediction_drafted + other.prediction_drafted,
+            self.prediction_accepted + other.prediction_accepted,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,7 +195,7 @@ class Delta:
 
     stop_id        the stop token that ended it, if one did
     cached_tokens  prompt tokens served by the prefix cache; sent with the first delta
-    speculation    what the request's drafts came to; sent with the last delta if there were any
+    speculation    what the drafts verified for these tokens came to, None without any; a request's total is the sum
     """
 
     request_id: str
@@ -221,7 +221,8 @@ class StepStats:
     prefix_hits       of these, tokens whose pages were found
     pages_used        pages owned by sequences; pages_cached are idle but hold a prefix; the rest of pages_total is
     free
-    draft_tokens   drafts verified; accepted_tokens of these became output; draft_s seconds spent on proposing
+    draft_tokens   drafts verified, of drafted_seqs sequences; accepted_tokens of these became output; draft_s seconds
+                   spent on proposing
     drafts         the same per drafter and position
     goodput_predicted   tokens per second the planner expected of this step (0 = no planner, or nothing known yet)
     """
@@ -246,6 +247,7 @@ class StepStats:
     pages_total: int = 0
     oldest_waiting_s: float = 0.0
     accepted_tokens: int = 0
+    drafted_seqs: int = 0
     draft_s: float = 0.0
     drafts: tuple[DraftTally, ...] = ()
     goodput_predicted: float = 0.0

@@ -29,7 +29,7 @@ from scheduler.step_cost import StepCost
 from scheduler.types import Request, Sampling, StepSample
 from server.bench.client import BenchError
 from server.bench.report import percentile
-from server.engine.config import EngineConfig, make_limits
+from server.engine.config import EngineConfig, SpeculationConfig, make_limits
 from server.engine.loop import worker_config
 from server.models.registry import Model
 from server.worker.build import build_worker, usable_cores
@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_seqs=max(*arguments.streams, 1),
         num_threads=arguments.num_threads,
         max_model_len=max(longest, arguments.prompt_len + 1),
+        speculation=SpeculationConfig(mode="off"),
     )
     try:
         worker = build_worker(worker_config(config), progress=False)

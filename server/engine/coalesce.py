@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from scheduler.types import Delta, StepStats
+from scheduler.types import Delta, SpeculationUsage, StepStats
 from server.engine.link import Update
 
 
@@ -28,7 +28,12 @@ def merge(deltas: Iterable[Delta]) -> Delta:
         cached_tokens=next((part.cached_tokens for part in parts if part.cached_tokens is not None), None),
         times=last.times,
         fault=last.fault,
+        speculation=_sum_of([part.speculation for part in parts if part.speculation is not None]),
     )
+
+
+def _sum_of(usages: list[SpeculationUsage]) -> SpeculationUsage | None:
+    return sum(usages, start=SpeculationUsage()) if usages else None
 
 
 class Outgoing:

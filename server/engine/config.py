@@ -5,7 +5,7 @@ Data only, no torch: the front end builds the one and shows the other. Nothing h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from scheduler.types import Limits
@@ -20,6 +20,42 @@ class EngineState(StrEnum):
     RESTARTING = "restarting"
     DRAINING = "draining"
     DEAD = "dead"
+
+
+DRAFTERS = (
+    *("prediction", "grammar", "suffix", "history", "adjacency", "ngram_prob", "trigram"),
+    *("draft_model", "layer_subset", "diffusion"),
+)
+"""Drafters that can be asked for by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """How an engine speculates. It changes how fast a text comes, never the text.
+
+    mode          auto: requests that say nothing get as many drafts as pay; on: all that are offered; off: no drafter
+                  is built, and nothing is drafted for anybody
+    drafters      names of `DRAFTERS`, in order of preference; None = the lookup drafters that need no setting, and the
+                  model drafters that have one
+    max_drafts    most drafts of one sequence in one step
+    policy, table how the scheduler chooses the number (`scheduler.types.SpeculationSettings`)
+    draft_model, draft_stop, draft_tree, layer_subset, store_bytes, store_file
+                  of the drafters, as `server/worker/drafters/config.py` has them
+    synthetic_acceptance   in (0, 1]: for capacity tests, the drafter `synthetic` alone, right this often
+    """
+
+    mode: str = "auto"
+    drafters: tuple[str, ...] | None = None
+    max_drafts: int = 8
+    policy: str = "marginal"
+    table: tuple[tuple[int, int], ...] = ()
+    draft_model: str | None = None
+    draft_stop: str = "confidence"
+    draft_tree: bool = False
+    layer_subset: str | None = None
+    store_bytes: int = 256 << 20
+    store_file: str | None = None
+    synthetic_acceptance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +96,17 @@ class EngineConfig:
     delta_interval_s: float = 0.01
     warm_up: bool = True
     progress: bool = True
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """The engine as it runs: the worker's facts and the limits in force. Lengths in tokens, sizes in bytes.
 
-    phases  start-up, in order: (name, seconds)
+    phases      start-up, in order: (name, seconds)
+    drafters    (name, whether it runs a model step by step), in order of preference; none = nothing is ever drafted
+    max_drafts  most drafts of one sequence in one step
+    speculation, synthetic_acceptance   as configured (`SpeculationConfig`)
     """
 
     model: str
@@ -92,6 +132,10 @@ class EngineInfo:
     enable_prefix_caching: bool
     pid: int
     phases: tuple[tuple[str, float], ...] = ()
+    drafters: tuple[tuple[str, bool], ...] = ()
+    max_drafts: int = 8
+    speculation: str = "off"
+    synthetic_acceptance: float | None = None
 
     @property
     def kv_tokens(self) -> int:

@@ -12,16 +12,45 @@ from dataclasses import fields
 
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import StepCost
-from server.engine.config import EngineConfig, EngineInfo, make_limits
+from scheduler.types import SpeculationSettings
+from server.engine.config import EngineConfig, EngineInfo, SpeculationConfig, make_limits
 from server.engine.core import EngineCore
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
+from server.worker.drafters.config import DEFAULT_DRAFTERS, SpeculatorConfig
 from server.worker.worker import Worker
 
 
 def worker_config(config: EngineConfig) -> WorkerConfig:
     names = {field.name for field in fields(WorkerConfig)} & {field.name for field in fields(EngineConfig)}
-    return WorkerConfig(**{name: getattr(config, name) for name in names})
+    values = {name: getattr(config, name) for name in names}
+    return WorkerConfig(**values | {"speculation": speculator_config(config.speculation)})
+
+
+def speculator_config(asked: SpeculationConfig) -> SpeculatorConfig | None:
+    """What the worker builds; None = no drafter at all."""
+    if asked.mode == "off":
+        return None
+    drafters = asked.drafters
+    if asked.synthetic_acceptance is not None:
+        # Alone: beside others that find true drafts, the acceptance would not be the one asked for.
+        drafters = ("synthetic",)
+    elif drafters is None:
+        drafters = DEFAULT_DRAFTERS
+        drafters += ("draft_model",) if asked.draft_model is not None else ()
+        drafters += ("layer_subset",) if asked.layer_subset is not None else ()
+    names = {field.name for field in fields(SpeculatorConfig)} & {field.name for field in fields(SpeculationConfig)}
+    return SpeculatorConfig(**{name: getattr(asked, name) for name in names} | {"drafters": drafters})
+
+
+def speculation_settings(
+    asked: SpeculationConfig, drafters: tuple[tuple[str, bool], ...]
+) -> SpeculationSettings | None:
+    """What the scheduler is told; None = no drafter is there, and nothing is planned for any."""
+    if not drafters:
+        return None
+    has_sequential = any(is_sequential for _, is_sequential in drafters)
+    return SpeculationSettings(asked.policy, asked.max_drafts, asked.table, has_sequential)
 
 
 def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> tuple[EngineCore, EngineInfo]:
@@ -54,4 +83,7 @@ def describe(config: EngineConfig, worker: Worker, phases: tuple[tuple[str, floa
     known = {field.name: getattr(facts, field.name) for field in fields(facts) if field.name in shared}
     known |= {field.name: getattr(limits, field.name) for field in fields(limits) if field.name in shared}
     known |= {"model": config.model, "max_logprobs": config.max_logprobs, "pid": os.getpid(), "phases": phases}
+    asked = config.speculation
+    known |= {"max_drafts": asked.max_drafts, "speculation": asked.mode}
+    known |= {"synthetic_acceptance": asked.synthetic_acceptance}
     return EngineInfo(**known)

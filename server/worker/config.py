@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from server.worker.drafters.config import SpeculatorConfig
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -19,6 +21,7 @@ class WorkerConfig:
     max_batched_tokens, max_seqs   what a plan may bring; they size the KV pool and the page table
     seed            of random weights
     num_threads     CPU threads of the forward pass; None = one per core this process may use
+    speculation     which drafters are built; None = none, and nothing is ever proposed
     """
 
     model: str = "braid-tiny"
@@ -35,3 +38,4 @@ class WorkerConfig:
     revision: str | None = None
     download_dir: str | None = None
     seed: int = 0
+    speculation: SpeculatorConfig | None = None

@@ -19,6 +19,7 @@ class SpeculatorConfig:
     layer_subset  for `layer_subset`: uniform:<share of layers skipped>, search or exit
     store_bytes   memory of all lookup stores together
     store_file    where the shared stores are kept over a restart; None = nowhere
+    synthetic_acceptance   for `synthetic`: the share of drafts that are right, in (0, 1]
     """
 
     drafters: tuple[str, ...] = DEFAULT_DRAFTERS
@@ -29,3 +30,4 @@ class SpeculatorConfig:
     layer_subset: str | None = None
     store_bytes: int = 256 << 20
     store_file: str | None = None
+    synthetic_acceptance: float | None = None

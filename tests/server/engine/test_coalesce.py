@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from scheduler.types import Delta, FinishReason, StepStats
+from scheduler.types import Delta, FinishReason, SpeculationUsage, StepStats
 from server.engine.coalesce import Outgoing, merge
 
 
 def test_merging_keeps_every_token_in_order_and_the_end() -> None:
     parts = [Delta("r", (1,), cached_tokens=4), Delta("r", (2, 3)), Delta("r", (5,), finish_reason=FinishReason.STOP)]
     assert merge(parts) == Delta("r", (1, 2, 3, 5), cached_tokens=4, finish_reason=FinishReason.STOP)
+
+
+def test_merging_adds_up_what_drafts_came_to() -> None:
+    parts = [
+        Delta("r", (1, 2), speculation=SpeculationUsage(3, 1, 1, 2, 1)),
+        Delta("r", (3,)),
+        Delta("r", (4, 5, 6), speculation=SpeculationUsage(2, 2, 1)),
+    ]
+    assert merge(parts).speculation == SpeculationUsage(5, 3, 2, 2, 1)
+    assert merge(parts[1:2] * 2).speculation is None
 
 
 def test_tokens_of_fast_steps_wait_for_each_other() -> None:
