@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from scheduler.types import Delta, FinishReason, TokenLogprob
+from scheduler.types import Delta, FinishReason, SpeculationUsage, TokenLogprob
 from server.api.validation import Call
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ class Choice:
         self.prompt = call.prompts[index // checked.body.n]
         self.num_tokens = 0
         self.cached_tokens: int | None = None
+        self.speculation = SpeculationUsage()
         self.prompt_logprobs: list[TokenLogprob] = []
         self.is_finished = False
         self.wants_prompt_logprobs = checked.body.prompt_logprobs is not None
@@ -66,6 +67,8 @@ class Choice:
     def absorb(self, delta: Delta) -> Piece | None:
         """Take one delta; the piece that may be shown now, if any. After the last piece `is_finished` is true."""
         self.prompt_logprobs.extend(delta.prompt_logprobs)
+        if delta.speculation is not None:
+            self.speculation += delta.speculation
         if delta.cached_tokens is not None:
             self.cached_tokens = delta.cached_tokens
         if not delta.tokens and delta.finish_reason is None:

@@ -13,13 +13,14 @@ from dataclasses import replace
 
 from starlette.types import Receive
 
-from scheduler.types import Delta, Fault, FinishReason
+from scheduler.types import Delta, Fault, FinishReason, SpeculationUsage
 from server.api.admission import Permit
 from server.api.body import ClientGone
 from server.api.choice import Choice, Piece
 from server.api.errors import ApiError
 from server.api.grammar import grammar_field
 from server.api.services import Services, Stream
+from server.api.speculation import speculation_usage
 from server.api.validation import Call
 from server.engine.client import EngineUnavailable
 from server.metrics import FinishedRequest
@@ -108,7 +109,7 @@ class Generation:
         self._permit.release()
 
     def usage(self) -> dict[str, object]:
-        """Prompt tokens once per prompt, completion tokens of every choice."""
+        """Prompt tokens once per prompt, completion tokens and drafts of every choice."""
         n = self.call.checked.body.n
         num_prompt = self.call.num_prompt_tokens
         num_output = sum(choice.num_tokens for choice in self.choices)
@@ -118,6 +119,11 @@ class Generation:
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": {"cached_tokens": cached},
+            **speculation_usage(
+                self.call.checked.body,
+                bool(self._services.engine.info.drafters),
+                sum((choice.speculation for choice in self.choices), start=SpeculationUsage()),
+            ),
         }
 
     async def _pump(self, choice: Choice, stream: Stream) -> None:

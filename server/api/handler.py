@@ -89,7 +89,7 @@ class GenerationResponse(Response):
         call_id = secrets.token_hex(12)
         # A conversation's cost is its template's, which may loop: never on the event loop.
         size = sum(prompt.num_bytes + (prompt.conversation is not None) * (1 << 20) for prompt in checked.prompts)
-        size += sum(len(word) * 2 for word in checked.body.bad_words)
+        size += sum(len(word) * 2 for word in checked.body.bad_words) + len(checked.prediction)
         call = await services.pool.run(size, lambda: prepare(checked, facts, limits, services.tokenizer, call_id, salt))
         permit.settle(call.num_prompt_tokens)
         return call

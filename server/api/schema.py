@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from server.api.errors import ApiError, invalid
+from server.api.errors import ApiError, invalid, shown
 
 REFUSED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
@@ -33,8 +33,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "chat_template": (),
     "mm_processor_kwargs": (),
     "media_io_kwargs": (),
-    "prediction": (),
-    "speculation": (),
     "decoding": (),
     "truncation_side": ("left",),
 }
@@ -60,7 +58,10 @@ IGNORED = frozenset(
 
 
 NAMED_STEPS = frozenset(
-    {"role", "content", "type", "text", "include_usage", "continuous_usage_stats", "include_obfuscation"}
+    {
+        *("role", "content", "type", "text", "include_usage", "continuous_usage_stats", "include_obfuscation"),
+        *("mode", "max_tokens", "drafter", "verify", "tree", "quality"),
+    }
 )
 """Inner names that an error message may show; others could be the client's own text."""
 
@@ -71,6 +72,36 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class SpeculationFields(BaseModel):
+    """`speculation`: how drafts may be used for this request. None of it changes the text of a seeded request, unless
+    `verify` is not coupled. `mode` None = the server's."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    mode: Literal["auto", "on", "off"] | None = None
+    max_tokens: int | None = None
+    drafter: str = "auto"
+    verify: Literal["coupled", "rejection", "block"] = "coupled"
+    tree: bool | None = None
+    quality: Literal["exact"] = "exact"
+
+
+class Prediction(BaseModel):
+    """`prediction`: text that the client expects much of in the answer; drafts are looked up in it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    type: Literal["content"]
+    content: str | list[TextPart]
 
 
 class GenerationBody(BaseModel):
@@ -112,6 +143,8 @@ class GenerationBody(BaseModel):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    speculation: SpeculationFields | None = None
+    prediction: Prediction | None = None
     user: str | None = None
 
 
@@ -123,13 +156,6 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = None
     echo: bool = False
     add_special_tokens: bool = True
-
-
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    type: Literal["text"]
-    text: str
 
 
 class Message(BaseModel):
@@ -213,6 +239,8 @@ def _as_api_error(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
     param = str(first["loc"][0]) if first["loc"] else None
     where = param or "body"
+    if first["type"] == "extra_forbidden":
+        return invalid(param, f"{where} has the unknown field {shown(first['loc'][-1])}", "unknown_field")
     for step in first["loc"][1:]:
         if isinstance(step, int):
             where += f"[{step}]"

@@ -7,11 +7,12 @@ import logging
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from scheduler.types import Delta, Request, StepStats
+from scheduler.types import Delta, Request, SpeculationMode, StepStats
 from server.api.admission import Admission
 from server.api.errors import ApiError, shown
 from server.api.pool import TextPool
 from server.api.settings import ApiSettings
+from server.api.speculation import SpeculationFacts
 from server.api.validation import ModelFacts
 from server.engine.config import EngineInfo, EngineState
 from server.metrics import Metrics
@@ -69,6 +70,13 @@ class Services:
             max_logprobs=info.max_logprobs,
             max_choices=self.admission.max_requests,
             max_queued_tokens=max(self.admission.max_tokens, info.model_len),
+            speculation=SpeculationFacts(
+                SpeculationMode(info.speculation),
+                tuple(name for name, _ in info.drafters),
+                info.max_drafts,
+                info.model_len,
+                max(self.admission.max_tokens, info.model_len),
+            ),
         )
 
     def require_engine(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from scheduler.types import Request
 from server.api.errors import ApiError, invalid, shown
@@ -17,6 +17,7 @@ from server.api.prompts import RawPrompt, read_prompts
 from server.api.sampling import check_ids, check_numbers, check_range, check_stop, make_sampling
 from server.api.schema import ChatBody, CompletionBody, GenerationBody
 from server.api.settings import Limits
+from server.api.speculation import SpeculationFacts, check_speculation, read_speculation
 from server.text.detokenizer import StopConditions
 from server.text.tokenizer import Tokenizer
 
@@ -35,11 +36,13 @@ class ModelFacts:
     max_logprobs: int
     max_choices: int
     max_queued_tokens: int
+    speculation: SpeculationFacts = field(default_factory=SpeculationFacts)
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A body that passed the cheap checks. `cost_tokens` estimates its prompt tokens, for admission."""
+    """A body that passed the cheap checks. `cost_tokens` estimates its prompt tokens, for admission; `prediction` is
+    the text of that field."""
 
     body: CompletionBody | ChatBody
     prompts: tuple[RawPrompt, ...]
@@ -49,6 +52,7 @@ class Checked:
     prompt_logprobs: int | None
     echo: bool
     cost_tokens: int
+    prediction: str = ""
 
     @property
     def num_choices(self) -> int:
@@ -148,9 +152,10 @@ def _check(
         if body.truncate_prompt_tokens == 0:
             raise invalid("truncate_prompt_tokens", "truncate_prompt_tokens is 0, which would leave no prompt")
     _check_salt(body.cache_salt, limits)
+    prediction = check_speculation(body, facts.speculation, tokenizer)
     cost = sum(_check_prompt_bytes(prompt, body, facts, tokenizer) for prompt in prompts)
     stop = check_stop(body, limits)
-    return Checked(body, prompts, stop, max_tokens, logprobs, prompt_logprobs, echo, cost)
+    return Checked(body, prompts, stop, max_tokens, logprobs, prompt_logprobs, echo, cost, prediction)
 
 
 def _is_default(body: GenerationBody, max_tokens: int | None) -> bool:
@@ -193,6 +198,7 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
         bad_words=_encode_bad_words(body.bad_words, tokenizer, limits),
         grammar=read_grammar(body, limits),
     )
+    speculation = read_speculation(body, checked.prediction, checked.num_choices, facts.speculation, tokenizer)
     stop_ids = () if body.ignore_eos else facts.eos_ids
     stop_ids = tuple(dict.fromkeys((*stop_ids, *body.stop_token_ids)))
     for p, raw in enumerate(checked.prompts):
@@ -213,6 +219,7 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
                     stop_ids,
                     priority=body.priority,
                     cache_salt=salt,
+                    speculation=speculation,
                 )
             )
     total = sum(len(prompt.ids) for prompt in prompts)

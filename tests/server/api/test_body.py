@@ -69,7 +69,7 @@ LEGAL: dict[str, list[Any]] = {
     "suffix": [""],
     "prediction": [],
     "decoding": [],
-    "speculation": [],
+    "speculation": [{}],
     "kv_transfer_params": [],
     "prompt_embeds": [],
     "use_beam_search": [],
