@@ -16,6 +16,7 @@ from scheduler.features import StepSample as StepSample
 from scheduler.sampling import Grammar as Grammar
 from scheduler.sampling import GrammarKind as GrammarKind
 from scheduler.sampling import Sampling as Sampling
+from scheduler.speculation import MAX_TREE_NODES as MAX_TREE_NODES
 from scheduler.speculation import Drafts as Drafts
 from scheduler.speculation import DraftTally as DraftTally
 from scheduler.speculation import Speculation as Speculation
