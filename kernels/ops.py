@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, MlpBlock
+from kernels.blocks import AttentionBlock, DenseLayers
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,13 @@ class Ops(Protocol):
         """The attention half of a layer in one call, [T, H] -> [T, H]: `blocks.composed_attention_block` defines it."""
         ...
 
-    def mlp_block(self, x_TH: Tensor, block: MlpBlock) -> Tensor:
-        """The gated-MLP half of a layer in one call, [T, H] -> [T, H]: `blocks.composed_mlp_block` defines it."""
+    def dense_layers(
+        self, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
+    ) -> Tensor:
+        """Whole layers in one call, [T, H] -> [T, H]: `blocks.composed_dense_layers` defines it.
+
+        kv  (k_pages, v_pages) of each layer of the run
+        """
         ...
 
     def silu_mul(self, gate_up_TX: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, MlpBlock, composed_attention_block, composed_mlp_block
+from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
 from kernels.ops import AttentionRows, PackedLinear
 
 TILE_ROWS = 256
@@ -158,8 +158,10 @@ class ReferenceOps:
     ) -> Tensor:
         return composed_attention_block(self, x_TH, block, k_pages, v_pages, rows)
 
-    def mlp_block(self, x_TH: Tensor, block: MlpBlock) -> Tensor:
-        return composed_mlp_block(self, x_TH, block)
+    def dense_layers(
+        self, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
+    ) -> Tensor:
+        return composed_dense_layers(self, x_TH, run, kv, rows)
 
     def silu_mul(self, gate_up_TX: Tensor) -> Tensor:
         gate, up = gate_up_TX.float().chunk(2, dim=-1)

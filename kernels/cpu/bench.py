@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, MlpBlock
+from kernels.blocks import AttentionBlock, DenseLayers, MlpBlock
 from kernels.cpu.ops import CpuOps
 from kernels.ops import AttentionRows, PackedLinear
 
@@ -54,7 +54,7 @@ class Stack:
         self.norm = torch.ones(s.hidden, dtype=torch.bfloat16)
         angles = torch.rand(4096, s.head_dim // 2)
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
-        self.layers = [self._layer() for _ in range(s.layers)]
+        self.run = DenseLayers(tuple(self._layer() for _ in range(s.layers)))
         self.head = self._weight(s.vocab, s.hidden)
 
     def _layer(self) -> tuple[AttentionBlock, MlpBlock]:
@@ -68,7 +68,7 @@ class Stack:
 
     @property
     def num_bytes(self) -> int:
-        layers = sum(w.num_bytes for a, m in self.layers for w in (a.qkv, a.out, m.gate_up, m.down))
+        layers = sum(w.num_bytes for a, m in self.run.layers for w in (a.qkv, a.out, m.gate_up, m.down))
         return layers + self.head.num_bytes
 
     def _weight(self, n: int, k: int) -> PackedLinear:
@@ -86,13 +86,14 @@ class Stack:
 
     def step(self, x: Tensor, rows: AttentionRows | None, kv: list[tuple[Tensor, Tensor]], judged: int) -> Tensor:
         ops = self.ops
-        for (attention, mlp), (k_pages, v_pages) in zip(self.layers, kv, strict=True):
-            if rows is None:  # the products alone, with what glue they have
+        if rows is not None:
+            x = ops.dense_layers(x, self.run, kv, rows)
+        else:  # the products alone, with what glue they have
+            for attention, mlp in self.run.layers:
                 y = ops.linear(ops.rms_norm(x, self.norm, 1e-5), attention.qkv)
                 x = ops.linear(y[:, : self.shape.heads * self.shape.head_dim], attention.out, x)
-            else:
-                x = ops.attention_block(x, attention, k_pages, v_pages, rows)
-            x = ops.mlp_block(x, mlp)
+                hidden = ops.linear(ops.rms_norm(x, self.norm, 1e-5), mlp.gate_up)
+                x = ops.linear(ops.silu_mul(hidden), mlp.down, x)
         return ops.logits(ops.rms_norm(x[-judged:], self.norm, 1e-5), self.head)
 
 

@@ -62,7 +62,7 @@ struct AttentionArgs {
   int32_t is_bf16;
 };
 
-// Half layers: x [rows, hidden] is the residual stream, out its successor. qkv.qkv, qkv.q_out, attention.q and
+// Attention with its residual: x [rows, hidden] is the residual stream, out its successor. qkv.qkv, qkv.q_out, attention.q and
 // attention.out are filled in here from scratch memory.
 struct AttentionBlockArgs {
   const void *x, *norm;
@@ -72,13 +72,25 @@ struct AttentionBlockArgs {
   AttentionArgs attention;
 };
 
-struct MlpBlockArgs {
-  const void *x, *norm;
-  void* out;
+// What one layer of a run has of its own.
+struct DenseLayer {
+  const void* norm;
+  const Weight *qkv_weight, *out_weight;
+  const void *q_norm, *k_norm;
+  const float* cos_sin;
+  void *k_pages, *v_pages;
+  const void* mlp_norm;
   const Weight *gate_up, *down;
-  int64_t rows;
-  float eps;
-  int32_t is_bf16;
+  int64_t window;
+  float scale, eps, mlp_eps;
+  int32_t unused;
+};
+
+// Whole layers. step: the first layer's attention, of which the others take the rows and sizes; step.out is the result.
+struct DenseLayersArgs {
+  AttentionBlockArgs step;
+  const DenseLayer* layers;
+  int64_t num_layers;
 };
 
 template <class T>

@@ -69,17 +69,26 @@ class AttentionBlockArgs(ctypes.Structure):
     )
 
 
-class MlpBlockArgs(ctypes.Structure):
-    """layer.h MlpBlockArgs."""
+class DenseLayer(ctypes.Structure):
+    """layer.h DenseLayer."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "norm", "out")),
+        ("norm", c_void_p),
+        ("qkv_weight", POINTER(Weight)),
+        ("out_weight", POINTER(Weight)),
+        *((name, c_void_p) for name in ("q_norm", "k_norm", "cos_sin", "k_pages", "v_pages", "mlp_norm")),
         ("gate_up", POINTER(Weight)),
         ("down", POINTER(Weight)),
-        ("rows", c_int64),
-        ("eps", c_float),
-        ("is_bf16", c_int32),
+        ("window", c_int64),
+        *((name, c_float) for name in ("scale", "eps", "mlp_eps")),
+        ("unused", c_int32),
     )
+
+
+class DenseLayersArgs(ctypes.Structure):
+    """layer.h DenseLayersArgs."""
+
+    _fields_ = (("step", AttentionBlockArgs), ("layers", POINTER(DenseLayer)), ("num_layers", c_int64))
 
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -91,7 +100,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "braid_qkv_rope_write": (None, [c_void_p, POINTER(QkvArgs)]),
     "braid_paged_attention": (None, [c_void_p, POINTER(AttentionArgs)]),
     "braid_attention_block": (None, [c_void_p, POINTER(AttentionBlockArgs)]),
-    "braid_mlp_block": (None, [c_void_p, POINTER(MlpBlockArgs)]),
+    "braid_dense_layers": (None, [c_void_p, POINTER(DenseLayersArgs)]),
     "braid_sample": (None, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
 }
 

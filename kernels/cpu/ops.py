@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, MlpBlock, composed_attention_block, composed_mlp_block
+from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
 from kernels.cpu import library
 from kernels.cpu.arguments import RowsCheck, attention_args, qkv_args
 from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
+from kernels.cpu.layers import LayerTables
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
 from kernels.ops import AttentionRows, PackedLinear
 
@@ -72,6 +73,7 @@ class CpuOps:
             raise BuildError(f"cannot load the compiled CPU kernels from {path}: {error}") from error
         self._pool = self._lib.braid_pool_create(self.num_threads)
         self._check_rows = RowsCheck()
+        self._layer_tables = LayerTables()
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> CpuLinear:
         is_bf16 = _is_bf16(weight_NK)
@@ -207,29 +209,37 @@ class CpuOps:
     ) -> Tensor:
         if self._prefers_onednn(x_TH):
             return composed_attention_block(self, x_TH, block, k_pages, v_pages, rows)
-        qkv, out = packed_here(block.qkv, x_TH.shape[1]), packed_here(block.out, block.num_q * block.head_dim)
-        x, out_TH = _activations(x_TH, qkv), torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+        x = _activations(x_TH, packed_here(block.qkv, x_TH.shape[1]))
+        out_TH = torch.empty_like(x)
         self._check_rows(rows, x.shape[0], k_pages, block.cos_sin_MR)
-        struct = library.AttentionBlockArgs(
+        struct = self._attention_struct(x, out_TH, block, k_pages, v_pages, rows)
+        self._lib.braid_attention_block(self._pool, byref(struct))
+        return out_TH
+
+    def _attention_struct(
+        self, x: Tensor, out_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
+    ) -> library.AttentionBlockArgs:
+        qkv, out = packed_here(block.qkv, x.shape[1]), packed_here(block.out, block.num_q * block.head_dim)
+        return library.AttentionBlockArgs(
             x.data_ptr(), block.norm_H.data_ptr(), out_TH.data_ptr(), pointer(qkv.struct), pointer(out.struct),
             qkv_args(block.num_q, block.head_dim, block.cos_sin_MR, block.q_norm_D, block.k_norm_D, block.eps,
                       k_pages, v_pages, rows, x.dtype),
             attention_args(block.num_q, block.head_dim, k_pages, v_pages, rows, block.scale, block.window, x.dtype),
         )  # fmt: skip
-        self._lib.braid_attention_block(self._pool, byref(struct))
-        return out_TH
 
-    def mlp_block(self, x_TH: Tensor, block: MlpBlock) -> Tensor:
+    def dense_layers(
+        self, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
+    ) -> Tensor:
         if self._prefers_onednn(x_TH):
-            return composed_mlp_block(self, x_TH, block)
-        gate_up = packed_here(block.gate_up, x_TH.shape[1])
-        down = packed_here(block.down, gate_up.out_features // 2)
-        x, out_TH = _activations(x_TH, gate_up), torch.empty_like(x_TH, memory_format=torch.contiguous_format)
-        struct = library.MlpBlockArgs(
-            x.data_ptr(), block.norm_H.data_ptr(), out_TH.data_ptr(), pointer(gate_up.struct), pointer(down.struct),
-            x.shape[0], block.eps, _is_bf16(x),
-        )  # fmt: skip
-        self._lib.braid_mlp_block(self._pool, byref(struct))
+            return composed_dense_layers(self, x_TH, run, kv, rows)
+        (block, _), (k_pages, v_pages) = run.layers[0], kv[0]
+        x = _activations(x_TH, packed_here(block.qkv, x_TH.shape[1]))
+        layers, out_TH = self._layer_tables(run, kv, x), torch.empty_like(x)
+        self._check_rows(rows, x.shape[0], k_pages, block.cos_sin_MR)
+        struct = library.DenseLayersArgs(
+            self._attention_struct(x, out_TH, block, k_pages, v_pages, rows), layers, len(layers)
+        )
+        self._lib.braid_dense_layers(self._pool, byref(struct))
         return out_TH
 
     def moe(

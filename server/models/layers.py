@@ -9,11 +9,12 @@ Legend of shapes: T rows of the step, H hidden, X concatenated q|k|v, J judged r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Protocol
 
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, MlpBlock
+from kernels.blocks import AttentionBlock, DenseLayers, MlpBlock
 from kernels.ops import AttentionRows, Ops, PackedLinear
 from server.models.config import ModelConfig
 
@@ -123,21 +124,15 @@ def attention_block(config: ModelConfig, index: int, packer: Packer, cos_sin_MR:
     )
 
 
-class GatedMlp:
-    """x + down(silu(gate(n)) * up(n)), n = norm(x)."""
-
-    def __init__(self, config: ModelConfig, index: int, packer: Packer, ops: Ops) -> None:
-        layer = f"model.layers.{index}"
-        self._block = MlpBlock(
-            norm_H=packer.tensor(f"{layer}.post_attention_layernorm.weight"),
-            gate_up=packer.linear(f"{layer}.mlp", ("gate_proj", "up_proj"), config.mlp_bias),
-            down=packer.linear(f"{layer}.mlp", ("down_proj",), config.mlp_bias),
-            eps=config.rms_norm_eps,
-        )
-        self._mlp_block = ops.mlp_block
-
-    def __call__(self, x_TH: Tensor) -> Tensor:
-        return self._mlp_block(x_TH, self._block)
+def mlp_block(config: ModelConfig, index: int, packer: Packer) -> MlpBlock:
+    """The weights of a layer's gated MLP."""
+    layer = f"model.layers.{index}"
+    return MlpBlock(
+        norm_H=packer.tensor(f"{layer}.post_attention_layernorm.weight"),
+        gate_up=packer.linear(f"{layer}.mlp", ("gate_proj", "up_proj"), config.mlp_bias),
+        down=packer.linear(f"{layer}.mlp", ("down_proj",), config.mlp_bias),
+        eps=config.rms_norm_eps,
+    )
 
 
 class SparseMlp:
@@ -164,17 +159,47 @@ class SparseMlp:
         return x_TH + self._moe(normed_TH, router_TE, self._gate_up, self._down, self._top_k, self._norm_topk_prob)
 
 
-class DecoderLayer:
-    """Attention and MLP around the residual stream: two calls of the back end where the MLP is dense."""
+class DenseRun:
+    """Layers that follow each other and have dense MLPs: one call of the back end."""
 
-    def __init__(self, config: ModelConfig, index: int, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> None:
-        self._attention = attention_block(config, index, packer, cos_sin_MR)
-        sparse = config.moe is not None and index in config.moe.sparse_layers
-        self._mlp = (SparseMlp if sparse else GatedMlp)(config, index, packer, ops)
+    def __init__(
+        self, config: ModelConfig, indices: Sequence[int], packer: Packer, ops: Ops, cos_sin_MR: Tensor
+    ) -> None:
+        self.indices = indices
+        self._layers = DenseLayers(
+            tuple((attention_block(config, i, packer, cos_sin_MR), mlp_block(config, i, packer)) for i in indices)
+        )
+        self._dense_layers = ops.dense_layers
+
+    def __call__(self, x_TH: Tensor, rows: AttentionRows, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        return self._dense_layers(x_TH, self._layers, kv, rows)
+
+
+class SparseRun:
+    """Layers that follow each other and have experts."""
+
+    def __init__(
+        self, config: ModelConfig, indices: Sequence[int], packer: Packer, ops: Ops, cos_sin_MR: Tensor
+    ) -> None:
+        self.indices = indices
+        self._layers = [
+            (attention_block(config, i, packer, cos_sin_MR), SparseMlp(config, i, packer, ops)) for i in indices
+        ]
         self._attention_block = ops.attention_block
 
-    def __call__(self, x_TH: Tensor, rows: AttentionRows, k_pages: Tensor, v_pages: Tensor) -> Tensor:
-        return self._mlp(self._attention_block(x_TH, self._attention, k_pages, v_pages, rows))
+    def __call__(self, x_TH: Tensor, rows: AttentionRows, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        for (attention, mlp), (k_pages, v_pages) in zip(self._layers, kv, strict=True):
+            x_TH = mlp(self._attention_block(x_TH, attention, k_pages, v_pages, rows))
+        return x_TH
+
+
+def layer_runs(config: ModelConfig, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> list[DenseRun | SparseRun]:
+    """All layers, in order, as runs of one kind."""
+    sparse = frozenset() if config.moe is None else frozenset(config.moe.sparse_layers)
+    return [
+        (SparseRun if is_sparse else DenseRun)(config, list(indices), packer, ops, cos_sin_MR)
+        for is_sparse, indices in groupby(range(config.num_layers), key=sparse.__contains__)
+    ]
 
 
 class Decoder:
@@ -184,7 +209,7 @@ class Decoder:
         packer = Packer(weights, ops)
         self.config = config
         self._embedding_VH = packer.tensor("model.embed_tokens.weight")
-        self._layers = [DecoderLayer(config, index, packer, ops, cos_sin_MR) for index in range(config.num_layers)]
+        self._runs = layer_runs(config, packer, ops, cos_sin_MR)
         self._norm_H = packer.tensor("model.norm.weight")
         # A tied head is packed all the same: rows are looked up in one layout and multiplied in another.
         tied = config.tie_word_embeddings
@@ -196,8 +221,8 @@ class Decoder:
     def forward(self, tokens_T: Tensor, rows: AttentionRows, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Run all rows of a step, tokens int64 [T]; writes K and V, returns normed hidden states [T, H]."""
         x_TH = self._ops.embed(self._embedding_VH, tokens_T)
-        for layer, (k_pages, v_pages) in zip(self._layers, kv, strict=True):
-            x_TH = layer(x_TH, rows, k_pages, v_pages)
+        for run in self._runs:
+            x_TH = run(x_TH, rows, kv[run.indices[0] : run.indices[-1] + 1])
         return self._ops.rms_norm(x_TH, self._norm_H, self._eps)
 
     def logits(self, hidden_JH: Tensor) -> Tensor:

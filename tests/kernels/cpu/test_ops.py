@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, MlpBlock, composed_attention_block, composed_mlp_block
+from kernels.blocks import AttentionBlock, DenseLayers, MlpBlock, composed_attention_block, composed_dense_layers
 from kernels.cpu.build import best_variant, find_compiler
 from kernels.cpu.ops import CpuOps
 from kernels.ops import AttentionRows, PackedLinear
@@ -242,26 +242,68 @@ def test_experts_equal_the_reference_and_rows_do_not_depend_on_company(
     assert torch.equal(alone, got[4:5])
 
 
+def dense_layers(ops: CpuOps, dtype: torch.dtype, num_layers: int, positions: int) -> DenseLayers:
+    """Layers of hidden 96, 4 query and 2 kv heads of 32, MLP 80; each has weights, norms and a window of its own."""
+
+    def layer(seed: int) -> tuple[AttentionBlock, MlpBlock]:
+        def weight(n: int, k: int) -> PackedLinear:
+            matrix = random(n, k, dtype=dtype, seed=seed + n) * k**-0.5
+            return ops.pack_linear(matrix, random(n, dtype=dtype, seed=seed + n + 1))
+
+        norm, head_norm = random(96, dtype=dtype, seed=seed + 5), random(32, dtype=dtype, seed=seed + 6)
+        window = (7, None, 20)[seed // 1000 % 3]
+        block = AttentionBlock(
+            norm, weight(256, 96), weight(96, 128), head_norm, head_norm, 4, 2, 32, cos_sin, 1e-6, 0.2, window
+        )
+        return block, MlpBlock(norm, weight(160, 96), weight(96, 80), 1e-6)
+
+    angles = random(positions, 16)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
+    return DenseLayers(tuple(layer(1000 * i) for i in range(num_layers)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 40])
-def test_the_fused_halves_of_a_layer_equal_their_composition_bit_for_bit(
-    ops: CpuOps, dtype: torch.dtype, count: int
-) -> None:
-    def weight(n: int, k: int) -> PackedLinear:
-        return ops.pack_linear(random(n, k, dtype=dtype, seed=n) * k**-0.5, random(n, dtype=dtype, seed=n + 1))
-
-    norm, head_norm = random(96, dtype=dtype, seed=5), random(32, dtype=dtype, seed=6)
-    angles = random(count, 16)
-    cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
-    block = AttentionBlock(
-        norm, weight(256, 96), weight(96, 128), head_norm, head_norm, 4, 2, 32, cos_sin, 1e-6, 0.2, 7
-    )
-    mlp = MlpBlock(norm, weight(160, 96), weight(96, 80), 1e-6)
+def test_fused_layers_equal_their_composition_bit_for_bit(ops: CpuOps, dtype: torch.dtype, count: int) -> None:
+    run = dense_layers(ops, dtype, 3, count)
     x, rows = random(count, 96, dtype=dtype), rows_of([(0, count)], [[0, 3, 1, 2]], 16)
-    kv = ops.allocate_kv(4, 16, 2, 32, dtype, torch.device("cpu"))
+
+    def pages() -> list[tuple[Tensor, Tensor]]:
+        return [ops.allocate_kv(4, 16, 2, 32, dtype, torch.device("cpu")) for _ in run.layers]
+
+    kept = x.clone()
+    assert torch.equal(ops.dense_layers(x, run, pages(), rows), composed_dense_layers(ops, x, run, pages(), rows))
+    assert torch.equal(x, kept)
+    block, kv = run.layers[0][0], pages()[0]
     fused, composed = ops.attention_block(x, block, *kv, rows), composed_attention_block(ops, x, block, *kv, rows)
     assert torch.equal(fused, composed)
-    assert torch.equal(ops.mlp_block(x, mlp), composed_mlp_block(ops, x, mlp))
+
+
+def test_a_run_of_layers_follows_its_pages_when_they_are_replaced(ops: CpuOps) -> None:
+    run = dense_layers(ops, torch.float32, 2, 40)
+    x = random(40, 96)
+    rows = rows_of([(0, 40)], [[0, 3, 1, 2]], 16)
+    wide = rows_of([(0, 40)], [[1, 0]], 32)
+    first = ops.dense_layers(x, run, kv_of(ops, 16), rows)
+    assert_close(ops.dense_layers(x, run, kv_of(ops, 32), wide), first)
+    assert torch.equal(ops.dense_layers(x, run, kv_of(ops, 16), rows), first)
+
+
+def kv_of(ops: CpuOps, page_size: int) -> list[tuple[Tensor, Tensor]]:
+    return [ops.allocate_kv(64 // page_size, page_size, 2, 32, torch.float32, torch.device("cpu")) for _ in range(2)]
+
+
+def test_layers_that_do_not_fit_each_other_are_refused(ops: CpuOps) -> None:
+    run, x = dense_layers(ops, torch.float32, 2, 4), random(4, 96)
+    rows = rows_of([(0, 4)], [[0]], 16)
+    with pytest.raises(ValueError, match="2 layers got the pages of 1"):
+        ops.dense_layers(x, run, kv_of(ops, 16)[:1], rows)
+    with pytest.raises(ValueError, match="must have the same heads"):
+        ops.dense_layers(x, run, [kv_of(ops, 16)[0], kv_of(ops, 32)[0]], rows)
+    attention, mlp = run.layers[0]
+    crossed = DenseLayers(((attention, dataclasses.replace(mlp, down=attention.qkv)),))
+    with pytest.raises(ValueError, match="rows have 80 features, but the weight takes 96"):
+        ops.dense_layers(x, crossed, kv_of(ops, 16)[:1], rows)
 
 
 def test_onednn_takes_over_from_the_given_row_count_where_it_is_asked_for() -> None:
