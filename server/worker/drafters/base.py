@@ -35,6 +35,7 @@ class Want(NamedTuple):
     tokens      prompt + output, this step's tokens included; the last one has no KV yet
     num_drafts  most drafts that are of use
     tops        there if the drafter's `needs_top` asked and the sequence was judged in this step
+    tree        whether the drafts may branch; set by the `Speculator`, which knows what request and model allow
     """
 
     seq_id: int
@@ -42,10 +43,11 @@ class Want(NamedTuple):
     tokens: Sequence[int]
     num_drafts: int
     tops: RowTops | None = None
+    tree: bool = False
 
     @property
     def num_output(self) -> int:
-        """Output position of the first draft's predecessor's successor: the noise position of the first draft."""
+        """Output tokens so far, which is the output position (R5: of the noise) of the first draft."""
         return len(self.tokens) - self.state.num_prompt
 
 

@@ -1,0 +1,63 @@
+"""From a `SpeculatorConfig` to a `Speculator`: the table of drafters by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kernels.ops import Ops
+from server.models.registry import Model
+from server.worker.drafters.base import Drafter
+from server.worker.drafters.config import SpeculatorConfig
+from server.worker.drafters.lookup import LookupDrafter
+from server.worker.drafters.speculator import Speculator
+from server.worker.drafters.stores.grammar import GrammarStore
+from server.worker.drafters.stores.history import HistoryStore
+from server.worker.drafters.stores.prediction import PredictionStore
+from server.worker.kv_pool import KVPool
+from server.worker.sequences import SequenceTable
+from server.worker.worker import WorkerInfo
+
+
+class Parts(NamedTuple):
+    """What a drafter may be made of: the worker's own parts."""
+
+    config: SpeculatorConfig
+    model: Model
+    ops: Ops
+    pool: KVPool
+    sequences: SequenceTable
+    info: WorkerInfo
+
+
+DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
+    "prediction": lambda parts: LookupDrafter(PredictionStore()),
+    "grammar": lambda parts: LookupDrafter(GrammarStore()),
+    "history": lambda parts: LookupDrafter(HistoryStore()),
+}
+
+
+def build_speculator(
+    config: SpeculatorConfig, model: Model, ops: Ops, pool: KVPool, sequences: SequenceTable, info: WorkerInfo
+) -> Speculator:
+    """Build every drafter that the configuration names.
+
+    Raises ValueError with a sentence for the user: a name that is unknown or given twice, no names, a drafter that
+    lacks what it needs (each constructor says what); OSError if a draft model cannot be read.
+    """
+    check_names(config.drafters)
+    parts = Parts(config, model, ops, pool, sequences, info)
+    drafters = [DRAFTERS[name](parts) for name in config.drafters]
+    has_window = any(window is not None for window in model.config.windows)
+    return Speculator(drafters, info.vocab_size, config.draft_tree, has_window)
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Raises ValueError unless every name is in the table, once."""
+    if not names:
+        raise ValueError("drafters is empty; name at least one, or turn speculation off")
+    for name in names:
+        if name not in DRAFTERS:
+            raise ValueError(f"drafters names {name!r}; expected some of {', '.join(sorted(DRAFTERS))}")
+        if names.count(name) > 1:
+            raise ValueError(f"drafters names {name!r} twice")

@@ -1,0 +1,130 @@
+"""`Speculator`: all drafters together, what the worker calls. Per request it takes the best offer.
+
+Members are not trusted. One that raises is switched off for the life of the process; an offer that breaks the protocol
+is dropped and counted; drafts that a request's grammar forbids are cut. Verification decides every token in any case,
+so the worst a drafter can do is cost time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from scheduler.types import Drafts, VerifyMode
+from server.worker.drafters.base import Drafter, Want
+from server.worker.drafters.soundness import flaw, legal_part
+from server.worker.sequences import SequenceState
+
+logger = logging.getLogger(__name__)
+
+GOOD_SHARE = 0.6
+"""A lookup offer that expects this share of the drafts a model could make is taken without asking the model."""
+
+
+class Speculator:
+    """The composite of the loaded drafters, asked in order; on a tie the earlier one wins."""
+
+    def __init__(self, drafters: Sequence[Drafter], vocab_size: int, draft_tree: bool, has_window: bool) -> None:
+        """draft_tree: drafts branch where a request leaves it open; has_window: the model has windowed attention, whose
+        rule is by position and not by branch, so nothing branches."""
+        self._drafters = list(drafters)
+        self._vocab_size = vocab_size
+        self._draft_tree, self._trees_run = draft_tree, not has_window
+        self._members = tuple((drafter.name, drafter.is_sequential) for drafter in drafters)
+        self.num_dropped: Counter[str] = Counter()
+        """Offers dropped or cut since the start, by reason."""
+        self.disabled: dict[str, str] = {}
+        """Drafters that raised, and what."""
+
+    @property
+    def drafters(self) -> tuple[tuple[str, bool], ...]:
+        """(name, is_sequential) of every drafter that was loaded."""
+        return self._members
+
+    @property
+    def needs_top(self) -> int:
+        """How many best tokens of each judged row the drafters want to see."""
+        return max((drafter.needs_top for drafter in self._drafters), default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(drafter.num_bytes for drafter in self._drafters)
+
+    def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
+        """The best offer for each want; None = nothing is offered. depth: most model steps, 0 = no model runs.
+
+        Never raises for a drafter's fault.
+        """
+        wants = [self._with_tree(want) for want in wants]
+        best: list[Drafts | None] = [None] * len(wants)
+        for is_sequential in (False, True) if depth > 0 else (False,):
+            for drafter in tuple(self._drafters):
+                if drafter.is_sequential is is_sequential:
+                    self._ask(drafter, wants, depth, best)
+        return best
+
+    def _ask(self, drafter: Drafter, wants: Sequence[Want], depth: int, best: list[Drafts | None]) -> None:
+        """Put the drafter's offers in `best` where they beat what is there."""
+        chosen = [
+            i
+            for i, want in enumerate(wants)
+            if want.state.request.speculation.drafter in ("auto", drafter.name)
+            and not (drafter.is_sequential and _is_good(best[i], min(depth, want.num_drafts)))
+        ]
+        if not chosen:
+            return
+        try:
+            offers = drafter.propose([wants[i] for i in chosen], depth)
+            if len(offers) != len(chosen):
+                raise ValueError(f"{len(offers)} offers for {len(chosen)} sequences")
+            for i, offer in zip(chosen, offers, strict=True):
+                # Written so that a NaN gets as far as the check that counts it.
+                if offer is not None and not _expected(offer) <= _expected(best[i]):
+                    sound = self._sound(offer, wants[i])
+                    if sound is not None and _expected(sound) > _expected(best[i]):
+                        best[i] = sound
+        except Exception as error:
+            self._disable(drafter, error)
+
+    def _with_tree(self, want: Want) -> Want:
+        asked = want.state.request.speculation
+        wished = self._draft_tree if asked.tree is None else asked.tree
+        return want._replace(tree=wished and self._trees_run and asked.verify is VerifyMode.COUPLED)
+
+    def _sound(self, offer: Drafts, want: Want) -> Drafts | None:
+        """The offer if it keeps the protocol, cut to what the request's grammar allows; None = nothing is left."""
+        reason = flaw(offer, want, self._vocab_size)
+        if reason is not None:
+            self.num_dropped[reason] += 1
+            return None
+        if want.state.matcher is None:
+            return offer
+        legal = legal_part(offer, want)
+        if legal is None or len(legal.tokens) < len(offer.tokens):
+            self.num_dropped["illegal under the grammar"] += 1
+        return legal
+
+    def release(self, released: Iterable[tuple[int, SequenceState]]) -> None:
+        """Sequences are gone (finished, aborted or preempted). Idempotent."""
+        gone = list(released)
+        for drafter in tuple(self._drafters):
+            try:
+                for seq_id, state in gone:
+                    drafter.release(seq_id, state)
+            except Exception as error:
+                self._disable(drafter, error)
+
+    def _disable(self, drafter: Drafter, error: Exception) -> None:
+        self._drafters.remove(drafter)
+        self.disabled[drafter.name] = f"{type(error).__name__}: {error}"
+        logger.error("drafter %s failed and is off until the next start", drafter.name, exc_info=error)
+
+
+def _expected(offer: Drafts | None) -> float:
+    """Tokens that the offer is expected to add."""
+    return sum(offer.survivals) if offer is not None else 0.0
+
+
+def _is_good(offer: Drafts | None, most: int) -> bool:
+    return offer is not None and _expected(offer) >= GOOD_SHARE * most

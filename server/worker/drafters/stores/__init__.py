@@ -1,0 +1,1 @@
+"""Stores of the lookup drafters: what may follow a place (README.md)."""
