@@ -7,59 +7,21 @@ No environment variable is read. The command line and files are parsed in flags.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from scheduler.types import MAX_TREE_NODES
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
-from server.engine.config import EngineConfig
+from server.engine.config import DRAFTERS, EngineConfig, SpeculationConfig
+from server.values import Auto, AutoCount, Count, Listed, Names, Seconds, Switch, Table, settings_of
 
 VERSION = "0.1.0"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_SUFFIXES = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-
-
-def parse_count(text: object) -> object:
-    """32k = 32,000; 32Ki or 32KiB = 32,768; 2GB = 2,000,000,000. What is not such a text is left for pydantic."""
-    if isinstance(text, bool):
-        raise ValueError("expected a whole number")
-    if not isinstance(text, str):
-        return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError("expected a whole number, with a suffix k, M, G, Ki, Mi or Gi if you like (32k, 2GiB)")
-    return int(float(match[1]) * _SUFFIXES[(match[2] or "").lower()])
-
-
-def _auto(text: object) -> object:
-    return None if text == "auto" else text
-
-
-def _listed(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-AutoCount = Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(lambda text: parse_count(_auto(text)))]
-Auto = BeforeValidator(_auto)
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-def setting(default: Any, text: str, group: str, **limits: Any) -> Any:
-    """A field with its help text; `group` is its heading in --help and the README."""
-    return Field(default, description=text, json_schema_extra={"group": group}, **limits)
-
-
-def _in(group: str) -> Callable[..., Any]:
-    return lambda default, text, **limits: setting(default, text, group, **limits)
-
-
-_model, _engine, _http, _limits, _life = map(
-    _in, ("model", "engine", "HTTP", "limits of one request", "life cycle and logs")
+_model, _engine, _drafts, _http, _limits, _life = map(
+    settings_of, ("model", "engine", "speculation", "HTTP", "limits of one request", "life cycle and logs")
 )
 
 
@@ -99,6 +61,31 @@ class ServerConfig(BaseModel):
     grammar_timeout: Seconds = _engine(5.0, "seconds to compile a structured-output constraint")
     delta_interval_ms: float = _engine(10.0, "tokens of faster steps share a message this long; 0 = one a step", ge=0)
     step_timeout: Seconds = _engine(120.0, "seconds without a step's end before the engine is restarted")
+
+    speculation: Annotated[Literal["auto", "on", "off"], Switch] = _drafts(
+        "auto", "auto = as many drafts as pay, on = all that are offered, off = no drafter is loaded; never the text"
+    )
+    drafters: Listed = _drafts(
+        None, "names, preferred first; auto = prediction,grammar,suffix,history and the model drafters set below"
+    )
+    num_speculative_tokens: Count = _drafts(8, "most drafts of a sequence in a step", le=MAX_TREE_NODES - 1)
+    speculation_policy: Literal["marginal", "uniform", "fixed", "table"] = _drafts(
+        "marginal", "who gets how many drafts; fixed = always num-speculative-tokens"
+    )
+    speculation_table: Table = _drafts((), "for table: drafts up to so many decoding sequences, 1:8,4:4; beyond none")
+    draft_model: str | None = _drafts(None, "folder, hub id or embedded model (braid-tiny-draft), same tokenizer")
+    draft_stop: Literal["fixed", "confidence", "acc_head"] = _drafts(
+        "confidence", "when a model drafter stops early; fixed = never"
+    )
+    draft_tree: bool = _drafts(False, "drafts may branch, where a request does not say")
+    layer_subset: str | None = _drafts(
+        None, "draft with a part of the model's own layers: uniform:<share skipped>, search or exit"
+    )
+    draft_store_memory: Count = _drafts(256 << 20, "bytes of what lookup drafters remember of all requests (256MiB)")
+    draft_store_file: Path | None = _drafts(None, "file that keeps it over a restart")
+    synthetic_acceptance: Annotated[float, Field(gt=0, le=1)] | None = _drafts(
+        None, "capacity tests only: repeated requests get drafts that are right this often; the text stays the model's"
+    )
 
     host: str = _http("127.0.0.1", "address to bind; 0.0.0.0 = all interfaces")
     port: int = _http(8000, "port to bind; 0 = any free one", ge=0, le=65535)
@@ -162,6 +149,32 @@ class ServerConfig(BaseModel):
             raise ValueError(f"api-key-file: {str(self.api_key_file)!r} holds no key")
         return self
 
+    @model_validator(mode="after")
+    def _drafts_can_be_had(self) -> ServerConfig:
+        if (self.speculation_policy == "table") != bool(self.speculation_table):
+            raise ValueError("speculation-policy table and speculation-table 1:8,4:4 need each other; one is missing")
+        for most, drafts in self.speculation_table:
+            if most < 1 or drafts > self.num_speculative_tokens:
+                raise ValueError(
+                    f"speculation-table has {most}:{drafts}, but sequences are at least 1 and drafts at most "
+                    f"num-speculative-tokens {self.num_speculative_tokens}"
+                )
+        for name in self.drafters or ():
+            if name not in DRAFTERS:
+                raise ValueError(f"drafters names {name!r}; there are {', '.join(DRAFTERS)}")
+        for name in ("draft_model", "layer_subset"):
+            flag, is_set = name.replace("_", "-"), getattr(self, name) is not None
+            if self.drafters is not None and (name in self.drafters) != is_set:
+                missing = (
+                    f"{flag} is set, but drafters leaves {name} out" if is_set else f"drafters has {name}: set {flag}"
+                )
+                raise ValueError(missing)
+        if self.layer_subset is not None and not re.fullmatch(r"uniform:0?\.\d+|search|exit", self.layer_subset):
+            raise ValueError(f"layer-subset is {self.layer_subset!r}: expected uniform:0.5 (a share), search or exit")
+        if self.draft_store_file is not None and not self.draft_store_file.parent.is_dir():
+            raise ValueError(f"draft-store-file: there is no folder {str(self.draft_store_file.parent)!r}")
+        return self
+
     def api_keys(self) -> tuple[str, ...]:
         keys = [*self.api_key]
         if self.api_key_file is not None:
@@ -211,6 +224,20 @@ class ServerConfig(BaseModel):
             step_timeout_s=self.step_timeout,
             delta_interval_s=self.delta_interval_ms / 1000,
             progress=not self.quiet,
+            speculation=SpeculationConfig(
+                mode=self.speculation,
+                drafters=self.drafters,
+                max_drafts=self.num_speculative_tokens,
+                policy=self.speculation_policy,
+                table=self.speculation_table,
+                draft_model=self.draft_model,
+                draft_stop=self.draft_stop,
+                draft_tree=self.draft_tree,
+                layer_subset=self.layer_subset,
+                store_bytes=self.draft_store_memory,
+                store_file=None if self.draft_store_file is None else str(self.draft_store_file),
+                synthetic_acceptance=self.synthetic_acceptance,
+            ),
         )
 
     def api_settings(self) -> ApiSettings:

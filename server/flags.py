@@ -38,7 +38,7 @@ def is_bool(field: FieldInfo) -> bool:
 
 
 def is_repeatable(field: FieldInfo) -> bool:
-    return typing.get_origin(field.annotation) is tuple
+    return bool(field.annotation == tuple[str, ...])
 
 
 def describe_default(field: FieldInfo) -> str:

@@ -100,9 +100,11 @@ def check_model(config: ServerConfig) -> None:
     """Raise ValueError at once for a model that is plainly a path and not there; hub ids are the engine's to fetch."""
     from server.models.locate import resolve_model
 
-    name = config.model
-    if config.random_weights is None and (name.startswith((".", "/", "~")) or Path(name).exists()):
-        resolve_model(name)
+    names = [] if config.random_weights is not None else [config.model]
+    names += [] if config.draft_model is None or config.speculation == "off" else [config.draft_model]
+    for name in names:
+        if name.startswith((".", "/", "~")) or Path(name).exists():
+            resolve_model(name)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.config import ServerConfig, parse_count
+from server.config import ServerConfig
+from server.engine.config import SpeculationConfig
 from server.flags import ConfigError, dump, parse, read_file, table, validate
+from server.values import parse_count
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,6 +43,20 @@ def test_counts_take_suffixes(text: str, value: int) -> None:
         (["--tbt-slo-ms", "-1"], "--tbt-slo-ms is '-1'"),
         (["--step-timeout", "nan"], "--step-timeout is 'nan'"),
         (["--api-key-file", "/nowhere"], "api-key-file: there is no file '/nowhere'"),
+        (["--drafters", "suffix,eagle"], "drafters names 'eagle'; there are prediction,"),
+        (["--drafters", "suffix,suffix"], "--drafters is 'suffix,suffix': a name is given twice"),
+        (["--drafters", "suffix,draft_model"], "drafters has draft_model: set draft-model"),
+        (["--drafters", "suffix", "--draft-model", "m"], "draft-model is set, but drafters leaves draft_model out"),
+        (["--speculation", "fast"], "--speculation is 'fast': input should be 'auto', 'on' or 'off'"),
+        (["--num-speculative-tokens", "64"], "--num-speculative-tokens is 64"),
+        (["--speculation-policy", "table"], "speculation-policy table and speculation-table 1:8,4:4 need each other"),
+        (["--speculation-table", "1:8"], "speculation-policy table and speculation-table 1:8,4:4 need each other"),
+        (["--speculation-policy", "table", "--speculation-table", "1:9"], "speculation-table has 1:9"),
+        (["--speculation-table", "4:1,1:4"], "--speculation-table is '4:1,1:4': the numbers of sequences must ascend"),
+        (["--speculation-table", "4"], "--speculation-table is '4': expected pairs such as 1:8,4:4"),
+        (["--layer-subset", "half"], "layer-subset is 'half': expected uniform:0.5"),
+        (["--draft-store-file", "/nowhere/store"], "draft-store-file: there is no folder '/nowhere'"),
+        (["--synthetic-acceptance", "1.5"], "--synthetic-acceptance is '1.5'"),
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: "),
     ],
 )
@@ -85,7 +101,11 @@ def test_a_wrong_file_is_refused_by_key(tmp_path: Path, text: str, message: str)
 
 
 def test_what_is_printed_can_be_read_again(tmp_path: Path) -> None:
-    config = config_of("--max-model-len", "2k", "--tbt-slo-ms", "50", "--served-model-name", "a", "--no-quiet")
+    config = config_of(
+        *("--max-model-len", "2k", "--tbt-slo-ms", "50", "--served-model-name", "a", "--no-quiet"),
+        *("--speculation", "off", "--drafters", "suffix,history", "--speculation-policy", "table"),
+        *("--speculation-table", "1:8,4:2", "--draft-store-memory", "1MiB"),
+    )
     file = tmp_path / "c.yaml"
     file.write_text(dump(config))
     assert config_of("--config", str(file)) == config
@@ -117,6 +137,31 @@ def test_settings_reach_the_parts_they_are_for(tmp_path: Path) -> None:
     engine, api = config.engine_config(), config.api_settings()
     assert (engine.max_seqs, engine.tbt_slo_s, engine.page_size, engine.kv_cache_bytes) == (5, 0.04, 32, 1 << 20)
     assert (api.limits.max_n, api.timeouts.request_s, api.api_keys) == (3, 7.0, ("one", "two"))
+
+
+def test_speculation_reaches_the_engine_as_plain_data(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("speculation: on\ndrafters: [prediction, draft_model]\nspeculation-table: 1:5,4:2\n")
+    config = config_of(
+        *("--config", str(file), "--num-speculative-tokens", "5", "--speculation-policy", "table", "--draft-tree"),
+        *("--draft-model", "braid-tiny-draft", "--draft-stop", "fixed", "--draft-store-memory", "1MiB"),
+        *("--draft-store-file", str(tmp_path / "store")),
+    )
+    assert config.engine_config().speculation == SpeculationConfig(
+        mode="on",
+        drafters=("prediction", "draft_model"),
+        max_drafts=5,
+        policy="table",
+        table=((1, 5), (4, 2)),
+        draft_model="braid-tiny-draft",
+        draft_stop="fixed",
+        draft_tree=True,
+        store_bytes=1 << 20,
+        store_file=str(tmp_path / "store"),
+    )
+    file.write_text("speculation: off\n")
+    assert config_of("--config", str(file)).engine_config().speculation == SpeculationConfig(mode="off")
+    assert config_of().engine_config().speculation == SpeculationConfig()
 
 
 def test_host_names_are_checked_on_loopback_only_unless_told() -> None:
