@@ -71,12 +71,14 @@ class DraftTally(NamedTuple):
     """How one step's drafts fared: of `source`, at `position` (1 = the first after the last token; depth in a tree).
 
     reached  drafts whose predecessors were all accepted; accepted of these. Drafts behind a rejected one tell nothing
+    drafted  all that were verified there
     """
 
     source: str
     position: int
     reached: int
     accepted: int
+    drafted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ class SpeculationSettings:
     table          for `table`: (most decoding sequences, drafts), ascending; beyond the last none
     has_sequential whether a drafter that runs a model step by step is loaded
     tree_max_seqs  trees are verified only while at most this many sequences decode
+    probe_every    steps after which a request without drafts is tried again
+    price          of a prompt token, in output tokens; None = learned from finished requests (0 = the myopic rule)
     """
 
     policy: str = "marginal"
@@ -119,3 +123,4 @@ class SpeculationSettings:
     has_sequential: bool = False
     tree_max_seqs: int = 8
     probe_every: int = 32
+    price: float | None = None
