@@ -2,7 +2,7 @@
 
 llguidance does the matching (https://github.com/guidance-ai/llguidance); its own limits bound the work of a compile and
 of a step, and the size of the source bounds the rest. A grammar is never approximated: what cannot be enforced exactly
-is refused. A matcher follows committed tokens only, by position, so that a repeated step finds it where it was.
+is refused. A matcher follows a sequence's own tokens only, by position, so that a repeated step finds it where it was.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -35,12 +36,32 @@ MAX_CACHED = 64
 """Compiled grammars kept for requests to come, least recently used out first."""
 
 
-class GrammarMatcher:
-    """Where one sequence stands in its grammar."""
+class GrammarMask(NamedTuple):
+    """What a grammar allows on one row.
 
-    def __init__(self, matcher: LLMatcher, stop_ids: Sequence[int], num_prompt: int) -> None:
-        """stop_ids: what may end a complete output besides EOS; num_prompt: where the output begins in a history."""
-        self._matcher = matcher
+    bits         int32 [ceil(V / 32)], a bit per allowed token
+    is_complete  nothing but the end may follow
+    error        why there is no mask: the grammar failed, or a draft before the row is not its
+    """
+
+    bits: NDArray[np.int32]
+    is_complete: bool = False
+    error: str | None = None
+
+
+class GrammarMatcher:
+    """Where one sequence stands in its grammar: after the output tokens of the history it last caught up with.
+
+    Drafts are only ever looked at: whatever a method follows besides the history, it takes back.
+    """
+
+    def __init__(
+        self, compiled: LLMatcher, vocab_size: int, eos_ids: Sequence[int], stop_ids: Sequence[int], num_prompt: int
+    ) -> None:
+        """compiled: pristine, never changed here; stop_ids: what may end a complete output besides EOS; num_prompt:
+        where the output begins in a history."""
+        self._compiled, self._matcher = compiled, compiled.deep_copy()
+        self._vocab_size, self._eos_ids, self._num_prompt = vocab_size, frozenset(eos_ids), num_prompt
         self._stop_ids = np.asarray(stop_ids, dtype=np.int64)
         self._num_seen = num_prompt
 
@@ -52,21 +73,92 @@ class GrammarMatcher:
         self._num_seen = max(self._num_seen, len(history))
         return None
 
-    @property
-    def is_complete(self) -> bool:
-        """Nothing but the end may follow."""
-        return bool(self._matcher.is_stopped())
+    def masks(self, paths: Sequence[Sequence[int]]) -> list[GrammarMask]:
+        """The mask after each path of drafts; () is the mask of the history itself. Neighbours should share prefixes.
 
-    def fill_mask(self, bits: NDArray[np.int32]) -> str | None:
-        """Set the bit of every allowed token in `bits`, int32 [1, ceil(V / 32)]; an error message if it cannot."""
-        fill_next_token_bitmask(self._matcher, bits)
+        A path that the grammar forbids, and what would follow an end of sequence, has an error in its mask.
+        """
+        found, followed, num_seen = [], list[int](), self._num_seen
+        for path in paths:
+            followed = self._follow(followed, path) if self._num_seen == num_seen else []
+            if len(followed) < len(path):
+                found.append(GrammarMask(self._no_bits(), error="a draft before this row is not the grammar's"))
+            else:
+                found.append(self._mask())
+        self._go_back(len(followed))
+        return found
+
+    def mask_after(self, history: Sequence[int], drafts: Sequence[int]) -> GrammarMask:
+        """The mask after `drafts` behind `history`, which may be ahead of the matcher."""
+        return self.masks([(*history[self._num_seen :], *drafts)])[0]
+
+    def num_legal(self, history: Sequence[int], drafts: Sequence[int]) -> int:
+        """How many of `drafts` may follow one after the other after `history`, which may be ahead of the matcher."""
+        tokens = list(history[self._num_seen :])
+        num_ahead = len(tokens)
+        for draft in drafts:
+            if not 0 <= draft < self._vocab_size:
+                break
+            tokens.append(draft)
+        num_valid = self._matcher.validate_tokens(tokens)
         if self._matcher.is_error():
-            return f"the grammar could not be followed: {_one_line(self._matcher.get_error())}"
-        if self.is_complete and self._stop_ids.size:
+            self._restart()
+            return 0
+        return max(0, int(num_valid) - num_ahead)
+
+    def forced(self, history: Sequence[int]) -> list[int]:
+        """Tokens that must follow `history`, which may be ahead of the matcher: the grammar leaves no choice."""
+        ahead = list(history[self._num_seen :])
+        followed = self._follow([], ahead)
+        tokens = list(self._matcher.compute_ff_tokens()) if followed == ahead and not self._matcher.is_stopped() else []
+        self._go_back(len(followed))
+        return tokens
+
+    def _follow(self, followed: list[int], path: Sequence[int]) -> list[int]:
+        """Go from after `followed` to after `path`, or as far as the grammar allows; where it got to."""
+        common = 0
+        while common < min(len(followed), len(path)) and followed[common] == path[common]:
+            common += 1
+        if not self._go_back(len(followed) - common):
+            return []
+        reached = list(path[:common])
+        for token in path[common:]:
+            # A consumed end of sequence cannot be rolled back, and nothing of use comes after it.
+            is_end = token in self._eos_ids or self._matcher.is_stopped()
+            if is_end or not 0 <= token < self._vocab_size or self._matcher.validate_tokens([token]) != 1:
+                break
+            if not self._matcher.consume_token(token):
+                break
+            reached.append(token)
+        return reached
+
+    def _go_back(self, num_tokens: int) -> bool:
+        """Take back what was followed besides the history; False if the matcher broke on the way and began anew."""
+        if not self._matcher.is_error() and (num_tokens == 0 or self._matcher.rollback(num_tokens)):
+            return True
+        self._restart()
+        return False
+
+    def _restart(self) -> None:
+        """A draft drove the matcher beyond its limits, which it does not survive: the next `catch_up` begins anew."""
+        self._matcher = self._compiled.deep_copy()
+        self._num_seen = self._num_prompt
+
+    def _no_bits(self) -> NDArray[np.int32]:
+        return np.zeros((self._vocab_size + 31) // 32, dtype=np.int32)
+
+    def _mask(self) -> GrammarMask:
+        bits = self._no_bits()
+        fill_next_token_bitmask(self._matcher, bits[np.newaxis])
+        if self._matcher.is_error():
+            return GrammarMask(bits, error=f"the grammar could not be followed: {_one_line(self._matcher.get_error())}")
+        is_complete = bool(self._matcher.is_stopped())
+        if is_complete and self._stop_ids.size:
             # All that is left is to end; the request may have ends of its own.
-            words = bits[0].view(np.uint32)
-            np.bitwise_or.at(words, self._stop_ids // 32, np.uint32(1) << (self._stop_ids % 32).astype(np.uint32))
-        return None
+            np.bitwise_or.at(
+                bits.view(np.uint32), self._stop_ids // 32, np.uint32(1) << (self._stop_ids % 32).astype(np.uint32)
+            )
+        return GrammarMask(bits, is_complete)
 
 
 class GrammarCompiler:
@@ -100,7 +192,7 @@ class GrammarCompiler:
         if request.sampling.grammar is None:
             return None
         compiled = self._prepared.get(request.id) or self._compiled(request.sampling.grammar)
-        return GrammarMatcher(compiled.deep_copy(), request.stop_ids, len(request.prompt))
+        return GrammarMatcher(compiled, self._vocab_size, self._eos_ids, request.stop_ids, len(request.prompt))
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
         with self._lock:

@@ -15,26 +15,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from server.worker.grammar import GrammarMatcher
+from server.worker.grammar import GrammarMask
 from server.worker.recipe import CONSTRAINED, Feature, Recipe
-from server.worker.sequences import TokenCounts
+from server.worker.sequences import Counts
 from server.worker.truncation import NEG_INF, keep_min_p, keep_top
 
 
 class JudgedRow(NamedTuple):
     """One row of logits and what its rules look at.
 
-    history     prompt and output tokens before the token this row decides
-    num_output  how many of these are output; the position of the token this row decides
-    counts      up to date with `history`; there if the recipe has penalties
-    matcher     has followed `history`; there if the recipe has a grammar
+    history     the sequence's prompt and output tokens
+    num_output  output position of the token this row decides
+    counts      of `history` and `drafts`; there if the recipe has penalties
+    mask        after `history` and `drafts`; there if the recipe has a grammar
+    drafts      what stands between `history` and the token this row decides: none but on a verified row
     """
 
     recipe: Recipe
     history: Sequence[int]
     num_output: int
-    counts: TokenCounts | None = None
-    matcher: GrammarMatcher | None = None
+    counts: Counts | None = None
+    mask: GrammarMask | None = None
+    drafts: tuple[int, ...] = ()
 
 
 def process_logits(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
@@ -126,7 +128,7 @@ def _ban(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
     for index in _with(rows, Feature.MIN_TOKENS | Feature.BAD_WORDS):
         row = rows[index]
         # A complete grammar has nothing left but the end, however short the output.
-        is_complete = row.matcher is not None and row.matcher.is_complete
+        is_complete = row.mask is not None and row.mask.is_complete
         if row.num_output < row.recipe.sampling.min_tokens and not is_complete:
             at.append(index)
             banned.append(row.recipe.end_ids)
@@ -143,7 +145,8 @@ def _last_tokens_of_bad_words(row: JudgedRow) -> list[int]:
     if not row.recipe.bad_words:
         return []
     longest = min(max(len(start) for start, _ in row.recipe.bad_words), row.num_output)
-    tail = list(row.history[len(row.history) - longest :])
+    tail = [*row.history[max(0, len(row.history) - longest) :], *row.drafts]
+    tail = tail[len(tail) - longest :]
     return [
         last for start, last in row.recipe.bad_words if len(start) <= longest and tail[longest - len(start) :] == start
     ]
@@ -159,19 +162,19 @@ def _keep_allowed(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
 
 def _mask_by_grammar(logits_JV: Tensor, rows: Sequence[JudgedRow], errors: dict[int, str]) -> None:
     at = _with(rows, Feature.GRAMMAR)
-    vocab_size = logits_JV.shape[1]
-    bits = np.zeros((len(at), (vocab_size + 31) // 32), dtype=np.int32)
-    for place, index in enumerate(at):
-        matcher = rows[index].matcher
-        assert matcher is not None, "a sequence with a grammar has a matcher"
-        error = matcher.fill_mask(bits[place : place + 1])
-        if error is not None:
-            errors[index] = error
-    is_banned = np.unpackbits(bits.view(np.uint8), axis=1, count=vocab_size, bitorder="little") == 0
-    mask = torch.from_numpy(is_banned).to(logits_JV.device)
+    masks = []
+    for index in at:
+        mask = rows[index].mask
+        assert mask is not None, "a row of a sequence with a grammar has a mask"
+        masks.append(mask)
+        if mask.error is not None:
+            errors[index] = mask.error
+    bits = np.stack([mask.bits for mask in masks])
+    is_banned = np.unpackbits(bits.view(np.uint8), axis=1, count=logits_JV.shape[1], bitorder="little") == 0
+    banned = torch.from_numpy(is_banned).to(logits_JV.device)
 
     def apply(part: Tensor, _: list[int]) -> None:
-        part.masked_fill_(mask, NEG_INF)
+        part.masked_fill_(banned, NEG_INF)
 
     _on_rows(logits_JV, at, apply)
 

@@ -1,76 +1,107 @@
-"""The reader of SAMPLE spans: one token per sequence from its last row, log-probabilities where asked.
+"""The reader of judged rows: one token for a sampled row, the accepted drafts and one more for a verified span.
 
 The noise of a token is a function of (seed, sample index, output position, token id) and of nothing else (R5,
-`Ops.sample`), so the same request gives the same text in any batch, after a preemption and after a restart.
+`Ops.sample`), so the same request gives the same text in any batch, after a preemption and after a restart, with
+drafts and without. All rows of a step are sampled in one call, whoever brought them.
 No token is ever drawn from a row that is not finite: such a row answers with an error and its neighbours do not notice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.ops import Ops
 from scheduler.types import TokenLogprob
+from server.worker.drafters.base import RowTops
+from server.worker.judged import Judged
 from server.worker.logprobs import token_logprobs
 from server.worker.process_logits import JudgedRow, process_logits
+from server.worker.verification import verify_coupled
 
 NOT_FINITE = "the model's logits are not finite (NaN or infinite); no token can be chosen from them"
+FAILED = -2
+"""Stands for the token of a row that none can be drawn from; no draft equals it."""
+_PLAIN_PATH = (0,)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one judged row gave: a token and perhaps its log-probability, or an error."""
+    """What a span's judged rows gave: tokens and, for each, the judged row it comes from; or an error.
 
-    token: int = -1
-    logprob: TokenLogprob | None = None
+    logprobs  one per token where the request asked
+    tops      best tokens of the rows of the path where they were asked for
+    """
+
+    tokens: tuple[int, ...] = ()
+    path: tuple[int, ...] = ()
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    tops: RowTops | None = None
 
 
-def sample_rows(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> list[Reading]:
-    """Choose a token for each row. logits_JV: float32 [J, V], raw; it is overwritten."""
-    bad = not_finite(logits_JV)
-    if not bad:
-        return _sample_finite(ops, logits_JV, rows)
-    good = [index for index in range(len(rows)) if index not in bad]
-    readings = [Reading(error=NOT_FINITE)] * len(rows)
-    if good:
-        kept = logits_JV[torch.tensor(good, device=logits_JV.device)]
-        for index, reading in zip(good, _sample_finite(ops, kept, [rows[i] for i in good]), strict=True):
-            readings[index] = reading
+def read_tokens(ops: Ops, logits_JV: Tensor, judged: Sequence[Judged], num_top: int = 0) -> list[Reading]:
+    """Choose the tokens of some spans.
+
+    logits_JV  float32 [J, V], raw: the rows of all spans one after the other; it is overwritten
+    num_top    best tokens to report of each row on the paths of spans that need them
+    """
+    rows = [row for one in judged for row in one.rows]
+    errors = dict.fromkeys(not_finite(logits_JV), NOT_FINITE)
+    if errors:
+        logits_JV[torch.tensor(list(errors), device=logits_JV.device)] = 0.0
+    wanted = [index for index, row in enumerate(rows) if row.recipe.sampling.logprobs is not None]
+    raw = _log_softmax(logits_JV, wanted) if wanted else None
+    errors = process_logits(logits_JV, rows) | errors
+    samples = _sample(ops, logits_JV, rows).tolist()
+    for index in errors:
+        samples[index] = FAILED
+    firsts, readings = [0], list[Reading]()
+    for one in judged:
+        readings.append(_read(one, samples, firsts[-1], errors))
+        firsts.append(firsts[-1] + len(one.rows))
+    if raw is not None:
+        _add_logprobs(readings, judged, firsts, raw, wanted)
+    if num_top:
+        _add_tops(readings, judged, firsts, logits_JV, num_top)
     return readings
 
 
-def not_finite(logits_JV: Tensor) -> set[int]:
+def _read(judged: Judged, samples: list[int], first: int, errors: dict[int, str]) -> Reading:
+    """The tokens of one span, whose rows begin at `first`.
+
+    A row that fails ends the path before it, as if its draft had not been there: the next step begins with that row and
+    reports what is wrong, as a step without drafts would have done. Only the first row fails its sequence.
+    """
+    if samples[first] == FAILED:
+        return Reading(error=errors[first])
+    if not judged.drafts:
+        return Reading((samples[first],), _PLAIN_PATH)
+    tokens, path = verify_coupled(samples[first : first + len(judged.rows)], judged.drafts, judged.parents)
+    if tokens[-1] == FAILED:
+        tokens, path = tokens[:-1], path[:-1]
+    return Reading(tokens, path)
+
+
+def not_finite(logits_JV: Tensor) -> list[int]:
     """Rows with a NaN or a plus infinity, or with nothing above minus infinity: one reduction over the logits."""
     is_bad = ~torch.isfinite(logits_JV.amax(dim=1))
-    return set(is_bad.nonzero().squeeze(1).tolist()) if bool(is_bad.any()) else set()
-
-
-def _sample_finite(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> list[Reading]:
-    wanted = [index for index, row in enumerate(rows) if row.recipe.sampling.logprobs is not None]
-    raw = _log_softmax(logits_JV, wanted) if wanted else None
-    errors = process_logits(logits_JV, rows)
-    tokens_J = _sample(ops, logits_JV, rows)
-    logprobs: dict[int, TokenLogprob] = {}
-    if raw is not None:
-        num_top = [rows[index].recipe.sampling.logprobs or 0 for index in wanted]
-        chosen = tokens_J if len(wanted) == len(rows) else tokens_J[torch.tensor(wanted, device=tokens_J.device)]
-        logprobs = dict(zip(wanted, token_logprobs(raw, chosen, num_top), strict=True))
-    return [
-        Reading(error=errors[index]) if index in errors else Reading(token, logprobs.get(index))
-        for index, token in enumerate(tokens_J.tolist())
-    ]
+    return is_bad.nonzero().squeeze(1).tolist() if bool(is_bad.any()) else []
 
 
 def _log_softmax(logits_JV: Tensor, at: list[int]) -> Tensor:
     """Of some rows, in new memory: the logits are about to be changed."""
-    if len(at) == logits_JV.shape[0]:
-        return torch.log_softmax(logits_JV, dim=1)
-    return torch.log_softmax(logits_JV[torch.tensor(at, device=logits_JV.device)], dim=1)
+    return torch.log_softmax(_take(logits_JV, at), dim=1)
+
+
+def _take(values_JV: Tensor, at: Sequence[int]) -> Tensor:
+    """Some rows, ascending; the whole if they are all of it."""
+    if len(at) == values_JV.shape[0]:
+        return values_JV
+    return values_JV[torch.tensor(at, device=values_JV.device)]
 
 
 def _sample(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> Tensor:
@@ -80,3 +111,40 @@ def _sample(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> Tensor:
     positions = torch.tensor([row.num_output for row in rows], dtype=torch.int64, device=device)
     greedy = torch.tensor([row.recipe.is_greedy for row in rows], dtype=torch.bool, device=device)
     return ops.sample(logits_JV, seeds, indices, positions, greedy)
+
+
+def _add_logprobs(
+    readings: list[Reading], judged: Sequence[Judged], firsts: Sequence[int], raw_RV: Tensor, wanted: list[int]
+) -> None:
+    """raw_RV: log-probabilities of the rows `wanted`. Rows beside the path are left out: nobody sees their tokens."""
+    places = {row: place for place, row in enumerate(wanted)}
+    at = [index for index, first in enumerate(firsts[:-1]) if first in places and readings[index].error is None]
+    if not at:
+        return
+    rows = [places[firsts[index] + row] for index in at for row in readings[index].path]
+    tokens = torch.tensor([token for index in at for token in readings[index].tokens], device=raw_RV.device)
+    num_top = [judged[index].rows[0].recipe.sampling.logprobs or 0 for index in at for _ in readings[index].path]
+    found = iter(token_logprobs(_take(raw_RV, rows), tokens, num_top))
+    for index in at:
+        logprobs = tuple(next(found) for _ in readings[index].path)
+        readings[index] = replace(readings[index], logprobs=logprobs)
+
+
+def _add_tops(
+    readings: list[Reading], judged: Sequence[Judged], firsts: Sequence[int], logits_JV: Tensor, num_top: int
+) -> None:
+    """logits_JV: processed."""
+    at = [index for index, one in enumerate(judged) if one.needs_top and readings[index].error is None]
+    if not at:
+        return
+    rows = [firsts[index] + row for index in at for row in readings[index].path]
+    best = torch.log_softmax(_take(logits_JV, rows), dim=1).topk(min(num_top, logits_JV.shape[1]), dim=1)
+    ids, logprobs = best.indices.to(torch.int32).cpu().numpy(), best.values.cpu().numpy()
+    start = 0
+    for index in at:
+        path = readings[index].path
+        end = start + len(path)
+        ends = tuple(len(row.history) + len(row.drafts) for row in (judged[index].rows[place] for place in path))
+        tops = RowTops(ends, ids[start:end], logprobs[start:end])
+        readings[index] = replace(readings[index], tops=tops)
+        start = end

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from scheduler.types import Admission, Request, Span, StepPlan
+from scheduler.types import Admission, Read, Request, Span, StepPlan
 from server.worker.grammar import GrammarMatcher
 from server.worker.recipe import Recipe
+
+
+class Counts(NamedTuple):
+    """Distinct tokens, int64, and how often each stands in the output, float32."""
+
+    ids: NDArray[np.int64]
+    counts: NDArray[np.float32]
 
 
 class TokenCounts:
     """How often each token stands in one sequence's output, kept sparse and up to date token by token.
 
-    ids, counts  the distinct tokens so far (of the prompt too, with count 0, where the recipe asks) and their counts
+    Tokens of the prompt are among them, with count 0, where the recipe asks.
     """
 
     def __init__(self, prompt: Sequence[int], with_prompt: bool) -> None:
@@ -31,13 +40,27 @@ class TokenCounts:
         self._place = {token: place for place, token in enumerate(known.tolist())}
         self._num_counted = len(prompt)
 
-    @property
-    def ids(self) -> NDArray[np.int64]:
-        return self._ids[: len(self._place)]
+    def after(self, drafts: Sequence[int] = ()) -> Counts:
+        """The counts with `drafts` behind what is counted; they are not remembered. Valid until the next `catch_up`."""
+        num_known = len(self._place)
+        ids, counts = self._ids[:num_known], self._counts[:num_known]
+        if not drafts:
+            return Counts(ids, counts)
+        counts, new = counts.copy(), dict[int, int]()
+        for token in drafts:
+            place = self._place.get(token)
+            if place is None:
+                new[token] = new.get(token, 0) + 1
+            else:
+                counts[place] += 1
+        if new:
+            ids = np.concatenate((ids, np.fromiter(new, np.int64, len(new))))
+            counts = np.concatenate((counts, np.fromiter(new.values(), np.float32, len(new))))
+        return Counts(ids, counts)
 
-    @property
-    def counts(self) -> NDArray[np.float32]:
-        return self._counts[: len(self._place)]
+    def beyond(self, history: Sequence[int], drafts: Sequence[int]) -> Counts:
+        """The counts with `drafts` behind `history`, which may be ahead of what is counted."""
+        return self.after((*history[self._num_counted :], *drafts))
 
     def catch_up(self, history: Sequence[int]) -> None:
         """Count the output tokens of `history` (prompt + output) that are not counted yet."""
@@ -56,9 +79,13 @@ class SequenceState:
     """One sequence as the worker knows it.
 
     slot        its row of the page table
-    history     prompt and output tokens; a span's tokens are put in at its start
+    history     prompt and output tokens; a span's tokens are put in at its start, drafts only once they are accepted
     num_pages   entries of its page-table row in use; pages_step is the step that last added some
     failure     set when its grammar cannot be used: it ends with this message when its row is read
+    draft_q     float32 [drafts, V]: what a drafter that samples drew its last offer from; it sets this. None = its
+                drafts were not drawn
+    draft_q_at  the same by start of the span that verifies them: the next one's, and the last one's in case its step
+                is run again
     """
 
     request: Request
@@ -71,6 +98,8 @@ class SequenceState:
     counts: TokenCounts | None = None
     matcher: GrammarMatcher | None = None
     failure: str | None = None
+    draft_q: Tensor | None = None
+    draft_q_at: dict[int, Tensor] = field(default_factory=dict)
     num_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,7 +111,17 @@ class SequenceState:
             raise ValueError(
                 f"span of sequence {span.seq_id} starts at {span.start}, but only {len(self.history)} tokens are known"
             )
-        self.history[span.start : span.start + len(span.tokens)] = span.tokens
+        if span.read is Read.VERIFY:
+            # What an earlier run of this step accepted goes, too.
+            self.history[span.start :] = span.tokens[:1]
+        else:
+            self.history[span.start : span.start + len(span.tokens)] = span.tokens
+
+    def keep_draft_q(self) -> None:
+        """File `draft_q` under the span that will verify it. `history` ends in that span's first token."""
+        if self.draft_q is not None:
+            self.draft_q_at = {**dict(list(self.draft_q_at.items())[-1:]), len(self.history) - 1: self.draft_q}
+            self.draft_q = None
 
 
 class SequenceTable:

@@ -8,31 +8,41 @@ Not here: which spans a step has (the scheduler), what a token means (the front 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.ops import AttentionRows, Ops
-from scheduler.types import Admission, Outcome, Read, Request, Span, StepPlan, StepResult, StepSample, TokenLogprob
+from scheduler.types import (
+    Admission,
+    Drafts,
+    Outcome,
+    Read,
+    Request,
+    Span,
+    StepPlan,
+    StepResult,
+    StepSample,
+    TokenLogprob,
+)
 from server.worker.batch import Batch, build_batch
 from server.worker.grammar import GrammarCompiler
+from server.worker.judged import Judged, check_drafts, in_vocabulary, judge
 from server.worker.kv_pool import KVPool, pages_for
-from server.worker.logprobs import token_logprobs
-from server.worker.process_logits import JudgedRow
 from server.worker.profile import measure_steps
+from server.worker.prompt_logprobs import read_prompts
+from server.worker.proposals import Proposer, propose
 from server.worker.recipe import make_recipe
-from server.worker.sampling import NOT_FINITE, Reading, not_finite, sample_rows
+from server.worker.sampling import NOT_FINITE, Reading, read_tokens
 from server.worker.sequences import SequenceState, SequenceTable, TokenCounts
 
 LOGITS_BYTES = 64 << 20
 """Most bytes of float32 logits held at once; sampling and log-probabilities may need four times this while they run."""
-# VERIFY and DENOISE join here with their readers (verification.py, denoising.py).
-READABLE = frozenset({Read.NOTHING, Read.SAMPLE})
-_T = TypeVar("_T")
+# DENOISE joins here with its reader.
+READABLE = frozenset({Read.NOTHING, Read.SAMPLE, Read.VERIFY})
 
 
 class ForwardModel(Protocol):
@@ -53,6 +63,7 @@ class WorkerInfo:
 
     model_len             longest sequence, prompt and output
     block_size, mask_id   of a block-diffusion model, else None
+    drafters              (name, whether it runs a model step by step) of each drafter
     """
 
     model_len: int
@@ -68,15 +79,7 @@ class WorkerInfo:
     block_size: int | None
     mask_id: int | None
     num_parameters: int
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What a span has given so far."""
-
-    reading: Reading | None = None
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    error: str | None = None
+    drafters: tuple[tuple[str, bool], ...] = ()
 
 
 class Worker:
@@ -93,8 +96,10 @@ class Worker:
         max_batched_tokens: int,
         device: torch.device,
         logits_bytes: int = LOGITS_BYTES,
+        speculator: Proposer | None = None,
     ) -> None:
         self.info = info
+        self._speculator = speculator
         self._model, self._ops, self._pool, self._grammars, self._device = model, ops, pool, grammars, device
         self._max_seqs, self._max_batched_tokens = max_seqs, max_batched_tokens
         self._rows_at_once = max(1, logits_bytes // (4 * info.vocab_size))
@@ -127,14 +132,19 @@ class Worker:
         """
         started_at = time.perf_counter()
         for span in plan.spans:
-            if span.read not in READABLE:
+            if span.read is Read.VERIFY:
+                check_drafts(span)
+            elif span.read not in READABLE:
                 raise ValueError(f"span of sequence {span.seq_id} asks for {span.read.name}, which has no reader")
+        if self._speculator is not None and plan.released:
+            known = (seq_id for seq_id in plan.released if seq_id in self._sequences)
+            self._speculator.release([(seq_id, self._sequences[seq_id]) for seq_id in known])
         self._sequences.apply(plan, self._make_state)
-        outcomes: tuple[Outcome, ...] = ()
+        outcomes, draft_s = list[Outcome](), 0.0
         if plan.spans:
             with torch.inference_mode():
-                outcomes = self._step(plan.spans)
-        return StepResult(plan.step, outcomes, time.perf_counter() - started_at)
+                outcomes, draft_s = self._step(plan)
+        return StepResult(plan.step, tuple(outcomes), time.perf_counter() - started_at, draft_s)
 
     def _make_state(self, admission: Admission, slot: int, step: int) -> SequenceState:
         request = admission.request
@@ -149,101 +159,98 @@ class Worker:
             state.failure = str(error)
         return state
 
-    def _step(self, spans: Sequence[Span]) -> tuple[Outcome, ...]:
+    def _step(self, plan: StepPlan) -> tuple[list[Outcome], float]:
+        """Outcomes in span order and the seconds that went into proposing drafts."""
+        spans = plan.spans
         states = [self._sequences[span.seq_id] for span in spans]
-        batch = build_batch(spans, states, self._sequences.page_table, self.info.page_size, self._device)
         for span, state in zip(spans, states, strict=True):
             state.put(span)
+        embedded = [in_vocabulary(span, self.info.vocab_size) if span.read is Read.VERIFY else span for span in spans]
+        batch = build_batch(embedded, states, self._sequences.page_table, self.info.page_size, self._device)
         hidden_TH = self._model.forward(batch.tokens, batch.rows, self._pool.layers)
-        answers = [_Answer(error=state.failure) for state in states]
-        self._read_prompts(hidden_TH, spans, states, batch, answers)
-        self._read_samples(hidden_TH, spans, states, batch, answers)
-        return tuple(_outcome(span.seq_id, answer) for span, answer in zip(spans, answers, strict=True))
 
-    def _read_samples(
+        def logits_of(rows: list[int]) -> Tensor:
+            if len(rows) == hidden_TH.shape[0]:
+                return self._model.logits(hidden_TH)
+            return self._model.logits(hidden_TH[torch.tensor(rows, device=self._device)])
+
+        prompts, broken = read_prompts(logits_of, spans, states, batch.first_rows, self._rows_at_once)
+        errors = {index: state.failure for index, state in enumerate(states) if state.failure is not None}
+        errors.update(dict.fromkeys(broken, NOT_FINITE))
+        readings = self._read_tokens(logits_of, spans, states, batch, errors)
+        drafts, draft_s = self._propose(plan, states, readings)
+        return [
+            _outcome(span.seq_id, readings.get(index), errors.get(index), prompts.get(index, ()), drafts.get(index))
+            for index, span in enumerate(spans)
+        ], draft_s
+
+    def _read_tokens(
         self,
-        hidden_TH: Tensor,
+        logits_of: Callable[[list[int]], Tensor],
         spans: Sequence[Span],
         states: Sequence[SequenceState],
         batch: Batch,
-        answers: Sequence[_Answer],
-    ) -> None:
-        """Sample the row of the last known token of each SAMPLE span that has it among its judged rows."""
-        found: list[tuple[int, int]] = []
-        rows: list[JudgedRow] = []
+        errors: dict[int, str],
+    ) -> dict[int, Reading]:
+        """{index of a span: what its rows gave}, for the spans that tokens are read from; errors are added to."""
+        found: dict[int, Judged] = {}
         for index, (span, state) in enumerate(zip(spans, states, strict=True)):
-            if span.read is not Read.SAMPLE or not span.judged:
-                continue
-            offset = len(state.history) - 1 - span.start
-            if offset != span.judged[-1] or answers[index].error is not None:
-                continue
-            row, error = _judged_row(state)
-            if error is not None:
-                answers[index].error = error
-                continue
-            found.append((index, batch.first_rows[index] + offset))
-            rows.append(row)
-        taken = iter(rows)
-        for part in _chunks(found, self._rows_at_once):
-            logits_JV = self._logits(hidden_TH, [row for _, row in part])
-            for (index, _), reading in zip(
-                part, sample_rows(self._ops, logits_JV, list(islice(taken, len(part)))), strict=True
-            ):
-                answers[index].reading = reading
+            if index not in errors:
+                judged = judge(span, state, self.info.vocab_size)
+                if isinstance(judged, str):
+                    errors[index] = judged
+                elif judged is not None:
+                    found[index] = judged
+        num_top = self._speculator.needs_top if self._speculator is not None else 0
+        readings: dict[int, Reading] = {}
+        for part in _parts(found, self._rows_at_once):
+            rows = [
+                batch.first_rows[index] + judged.first + row
+                for index, judged in part
+                for row in range(len(judged.rows))
+            ]
+            read = read_tokens(self._ops, logits_of(rows), [judged for _, judged in part], num_top)
+            for (index, _), reading in zip(part, read, strict=True):
+                readings[index] = reading
+                if reading.error is not None:
+                    errors[index] = reading.error
+                elif spans[index].read is Read.VERIFY:
+                    states[index].history.extend(reading.tokens[:-1])
+        return readings
 
-    def _read_prompts(
-        self,
-        hidden_TH: Tensor,
-        spans: Sequence[Span],
-        states: Sequence[SequenceState],
-        batch: Batch,
-        answers: Sequence[_Answer],
-    ) -> None:
-        """Log-probability of the token after each judged row of a prompt."""
-        found: list[tuple[int, int, int]] = []
-        for index, (span, state) in enumerate(zip(spans, states, strict=True)):
-            if state.request.sampling.prompt_logprobs is None or span.read is Read.NOTHING:
-                continue
-            targets = ((offset, span.start + offset + 1) for offset in span.judged)
-            first = batch.first_rows[index]
-            found += [(index, first + offset, state.history[at]) for offset, at in targets if at < state.num_prompt]
-        for part in _chunks(found, self._rows_at_once):
-            logits_JV = self._logits(hidden_TH, [row for _, row, _ in part])
-            bad = not_finite(logits_JV)
-            tokens = torch.tensor([token for _, _, token in part], device=self._device)
-            num_top = [states[index].request.sampling.prompt_logprobs or 0 for index, _, _ in part]
-            logprobs = token_logprobs(torch.log_softmax(logits_JV, dim=1), tokens, num_top)
-            for place, ((index, _, _), logprob) in enumerate(zip(part, logprobs, strict=True)):
-                answers[index].prompt_logprobs.append(logprob)
-                if place in bad:
-                    answers[index].error = NOT_FINITE
-
-    def _logits(self, hidden_TH: Tensor, rows: list[int]) -> Tensor:
-        if len(rows) == hidden_TH.shape[0]:
-            return self._model.logits(hidden_TH)
-        return self._model.logits(hidden_TH[torch.tensor(rows, device=self._device)])
+    def _propose(
+        self, plan: StepPlan, states: Sequence[SequenceState], readings: Mapping[int, Reading]
+    ) -> tuple[dict[int, Drafts], float]:
+        if self._speculator is None or not any(span.num_drafts for span in plan.spans):
+            return {}, 0.0
+        started_at = time.perf_counter()
+        drafts = propose(self._speculator, plan.spans, states, readings, plan.draft_depth)
+        return drafts, time.perf_counter() - started_at
 
 
-def _judged_row(state: SequenceState) -> tuple[JudgedRow, str | None]:
-    """The row that decides a sequence's next token, its counts and matcher brought up to its history."""
-    if state.counts is not None:
-        state.counts.catch_up(state.history)
-    error = state.matcher.catch_up(state.history) if state.matcher is not None else None
-    num_output = len(state.history) - state.num_prompt
-    return JudgedRow(state.recipe, state.history, num_output, state.counts, state.matcher), error
+def _parts(judged: Mapping[int, Judged], most_rows: int) -> Iterator[list[tuple[int, Judged]]]:
+    """Spans whose rows are read together, at most `most_rows` unless one span has more: a span is never cut."""
+    part: list[tuple[int, Judged]] = []
+    num_rows = 0
+    for index, one in judged.items():
+        if part and num_rows + len(one.rows) > most_rows:
+            yield part
+            part, num_rows = [], 0
+        part.append((index, one))
+        num_rows += len(one.rows)
+    if part:
+        yield part
 
 
-def _chunks(items: Sequence[_T], size: int) -> Iterable[Sequence[_T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _outcome(seq_id: int, answer: _Answer) -> Outcome:
-    reading = answer.reading
-    error = answer.error or (reading.error if reading is not None else None)
+def _outcome(
+    seq_id: int,
+    reading: Reading | None,
+    error: str | None,
+    prompt_logprobs: Sequence[TokenLogprob],
+    drafts: Drafts | None,
+) -> Outcome:
     if error is not None:
         return Outcome(seq_id, error=error)
-    prompt_logprobs = tuple(answer.prompt_logprobs)
     if reading is None:
-        return Outcome(seq_id, prompt_logprobs=prompt_logprobs)
-    logprobs = () if reading.logprob is None else (reading.logprob,)
-    return Outcome(seq_id, (reading.token,), logprobs, prompt_logprobs)
+        return Outcome(seq_id, prompt_logprobs=tuple(prompt_logprobs))
+    return Outcome(seq_id, reading.tokens, reading.logprobs, tuple(prompt_logprobs), drafts=drafts)

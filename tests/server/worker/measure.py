@@ -11,9 +11,10 @@ from torch import Tensor
 from kernels.select import select_ops
 from scheduler.types import Admission, Read, Request, Sampling, Span, StepPlan
 from server.worker.batch import build_batch
+from server.worker.judged import Judged
 from server.worker.process_logits import JudgedRow
 from server.worker.recipe import make_recipe
-from server.worker.sampling import sample_rows
+from server.worker.sampling import read_tokens
 from server.worker.sequences import SequenceState, TokenCounts
 from tests.server.worker.tiny_model import TinyModel, make_worker
 
@@ -47,7 +48,7 @@ def judged_row(number: int, rules: dict[str, object]) -> JudgedRow:
     counts = TokenCounts(request.prompt, recipe.counts_prompt)
     history = [*request.prompt, *range(number, number + 100)]
     counts.catch_up(history)
-    return JudgedRow(recipe, history, 100, counts)
+    return JudgedRow(recipe, history, 100, counts.after())
 
 
 def measure_rules() -> None:
@@ -57,8 +58,8 @@ def measure_rules() -> None:
         figures = []
         for num_rows in ROWS:
             logits = torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(0)) * 4
-            rows = [judged_row(number, rules) for number in range(num_rows)]
-            figures.append(best_us(lambda logits=logits, rows=rows: sample_rows(ops, logits.clone(), rows), 10))  # type: ignore[misc]
+            rows = [Judged([judged_row(number, rules)]) for number in range(num_rows)]
+            figures.append(best_us(lambda logits=logits, rows=rows: read_tokens(ops, logits.clone(), rows), 10))  # type: ignore[misc]
         print(f"{name:<24}" + "".join(f"{figure:>13.0f}" for figure in figures))
 
 

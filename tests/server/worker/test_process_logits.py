@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from kernels.reference import ReferenceOps
 from scheduler.types import Grammar, GrammarKind, Request, Sampling
+from server.worker.grammar import GrammarMask
+from server.worker.judged import Judged
 from server.worker.process_logits import JudgedRow, process_logits
 from server.worker.recipe import make_recipe
-from server.worker.sampling import sample_rows
+from server.worker.sampling import read_tokens
 from server.worker.sequences import TokenCounts
 from server.worker.truncation import _keep_top_by_sorting, keep_top
 
@@ -24,17 +25,12 @@ VOCAB = 50
 EOS = 2
 
 
-class FakeMatcher:
+def mask_of(allowed: Sequence[int]) -> GrammarMask:
     """Allows a fixed set of tokens; complete when it is empty but for the end."""
-
-    def __init__(self, allowed: Sequence[int]) -> None:
-        self.allowed = allowed
-        self.is_complete = list(allowed) == [EOS]
-
-    def fill_mask(self, bits: NDArray[np.int32]) -> str | None:
-        for token in self.allowed:
-            bits[0].view(np.uint32)[token // 32] |= np.uint32(1 << (token % 32))
-        return None
+    bits = np.zeros((VOCAB + 31) // 32, dtype=np.uint32)
+    for token in allowed:
+        bits[token // 32] |= np.uint32(1 << (token % 32))
+    return GrammarMask(bits.view(np.int32), is_complete=list(allowed) == [EOS])
 
 
 def make_row(
@@ -50,8 +46,8 @@ def make_row(
     history = [*prompt, *output]
     for end in range(len(prompt), len(history) + 1):
         counts.catch_up(history[:end])
-    matcher = None if grammar is None else FakeMatcher(grammar)
-    return JudgedRow(recipe, history, len(output), counts, matcher)  # type: ignore[arg-type]
+    mask = None if grammar is None else mask_of(grammar)
+    return JudgedRow(recipe, history, len(output), counts.after(), mask)
 
 
 def oracle(logits: Sequence[float], row: JudgedRow, grammar: Sequence[int] | None = None) -> dict[int, float]:
@@ -252,8 +248,8 @@ def test_sampled_tokens_follow_the_processed_distribution(sampling: Sampling) ->
         for number in range(start, start + 500):
             seeded = Sampling(**{f: getattr(sampling, f) for f in sampling.__slots__} | {"seed": number % 40})
             rows.append(make_row(seeded)._replace(num_output=number // 40))
-        readings = sample_rows(ReferenceOps(), logits.repeat(500, 1), rows)
-        counts.update(reading.token for reading in readings)
+        readings = read_tokens(ReferenceOps(), logits.repeat(500, 1), [Judged([row]) for row in rows])
+        counts.update(token for reading in readings for token in reading.tokens)
     assert set(counts) <= set(wanted)
     statistic, cells = 0.0, 0
     for token, weight in probability.items():

@@ -83,6 +83,6 @@ def test_counts_kept_token_by_token_equal_counts_from_scratch(with_prompt: bool)
         counts.catch_up(history)
         counts.catch_up(history)
     wanted = Counter(history[80:])
-    found = dict(zip(counts.ids.tolist(), counts.counts.tolist(), strict=True))
+    found = dict(zip(*(array.tolist() for array in counts.after()), strict=True))
     assert {token: count for token, count in found.items() if count} == wanted
     assert set(found) == set(wanted) | (set(prompt) if with_prompt else set())

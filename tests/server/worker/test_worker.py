@@ -189,8 +189,13 @@ def test_spans_that_break_the_rules_are_refused_before_anything_is_read(model: T
     def run(span: Span) -> None:
         make_worker(model).run(StepPlan(1, (span,), admitted, pages))
 
-    with pytest.raises(ValueError, match="asks for VERIFY, which has no reader"):
+    with pytest.raises(ValueError, match="asks for DENOISE, which has no reader"):
+        run(Span(1, asked.prompt, 0, 4, judged=(3,), read=Read.DENOISE))
+    with pytest.raises(ValueError, match="is verified, so all of its rows must be judged"):
         run(Span(1, asked.prompt, 0, 4, judged=(3,), read=Read.VERIFY))
+    for parents in ((-1, 0, 2, 1), (0, 0, 0, 0), (-1, 0)):
+        with pytest.raises(ValueError, match="are no tree"):
+            run(Span(1, asked.prompt, 0, 4, judged=(0, 1, 2, 3), read=Read.VERIFY, parents=parents))
     with pytest.raises(ValueError, match="never admitted"):
         run(Span(2, asked.prompt, 0, 4))
     with pytest.raises(ValueError, match="pages hold 8 tokens"):

@@ -19,6 +19,7 @@ from kernels.reference import ReferenceOps
 from scheduler.types import Admission, Outcome, Read, Request, Span, StepPlan
 from server.worker.grammar import GrammarCompiler
 from server.worker.kv_pool import KVPool
+from server.worker.proposals import Proposer
 from server.worker.worker import Worker, WorkerInfo
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4, 2, 8, 32
@@ -103,6 +104,7 @@ def make_worker(
     max_seqs: int = 64,
     tokenizer_file: Path | None = None,
     logits_bytes: int = 64 << 20,
+    speculator: Proposer | None = None,
 ) -> Worker:
     """A worker over a poisoned pool: a key that nobody wrote is NaN."""
     vocab_size = model.head.shape[0]
@@ -124,7 +126,7 @@ def make_worker(
         num_parameters=0,
     )
     grammars = GrammarCompiler(tokenizer_file, vocab_size, (EOS,))
-    return Worker(model, model.ops, pool, grammars, info, max_seqs, 256, device, logits_bytes)
+    return Worker(model, model.ops, pool, grammars, info, max_seqs, 256, device, logits_bytes, speculator)
 
 
 class Driver:

@@ -1,0 +1,113 @@
+"""From a span to the judged rows whose tokens it asks for: what each row's rules look at.
+
+Nothing that happens here outlives the step: counts and matcher catch up with the history, drafts are only looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from scheduler.types import Read, Span, VerifyMode
+from server.worker.grammar import GrammarMask
+from server.worker.process_logits import JudgedRow
+from server.worker.sequences import SequenceState
+
+NO_TOKEN = -1
+"""Stands for a draft that no row can ever sample: an id outside the vocabulary."""
+
+
+class Judged(NamedTuple):
+    """The rows of one span that tokens are read from, in span order: one to sample, or the last token and its drafts.
+
+    first      offset of the first of them in the span
+    drafts     tokens of the rows after the first; NO_TOKEN for ids outside the vocabulary
+    parents    as `Span.parents`
+    draft_q    float32 [len(drafts), V], what the drafts were drawn from; None = they were not drawn (one-hot)
+    needs_top  the sequence wants drafts, so the best tokens of its rows may be asked for
+    """
+
+    rows: list[JudgedRow]
+    first: int = 0
+    drafts: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    mode: VerifyMode = VerifyMode.COUPLED
+    draft_q: Tensor | None = None
+    needs_top: bool = False
+
+
+def judge(span: Span, state: SequenceState, vocab_size: int) -> Judged | str | None:
+    """The rows to read tokens from, None if the span has none, or an error that ends the sequence.
+
+    A SAMPLE span has one if its last judged row is that of the sequence's last known token.
+    """
+    if span.read is Read.SAMPLE:
+        first = len(state.history) - 1 - span.start
+        if not span.judged or first != span.judged[-1]:
+            return None
+    elif span.read is Read.VERIFY:
+        first = 0
+    else:
+        return None
+    if state.counts is not None:
+        state.counts.catch_up(state.history)
+    if state.matcher is not None and (error := state.matcher.catch_up(state.history)) is not None:
+        return error
+    if len(span.tokens) == 1 or span.read is Read.SAMPLE:
+        return Judged([_row(state)], first, needs_top=span.num_drafts > 0)
+    return _verified(span, state, vocab_size)
+
+
+def _row(state: SequenceState) -> JudgedRow:
+    counts = None if state.counts is None else state.counts.after()
+    mask = None if state.matcher is None else state.matcher.masks([()])[0]
+    return JudgedRow(state.recipe, state.history, len(state.history) - state.num_prompt, counts, mask)
+
+
+def _verified(span: Span, state: SequenceState, vocab_size: int) -> Judged:
+    paths = draft_paths(span)
+    masks: Sequence[GrammarMask | None] = [None] * len(paths)
+    if state.matcher is not None:
+        masks = state.matcher.masks(paths)
+    num_output = len(state.history) - state.num_prompt
+    rows = []
+    for path, mask in zip(paths, masks, strict=True):
+        # Rows behind an id outside the vocabulary are never reached, but they are computed.
+        path = tuple(min(max(draft, 0), vocab_size - 1) for draft in path)
+        counts = None if state.counts is None else state.counts.after(path)
+        rows.append(JudgedRow(state.recipe, state.history, num_output + len(path), counts, mask, path))
+    drafts = tuple(draft if 0 <= draft < vocab_size else NO_TOKEN for draft in span.tokens[1:])
+    mode, draft_q = state.request.speculation.verify, state.draft_q_at.get(span.start)
+    return Judged(rows, 0, drafts, span.parents, mode, draft_q, span.num_drafts > 0)
+
+
+def draft_paths(span: Span) -> list[tuple[int, ...]]:
+    """For each token of a VERIFY span the drafts from the last known token to it, itself included."""
+    paths: list[tuple[int, ...]] = [()]
+    for offset in range(1, len(span.tokens)):
+        parent = span.parents[offset] if span.parents else offset - 1
+        paths.append((*paths[parent], span.tokens[offset]))
+    return paths
+
+
+def in_vocabulary(span: Span, vocab_size: int) -> Span:
+    """The span with drafts that are no ids of the model replaced: a drafter's mistake must not reach an embedding."""
+    if min(span.tokens) >= 0 and max(span.tokens) < vocab_size:
+        return span
+    return span._replace(tokens=tuple(min(max(token, 0), vocab_size - 1) for token in span.tokens))
+
+
+def check_drafts(span: Span) -> None:
+    """Raise ValueError for a VERIFY span that breaks the rules of `Span`."""
+    if span.judged != tuple(range(len(span.tokens))):
+        raise ValueError(f"span of sequence {span.seq_id} is verified, so all of its rows must be judged")
+    if span.parents and not _is_tree(span.parents, len(span.tokens)):
+        raise ValueError(f"span of sequence {span.seq_id} has parents {span.parents}, which are no tree")
+
+
+def _is_tree(parents: tuple[int, ...], num_tokens: int) -> bool:
+    if len(parents) != num_tokens or parents[0] != -1:
+        return False
+    return all(0 <= parent < offset for offset, parent in enumerate(parents[1:], 1))
