@@ -119,6 +119,7 @@ class ServerConfig(BaseModel):
     max_grammar_depth: Count = _limits(32, "nesting of a schema")
     max_messages: Count = _limits(1024, "messages of a chat")
     max_json_depth: Count = _limits(64, "nesting of a body")
+    max_json_items: Count = _limits(1 << 15, "lists, objects and names in a body")
     request_timeout: Seconds = _limits(600.0, "seconds from arrival to the last token")
 
     drain_delay: float = _life(0.0, "seconds of accepting connections after SIGTERM, readiness already 503", ge=0)
@@ -246,6 +247,7 @@ class ServerConfig(BaseModel):
             max_headers=self.max_headers,
             max_header_bytes=self.max_header_size,
             max_depth=self.max_json_depth,
+            max_items=self.max_json_items,
             max_prompts=self.max_prompts,
             max_n=self.max_n,
             max_choices=self.max_choices,

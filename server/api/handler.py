@@ -15,12 +15,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.admission import Permit
-from server.api.body import ClientGone, parse_body, read_body
+from server.api.body import ClientGone, read_body
 from server.api.chat import ChatForm
 from server.api.choice import Piece
 from server.api.completions import CompletionForm
 from server.api.errors import ApiError, JsonResponse
 from server.api.generation import Generation
+from server.api.parse import parse_body
 from server.api.prompts import read_conversation
 from server.api.schema import ChatBody, CompletionBody, read_fields
 from server.api.services import Services
@@ -71,7 +72,7 @@ class GenerationResponse(Response):
     def _check(self, raw: bytes, facts: ModelFacts) -> Checked:
         services = self._services
         limits = services.settings.limits
-        body = parse_body(raw, limits.max_depth)
+        body = parse_body(raw, limits.max_depth, limits.max_items)
         if self._form is CompletionForm:
             completion, unknown = read_fields(CompletionBody, body)
             checked = check_completion(completion, facts, limits, services.tokenizer)

@@ -12,6 +12,9 @@ from server.api.settings import Limits
 from server.text.chat import ALLOWED_KWARGS, ChatTemplate, ChatTemplateError
 from server.text.tokenizer import Tokenizer
 
+CHUNK = 1 << 13
+"""Token ids checked in one call into C, which lets no other thread run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -85,12 +88,19 @@ def _text(value: str, add_special_tokens: bool) -> RawPrompt:
 def _ids(value: list[Any], vocab_size: int) -> RawPrompt:
     if not value:
         raise invalid("prompt", "prompt holds an empty list of token ids")
-    for item in value:
+    for start in range(0, len(value), CHUNK):
+        _check_ids(value[start : start + CHUNK], vocab_size)
+    return RawPrompt(ids=tuple(value))
+
+
+def _check_ids(ids: list[Any], vocab_size: int) -> None:
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+        return
+    for item in ids:
         if type(item) is not int:
             raise invalid("prompt", f"prompt mixes token ids with {_kind(item)}")
         if not 0 <= item < vocab_size:
             raise invalid("prompt", f"prompt holds {shown(item)}; token ids of this model are 0 to {vocab_size - 1}")
-    return RawPrompt(ids=tuple(value))
 
 
 def read_conversation(body: ChatFields, template: ChatTemplate | None, limits: Limits) -> RawPrompt:

@@ -11,8 +11,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from scheduler.types import FinishReason, Request, Sampling
-from server.api.body import parse_body, read_body
+from server.api.body import read_body
 from server.api.errors import ApiError, JsonResponse, invalid, shown
+from server.api.parse import parse_body
 from server.api.prompts import RawPrompt, read_conversation, read_prompts
 from server.api.schema import DetokenizeBody, TokenizeBody, read_fields
 from server.api.services import STATE_WORDS, Services
@@ -111,7 +112,7 @@ class TextRoutes:
     def _tokenize(self, raw: bytes) -> Response:
         services = self._services
         limits = services.settings.limits
-        body, unknown = read_fields(TokenizeBody, parse_body(raw, limits.max_depth))
+        body, unknown = read_fields(TokenizeBody, parse_body(raw, limits.max_depth, limits.max_items))
         services.log_unknown_fields(unknown)
         facts = services.facts()
         check_model(body.model, facts)
@@ -139,7 +140,8 @@ class TextRoutes:
 
     def _detokenize(self, raw: bytes) -> Response:
         services = self._services
-        body, unknown = read_fields(DetokenizeBody, parse_body(raw, services.settings.limits.max_depth))
+        limits = services.settings.limits
+        body, unknown = read_fields(DetokenizeBody, parse_body(raw, limits.max_depth, limits.max_items))
         services.log_unknown_fields(unknown)
         facts = services.facts()
         check_model(body.model, facts)

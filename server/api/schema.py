@@ -213,6 +213,9 @@ class DetokenizeBody(BaseModel):
 
 Body = TypeVar("Body", bound=BaseModel)
 
+MAX_ENTRIES = 1 << 14
+"""Of any list or object field; what each field takes is judged in `validation.py`."""
+
 
 def read_fields(kind: type[Body], body: dict[str, Any]) -> tuple[Body, tuple[str, ...]]:
     """The typed body and the names of fields that nobody here knows. Raises ApiError 400 naming the field."""
@@ -221,6 +224,10 @@ def read_fields(kind: type[Body], body: dict[str, Any]) -> tuple[Body, tuple[str
         if value is not None and not any(type(value) is type(item) and value == item for item in harmless):
             raise ApiError(400, f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
     known = kind.model_fields
+    for name in known.keys() - {"prompt", "tokens"}:
+        # Before any entry is looked at. Prompts have a limit of their own, the context's length.
+        if isinstance(value := body.get(name), list | dict) and len(value) > MAX_ENTRIES:
+            raise invalid(name, f"{name} has {len(value)} entries, the limit is {MAX_ENTRIES}")
     given = {name: _without_nulls(value) for name, value in body.items() if value is not None and name in known}
     try:
         typed = kind.model_validate(given)

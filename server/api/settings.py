@@ -15,6 +15,7 @@ LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]", "testserver")
 class Limits:
     """Upper bounds of what one request may ask for (robustness.md 0.1). Counts, characters, or as the name says.
 
+    max_items          lists, objects and names in a body, all fields together
     max_output_tokens  cap of max_tokens; None = what the context leaves
     """
 
@@ -22,6 +23,7 @@ class Limits:
     max_headers: int = 100
     max_header_bytes: int = 64 << 10
     max_depth: int = 64
+    max_items: int = 1 << 15
     max_prompts: int = 128
     max_n: int = 128
     max_choices: int = 256
