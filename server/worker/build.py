@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
 from server.worker.config import WorkerConfig
+from server.worker.drafters.build import build_speculator
 from server.worker.grammar import GrammarCompiler
 from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
+from server.worker.sequences import make_sequences
 from server.worker.worker import Worker, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,23 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     if tokenizer_file is not None and not tokenizer_file.exists():
         tokenizer_file = None
     grammars = GrammarCompiler(tokenizer_file, info.vocab_size, info.eos_ids)
-    return Worker(model, ops, pool, grammars, info, config.max_seqs, config.max_batched_tokens, device)
+    sequences = make_sequences(config.max_seqs, model_len, num_pages, page_size)
+    speculator = None
+    if config.speculation is not None:
+        speculator = build_speculator(config.speculation, model, ops, pool, sequences, info)
+        info = replace(info, drafters=speculator.drafters)
+    return Worker(
+        model,
+        ops,
+        pool,
+        sequences,
+        grammars,
+        info,
+        config.max_seqs,
+        config.max_batched_tokens,
+        device,
+        speculator=speculator,
+    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scheduler.types import Admission, Read, Request, Span, StepPlan
 from server.worker.grammar import GrammarMatcher
+from server.worker.kv_pool import pages_for
 from server.worker.recipe import Recipe
 
 
@@ -192,3 +193,9 @@ class SequenceTable:
             raise ValueError(f"sequence {seq_id} is given pages {pages}; the pool has pages 0 to {self._num_pages - 1}")
         self.page_table[state.slot, state.num_pages : end] = pages
         state.num_pages = end
+
+
+def make_sequences(max_seqs: int, model_len: int, num_pages: int, page_size: int) -> SequenceTable:
+    """An empty table for sequences of up to model_len tokens over a pool of num_pages pages."""
+    # One page more than the longest sequence: drafts, or a block of a diffusion model, may end past it.
+    return SequenceTable(max_seqs, pages_for(model_len, page_size) + 1, num_pages, page_size)

@@ -31,7 +31,7 @@ from scheduler.types import (
 from server.worker.batch import Batch, build_batch
 from server.worker.grammar import GrammarCompiler
 from server.worker.judged import Judged, check_drafts, in_vocabulary, judge
-from server.worker.kv_pool import KVPool, pages_for
+from server.worker.kv_pool import KVPool
 from server.worker.profile import measure_steps
 from server.worker.prompt_logprobs import read_prompts
 from server.worker.proposals import Proposer, propose
@@ -90,6 +90,7 @@ class Worker:
         model: ForwardModel,
         ops: Ops,
         pool: KVPool,
+        sequences: SequenceTable,
         grammars: GrammarCompiler,
         info: WorkerInfo,
         max_seqs: int,
@@ -99,13 +100,10 @@ class Worker:
         speculator: Proposer | None = None,
     ) -> None:
         self.info = info
-        self._speculator = speculator
+        self._sequences, self._speculator = sequences, speculator
         self._model, self._ops, self._pool, self._grammars, self._device = model, ops, pool, grammars, device
         self._max_seqs, self._max_batched_tokens = max_seqs, max_batched_tokens
         self._rows_at_once = max(1, logits_bytes // (4 * info.vocab_size))
-        # One page more than the longest sequence: a block of a diffusion model may end past it.
-        max_pages = pages_for(info.model_len, info.page_size) + 1
-        self._sequences = SequenceTable(max_seqs, max_pages, info.num_pages, info.page_size)
 
     def prepare(self, request: Request) -> None:
         """Compile what the request needs before it is scheduled (its grammar). May be slow: call it off the loop.

@@ -157,7 +157,7 @@ class DraftDriver:
         start, left = run.committed, run.request.max_tokens - run.num_output
         end = min(len(run.tokens), start + self.chunk)
         if start < len(run.tokens) - 1:
-            judged = (end - start - 1,) if end == len(run.tokens) else ()
+            judged: tuple[int, ...] = (end - start - 1,) if end == len(run.tokens) else ()
             wants_prompt = run.request.sampling.prompt_logprobs is not None and start < len(run.request.prompt)
             judged = tuple(range(end - start)) if wants_prompt else judged
             tokens = tuple(run.tokens[start:end])
@@ -167,10 +167,12 @@ class DraftDriver:
             count = min(self.most, len(drafts.tokens), left - 1)
         if drafts is None or count < 1:
             return Span(seq_id, (run.tokens[-1],), start, start + 1, 1, (0,), Read.SAMPLE, (), self.most)
-        parents = (-1, *(parent + 1 for parent in drafts.parents[:count])) if drafts.parents else ()
+        parents: tuple[int, ...] = ()
+        if drafts.parents:
+            parents = (-1, *(parent + 1 for parent in drafts.parents[:count]))
         tokens = (run.tokens[-1], *drafts.tokens[:count])
-        judged = tuple(range(count + 1))
-        return Span(seq_id, tokens, start, start + count + 1, 1, judged, Read.VERIFY, parents, self.most)
+        rows = tuple(range(count + 1))
+        return Span(seq_id, tokens, start, start + count + 1, 1, rows, Read.VERIFY, parents, self.most)
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         """Output tokens of each request, run together until max_tokens, a stop id or an error."""

@@ -20,6 +20,7 @@ from scheduler.types import Admission, Outcome, Read, Request, Span, StepPlan
 from server.worker.grammar import GrammarCompiler
 from server.worker.kv_pool import KVPool
 from server.worker.proposals import Proposer
+from server.worker.sequences import make_sequences
 from server.worker.worker import Worker, WorkerInfo
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4, 2, 8, 32
@@ -126,7 +127,8 @@ def make_worker(
         num_parameters=0,
     )
     grammars = GrammarCompiler(tokenizer_file, vocab_size, (EOS,))
-    return Worker(model, model.ops, pool, grammars, info, max_seqs, 256, device, logits_bytes, speculator)
+    sequences = make_sequences(max_seqs, info.model_len, num_pages, page_size)
+    return Worker(model, model.ops, pool, sequences, grammars, info, max_seqs, 256, device, logits_bytes, speculator)
 
 
 class Driver:
