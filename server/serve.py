@@ -210,7 +210,8 @@ class _Server:
                 f"{tokenizer.vocab_size - 1}; with --random-weights ask for vocab={tokenizer.vocab_size} or more"
             )
         settings = self._config.api_settings()
-        metrics = Metrics(settings.served_model_names[0], facts.model_len)
+        drafters = tuple(name for name, _ in facts.drafters)
+        metrics = Metrics(settings.served_model_names[0], facts.model_len, drafters, facts.max_drafts)
         self._observe.append(metrics.observe_step)
         app = create_app(settings, self._client, tokenizer, metrics)
         await stack.enter_async_context(app.api.router.lifespan_context(app.api))

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from starlette.types import Receive
 
-from scheduler.types import Delta, Fault, FinishReason, SpeculationUsage
+from scheduler.types import Delta, Fault, FinishReason, SpeculationMode, SpeculationUsage
 from server.api.admission import Permit
 from server.api.body import ClientGone
 from server.api.choice import Choice, Piece
@@ -62,6 +62,7 @@ class Generation:
         self._metrics.observe_admitted(
             self.call.num_prompt_tokens, self.call.checked.body.n, self._services.admission.num_requests
         )
+        self._note_undrafted()
         self._tasks = [loop.create_task(self._pump(*pair)) for pair in zip(self.choices, self._streams, strict=True)]
         self._tasks.append(loop.create_task(self._watch_client()))
         self._deadline = loop.call_later(self._services.settings.timeouts.request_s, self._expire)
@@ -143,7 +144,7 @@ class Generation:
                         first_s = now
                         self._note_first(choice, now)
                     else:
-                        self._metrics.observe_gap(now - last_s)
+                        self._metrics.observe_gap(now - last_s, len(delta.tokens))
                     last_s = now
                 piece = choice.absorb(delta)
                 if choice.is_finished:
@@ -158,6 +159,12 @@ class Generation:
         except Exception:
             logger.exception("request %s failed on its way to text", choice.request.id)
             self._fail(ApiError(500, "internal error while producing the text"))
+
+    def _note_undrafted(self) -> None:
+        if not self._services.engine.info.drafters:
+            self._metrics.count_undrafted("server")
+        elif self.call.requests[0].speculation.mode is SpeculationMode.OFF:
+            self._metrics.count_undrafted("request")
 
     def _note_first(self, choice: Choice, now: float) -> None:
         self._has_output = True
