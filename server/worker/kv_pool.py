@@ -102,9 +102,11 @@ def size_pool(
     max_seqs: int,
     max_model_len: int | None,
     kv_cache_bytes: int | None,
+    extra_page_bytes: int = 0,
 ) -> tuple[int, int]:
     """(number of pages, longest sequence in tokens) of a pool.
 
+    extra_page_bytes  what else is kept per page: a draft model's KV under the same page ids
     A length that the user asked for must fit; without one, the model's own length is cut to what fits.
     Raises ValueError if the length is beyond the model's, or does not fit, or not even one page does.
     """
@@ -113,7 +115,7 @@ def size_pool(
         raise ValueError(
             f"max_model_len is {model_len}, but the model's positions end at {config.max_position}; ask for no more"
         )
-    bytes_of_page = page_bytes(config, page_size, dtype)
+    bytes_of_page = page_bytes(config, page_size, dtype) + extra_page_bytes
     most_useful = max_seqs * pages_for(model_len, page_size) * bytes_of_page
     pool_bytes = choose_kv_bytes(kv_cache_bytes, device, most_useful)
     num_pages = pool_bytes // bytes_of_page
