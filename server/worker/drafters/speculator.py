@@ -74,18 +74,27 @@ class Speculator:
         ]
         if not chosen:
             return
+        # What a sampled offer was drawn from stays with its sequence only if the offer is taken.
+        before = {i: wants[i].state.draft_q for i in chosen}
+        taken: set[int] = set()
+        for i in chosen:
+            wants[i].state.draft_q = None
         try:
             offers = drafter.propose([wants[i] for i in chosen], depth)
             if len(offers) != len(chosen):
                 raise ValueError(f"{len(offers)} offers for {len(chosen)} sequences")
             for i, offer in zip(chosen, offers, strict=True):
+                worth = _first if wants[i].state.draft_q is not None else _expected
                 # Written so that a NaN gets as far as the check that counts it.
-                if offer is not None and not _expected(offer) <= _expected(best[i]):
+                if offer is not None and not worth(offer) <= worth(best[i]):
                     sound = self._sound(offer, wants[i])
-                    if sound is not None and _expected(sound) > _expected(best[i]):
+                    if sound is not None and worth(sound) > worth(best[i]):
                         best[i] = sound
+                        taken.add(i)
         except Exception as error:
             self._disable(drafter, error)
+        for i in before.keys() - taken:
+            wants[i].state.draft_q = before[i]
 
     def _with_tree(self, want: Want) -> Want:
         asked = want.state.request.speculation
@@ -124,6 +133,12 @@ class Speculator:
 def _expected(offer: Drafts | None) -> float:
     """Tokens that the offer is expected to add."""
     return sum(offer.survivals) if offer is not None else 0.0
+
+
+def _first(offer: Drafts | None) -> float:
+    """The chance of the first draft: all that a choice may look at where drafts were sampled. Later survivals depend on
+    which tokens came out, and choosing by those biases the text (speculative reference, 2.5)."""
+    return offer.survivals[0] if offer is not None and offer.survivals else 0.0
 
 
 def _is_good(offer: Drafts | None, most: int) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import pytest
+import torch
 
 from scheduler.types import Drafts, Speculation, VerifyMode
 from server.worker.drafters.base import Want
@@ -236,3 +237,36 @@ def test_names_that_cannot_be_built_are_refused_with_a_sentence(names: tuple[str
 
 def test_every_name_of_the_table_is_accepted() -> None:
     check_names(tuple(DRAFTERS))
+
+
+def sampled(offer: Drafts, q: torch.Tensor) -> Callable[[Want], Drafts]:
+    def draw(want: Want) -> Drafts:
+        want.state.draft_q = q
+        return offer
+
+    return draw
+
+
+def test_what_an_offer_was_drawn_from_stays_only_if_the_offer_is_taken() -> None:
+    q = torch.full((1, VOCAB), 1 / VOCAB)
+    other = torch.zeros(1, VOCAB)
+    drawn = Member("drawn", sampled(Drafts((3,), (0.5,), "drawn"), q), is_sequential=True)
+    for survival, source, kept in ((0.4, "drawn", q), (0.55, "lookup", None)):
+        want = make_want([1], state=make_state([1], speculation=Speculation(verify=VerifyMode.REJECTION)))
+        (best,) = speculator(Member("lookup", chain("lookup", survival)), drawn).propose([want], 4)
+        assert best is not None
+        assert best.source == source
+        assert want.state.draft_q is kept
+    worse = Member("worse", sampled(Drafts((4,), (0.1,), "worse"), other), is_sequential=True)
+    want = make_want([1])
+    speculator(drawn, worse).propose([want], 4)
+    assert want.state.draft_q is q
+
+
+def test_sampled_drafts_are_chosen_by_what_was_known_before_they_were_drawn() -> None:
+    q = torch.full((2, VOCAB), 1 / VOCAB)
+    # The second survival depends on which token came first; it must not decide whether the first is verified.
+    long = Member("long", sampled(Drafts((3, 4), (0.5, 0.5), "long"), q), is_sequential=True)
+    (best,) = speculator(Member("lookup", chain("lookup", 0.6)), long).propose([make_want([1])], 4)
+    assert best is not None
+    assert best.source == "lookup"
