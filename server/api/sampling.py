@@ -16,10 +16,9 @@ GREEDY_BELOW = 0.01
 """Temperatures below this divide logits beyond what float32 keeps apart; they are served as greedy (0)."""
 
 
-def check_range(name: str, value: float, low: float, high: float, param: str | None = None) -> None:
-    """Raises ApiError 400; `param` is the body's field where `name` is inside it."""
+def check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise invalid(param or name, f"{name} is {shown(value)}, but must be between {low:g} and {high:g}")
+        raise invalid(name, f"{name} is {shown(value)}, but must be between {low:g} and {high:g}")
 
 
 def check_ids(name: str, ids: list[int], vocab_size: int, max_count: int) -> None:

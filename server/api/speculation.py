@@ -7,12 +7,12 @@ what a client orders expressly and cannot have is a 400.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scheduler.types import Speculation, SpeculationMode, SpeculationUsage, VerifyMode
-from server.api.errors import ApiError, invalid, shown
-from server.api.sampling import check_range
+from server.api.errors import MAX_MESSAGE_CHARS, ApiError, invalid, shown
 from server.api.schema import GenerationBody, SpeculationFields
+from server.engine.config import refusal
 from server.text.tokenizer import Tokenizer
 
 
@@ -35,23 +35,10 @@ class SpeculationFacts:
 
 def check_speculation(body: GenerationBody, facts: SpeculationFacts, tokenizer: Tokenizer) -> str:
     """The cheap checks of both fields; the predicted text, empty if there is none. Raises ApiError 400."""
-    asked = body.speculation or SpeculationFields()
-    if asked.max_tokens is not None:
-        check_range("speculation.max_tokens", asked.max_tokens, 1, facts.max_drafts, param="speculation")
-    if asked.drafter != "auto" and asked.drafter not in facts.drafters:
-        offer = f"this server has {', '.join(facts.drafters)}" if facts.drafters else "this server has none"
-        raise invalid("speculation", f"speculation.drafter is {shown(asked.drafter)}, but {offer}")
-    if asked.mode == "on" and not facts.drafters:
-        raise invalid("speculation", "speculation.mode is on, but this server runs without speculation")
-    if asked.tree and asked.verify != "coupled":
-        message = f"speculation.tree is true and speculation.verify is {asked.verify}; trees are verified coupled only"
-        raise invalid("speculation", message)
-    if body.prediction is not None and asked.drafter not in ("auto", "prediction"):
-        message = (
-            f"prediction is given and speculation.drafter is {asked.drafter}, which does not read it; "
-            "leave one of them out, or set the drafter to auto or prediction"
-        )
-        raise invalid("speculation", message)
+    asked = _asked(body, facts)
+    problem = refusal(asked, facts.drafters, facts.max_drafts, body.prediction is not None)
+    if problem is not None:
+        raise invalid("speculation", shown(problem, MAX_MESSAGE_CHARS))
     text = _prediction_text(body)
     longest = tokenizer.max_bytes_per_token
     if longest is not None and (at_least := math.ceil(len(text.encode()) / longest)) > facts.max_prediction:
@@ -66,19 +53,25 @@ def read_speculation(
 
     Raises ApiError 400 for a prediction that is too long.
     """
-    asked = body.speculation or SpeculationFields()
-    mode = SpeculationMode.ON if facts.mode is SpeculationMode.ON else SpeculationMode.AUTO
-    if asked.mode is not None:
-        mode = SpeculationMode(asked.mode)
+    asked = _asked(body, facts)
     prediction: tuple[int, ...] = ()
-    if text and mode is not SpeculationMode.OFF and "prediction" in facts.drafters:
+    if text and asked.mode is not SpeculationMode.OFF and "prediction" in facts.drafters:
         prediction = tuple(tokenizer.encode(text, add_special_tokens=False))
         if len(prediction) > facts.max_prediction:
             raise _too_long(str(len(prediction)), facts)
         if len(prediction) * num_choices > facts.max_predictions:
             message = f"prediction.content has {len(prediction)} tokens for each of {num_choices} choices"
             raise invalid("prediction", f"{message}, the limit is {facts.max_predictions} together")
-    return Speculation(mode, asked.max_tokens, asked.drafter, VerifyMode(asked.verify), asked.tree, prediction)
+    return replace(asked, prediction=prediction)
+
+
+def _asked(body: GenerationBody, facts: SpeculationFacts) -> Speculation:
+    """What the body says, without its prediction; a request that says nothing gets the server's mode."""
+    fields = body.speculation or SpeculationFields()
+    mode = SpeculationMode.ON if facts.mode is SpeculationMode.ON else SpeculationMode.AUTO
+    if fields.mode is not None:
+        mode = SpeculationMode(fields.mode)
+    return Speculation(mode, fields.max_tokens, fields.drafter, VerifyMode(fields.verify), fields.tree)
 
 
 def speculation_usage(body: GenerationBody, has_drafters: bool, total: SpeculationUsage) -> dict[str, object]:

@@ -5,10 +5,11 @@ Data only, no torch: the front end builds the one and shows the other. Nothing h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from scheduler.types import Limits
+from scheduler.types import Limits, Speculation, SpeculationMode, VerifyMode
 
 
 class EngineState(StrEnum):
@@ -140,6 +141,28 @@ class EngineInfo:
     @property
     def kv_tokens(self) -> int:
         return self.num_pages * self.page_size
+
+
+def refusal(asked: Speculation, drafters: Sequence[str], max_drafts: int, has_prediction: bool = False) -> str | None:
+    """Why an engine with these drafters cannot do what a request asks of speculation; None = it can.
+
+    has_prediction  the request brings one, whether or not its ids are in `asked` yet
+    """
+    if asked.max_tokens is not None and not 1 <= asked.max_tokens <= max_drafts:
+        return f"speculation.max_tokens is {asked.max_tokens}, but must be between 1 and {max_drafts}"
+    if asked.drafter != "auto" and asked.drafter not in drafters:
+        offer = f"this server has {', '.join(drafters)}" if drafters else "this server has none"
+        return f"speculation.drafter is {asked.drafter}, but {offer}"
+    if asked.mode is SpeculationMode.ON and not drafters:
+        return "speculation.mode is on, but this server runs without speculation"
+    if asked.tree and asked.verify is not VerifyMode.COUPLED:
+        return f"speculation.tree is true and speculation.verify is {asked.verify}; trees are verified coupled only"
+    if has_prediction and asked.drafter not in ("auto", "prediction"):
+        return (
+            f"prediction is given and speculation.drafter is {asked.drafter}, which does not read it; "
+            "leave one of them out, or set the drafter to auto or prediction"
+        )
+    return None
 
 
 def make_limits(config: EngineConfig, model_len: int, num_pages: int, page_size: int) -> Limits:

@@ -12,12 +12,21 @@ import itertools
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
-from scheduler.types import Delta, FinishReason, Request, Sampling, TokenLogprob
-from server.engine.config import EngineConfig, EngineInfo
+from scheduler.types import (
+    Delta,
+    FinishReason,
+    Request,
+    Sampling,
+    Speculation,
+    SpeculationMode,
+    SpeculationUsage,
+    TokenLogprob,
+)
+from server.engine.config import EngineConfig, EngineInfo, refusal
 from server.engine.loop import build_core
 from server.models.locate import resolve_model
 from server.text.detokenizer import Detokenizer, StopConditions
@@ -39,6 +48,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    speculation: SpeculationUsage = field(default_factory=SpeculationUsage)
 
 
 class _Choice:
@@ -50,6 +60,7 @@ class _Choice:
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
+        self._speculation = SpeculationUsage()
         self.finish_reason: FinishReason | None = None
 
     def absorb(self, delta: Delta) -> str:
@@ -65,6 +76,8 @@ class _Choice:
         self._tokens += delta.tokens[:num_taken]
         self._logprobs += delta.logprobs[:num_taken]
         self._prompt_logprobs += delta.prompt_logprobs
+        if delta.speculation is not None:
+            self._speculation += delta.speculation
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             piece += self._detokenizer.finish()
@@ -81,6 +94,7 @@ class _Choice:
             self.finish_reason,
             tuple(self._logprobs),
             tuple(self._prompt_logprobs),
+            self._speculation,
         )
 
 
@@ -118,16 +132,18 @@ class Engine:
         max_tokens: int = 16,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
+        speculation: Speculation | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Continue all prompts, batched. Completions in the order of the prompts.
 
         max_tokens  0 = only evaluate (with prompt_logprobs)
         stop_ids    None = the model's end-of-sequence ids, () = ignore them
+        speculation how drafts are used; None = as the engine was told (`EngineConfig.speculation`)
         sampling    fields of `Sampling`: temperature, top_p, seed, logprobs, grammar ... (temperature 0 by default)
         Raises GenerationError if any of them fails, with all others aborted; ValueError for a prompt without tokens.
         """
-        choices = self._submit(prompts, max_tokens, stop, stop_ids, sampling)
+        choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, sampling)
         try:
             for name, delta in self._deltas(choices):
                 choice = choices[name]
@@ -142,10 +158,11 @@ class Engine:
         max_tokens: int = 16,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
+        speculation: Speculation | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
         """The text of one continuation, piece by piece. Closing the iterator aborts it."""
-        choices = self._submit([prompt], max_tokens, stop, stop_ids, sampling)
+        choices = self._submit([prompt], max_tokens, stop, stop_ids, speculation, sampling)
         try:
             for name, delta in self._deltas(choices):
                 if piece := choices[name].absorb(delta):
@@ -159,11 +176,13 @@ class Engine:
         max_tokens: int,
         stop: Sequence[str],
         stop_ids: Sequence[int] | None,
+        speculation: Speculation | None,
         sampling: dict[str, Any],
     ) -> dict[str, _Choice]:
         if isinstance(prompts, str):
             raise TypeError("prompts is a string; give a list of prompts")
         values = Sampling(**{"temperature": 0.0, **sampling})
+        drafting = self._checked(speculation)
         ids = tuple(self.info.eos_ids if stop_ids is None else stop_ids)
         requests, choices = [], {}
         for prompt in prompts:
@@ -174,11 +193,21 @@ class Engine:
                     f"token id {wrong[0]} is not in [0, {self.info.vocab_size})" if wrong else "a prompt has no tokens"
                 )
             seeded = values if "seed" in sampling else replace(values, seed=secrets.randbits(63))
-            requests.append(Request(f"offline-{next(self._ids)}", tokens, max_tokens, seeded, ids))
+            name = f"offline-{next(self._ids)}"
+            requests.append(Request(name, tokens, max_tokens, seeded, ids, speculation=drafting))
             choices[requests[-1].id] = _Choice(self.tokenizer, tokens, tuple(stop), values.min_tokens)
         for request in requests:
             self._core.add(request)
         return choices
+
+    def _checked(self, asked: Speculation | None) -> Speculation:
+        """Raises ValueError for what this engine cannot do."""
+        if asked is None:
+            return Speculation(SpeculationMode.ON if self.info.speculation == "on" else SpeculationMode.AUTO)
+        names = [name for name, _ in self.info.drafters]
+        if (problem := refusal(asked, names, self.info.max_drafts, bool(asked.prediction))) is not None:
+            raise ValueError(problem)
+        return asked
 
     def _deltas(self, choices: dict[str, _Choice]) -> Iterator[tuple[str, Delta]]:
         """Run steps until every choice has ended; a stop string aborts the rest of its request."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.types import FinishReason
+from scheduler.types import FinishReason, Speculation, VerifyMode
 from server.engine.offline import Engine, GenerationError
 from tests.tiny import write_tiny_checkpoint
 
@@ -29,6 +29,20 @@ def test_a_batch_gives_what_each_prompt_gives_alone(engine: Engine) -> None:
     alone = [engine.generate([prompt], max_tokens=12, stop_ids=(), temperature=0.9, seed=5)[0] for prompt in prompts]
     assert [one.tokens for one in together] == [one.tokens for one in alone]
     assert all(len(one.tokens) == 12 and one.finish_reason is FinishReason.LENGTH for one in together)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Speculation(drafter="eagle"), "speculation.drafter is eagle, but this server has prediction, grammar"),
+        (Speculation(max_tokens=9), "speculation.max_tokens is 9, but must be between 1 and 8"),
+        (Speculation(tree=True, verify=VerifyMode.BLOCK), "trees are verified coupled only"),
+        (Speculation(drafter="history", prediction=(1,)), "speculation.drafter is history, which does not read it"),
+    ],
+)
+def test_speculation_that_cannot_be_had_is_refused(engine: Engine, asked: Speculation, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine.generate(["hello"], speculation=asked)
 
 
 def test_a_stream_is_the_completion_in_pieces(engine: Engine) -> None:
