@@ -9,18 +9,25 @@ from kernels.ops import Ops
 from server.models.registry import Model
 from server.worker.drafters.base import Drafter
 from server.worker.drafters.config import SpeculatorConfig
+from server.worker.drafters.draft_model import DraftModel, build_draft_model
 from server.worker.drafters.lookup import LookupDrafter
 from server.worker.drafters.speculator import Speculator
 from server.worker.drafters.stores.grammar import GrammarStore
 from server.worker.drafters.stores.history import HistoryStore
 from server.worker.drafters.stores.prediction import PredictionStore
+from server.worker.drafters.stores.suffix import SuffixStore
 from server.worker.kv_pool import KVPool
 from server.worker.sequences import SequenceTable
 from server.worker.worker import WorkerInfo
 
 
 class Parts(NamedTuple):
-    """What a drafter may be made of: the worker's own parts."""
+    """What a drafter may be made of: the worker's own parts, and
+
+    draft         the loaded model of `draft_model`, if it is among the drafters
+    history       the index of the sequences' own tokens, one for all stores that search it
+    shared_bytes  memory of one store that is shared between requests
+    """
 
     config: SpeculatorConfig
     model: Model
@@ -28,25 +35,49 @@ class Parts(NamedTuple):
     pool: KVPool
     sequences: SequenceTable
     info: WorkerInfo
+    history: HistoryStore
+    shared_bytes: int
+    draft: DraftModel | None = None
 
 
 DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "prediction": lambda parts: LookupDrafter(PredictionStore()),
     "grammar": lambda parts: LookupDrafter(GrammarStore()),
-    "history": lambda parts: LookupDrafter(HistoryStore()),
+    "history": lambda parts: LookupDrafter(parts.history),
+    "suffix": lambda parts: LookupDrafter(SuffixStore(parts.history, parts.shared_bytes)),
+    "draft_model": lambda parts: _draft_model(parts),
 }
+
+SHARED = frozenset({"suffix"})
+"""Names of the stores that are shared between requests; `store_bytes` is divided among those in use."""
+
+
+def _draft_model(parts: Parts) -> Drafter:
+    if parts.draft is None:
+        raise ValueError("drafters names 'draft_model', but no draft model is given; set draft_model to one")
+    config, info = parts.config, parts.info
+    return build_draft_model(
+        parts.draft, parts.pool, parts.sequences, parts.ops, info.vocab_size, config.max_drafts, config.draft_stop
+    )
 
 
 def build_speculator(
-    config: SpeculatorConfig, model: Model, ops: Ops, pool: KVPool, sequences: SequenceTable, info: WorkerInfo
+    config: SpeculatorConfig,
+    model: Model,
+    ops: Ops,
+    pool: KVPool,
+    sequences: SequenceTable,
+    info: WorkerInfo,
+    draft: DraftModel | None = None,
 ) -> Speculator:
-    """Build every drafter that the configuration names.
+    """Build every drafter that the configuration names. draft: the loaded model of `draft_model`.
 
     Raises ValueError with a sentence for the user: a name that is unknown or given twice, no names, a drafter that
     lacks what it needs (each constructor says what); OSError if a draft model cannot be read.
     """
     check_names(config.drafters)
-    parts = Parts(config, model, ops, pool, sequences, info)
+    shared_bytes = config.store_bytes // max(1, sum(name in SHARED for name in config.drafters))
+    parts = Parts(config, model, ops, pool, sequences, info, HistoryStore(), shared_bytes, draft)
     drafters = [DRAFTERS[name](parts) for name in config.drafters]
     has_window = any(window is not None for window in model.config.windows)
     return Speculator(drafters, info.vocab_size, config.draft_tree, has_window)

@@ -37,9 +37,10 @@ def best_first(walk: Walk, most: int, width: int, floor: float, source: str) -> 
     survivals: list[float] = []
     parents: list[int] = []
     heap: list[tuple[float, int, int, int, Any]] = []
-    place, survival, parent, order = walk.place, 1.0, -1, 0
+    (place, children), survival, parent, order = walk, 1.0, -1, 0
     while len(tokens) < most:
-        for probability, token, behind in walk.children(place)[:width]:
+        found = children(place)
+        for probability, token, behind in found if len(found) <= width else found[:width]:
             if survival * probability >= floor:
                 # `order` breaks ties, oldest first, and keeps places from being compared.
                 heappush(heap, (-survival * probability, order, parent, token, behind))

@@ -32,8 +32,8 @@ class Store(Protocol):
         """Take in at most `most` of the sequence's tokens that are new, by position. Returns how many."""
         ...
 
-    def begin(self, want: Want) -> Walk | None:
-        """Where drafts of the sequence begin; None = it has nothing. Changes nothing."""
+    def begin(self, want: Want) -> list[Walk]:
+        """Where drafts may begin; of several walks the one with the best sum of survivals is offered. Changes nothing."""
         ...
 
     def release(self, seq_id: int, state: SequenceState) -> None:
@@ -65,12 +65,15 @@ class LookupDrafter:
         return [self._offer(want) for want in wants]
 
     def _offer(self, want: Want) -> Drafts | None:
-        walk = self.store.begin(want)
-        if walk is None:
-            return None
+        most, width = want.num_drafts, 1
         if want.tree:
-            return best_first(walk, min(want.num_drafts, MAX_TREE_NODES - 1), TREE_WIDTH, FLOOR, self.name)
-        return best_first(walk, want.num_drafts, 1, FLOOR, self.name)
+            most, width = min(most, MAX_TREE_NODES - 1), TREE_WIDTH
+        best: Drafts | None = None
+        for walk in self.store.begin(want):
+            drafts = best_first(walk, most, width, FLOOR, self.name)
+            if drafts is not None and (best is None or sum(drafts.survivals) > sum(best.survivals)):
+                best = drafts
+        return best
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         self.store.release(seq_id, state)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scheduler.types import MAX_TREE_NODES
 from server.worker.drafters.base import Want
 from server.worker.drafters.expansion import Child, Walk
-from server.worker.drafters.stores.ngram_index import NgramIndex, Spot
+from server.worker.drafters.stores.ngram_index import MAX_MATCH, NgramIndex, Spot
 from server.worker.sequences import SequenceState
 
 
@@ -29,10 +30,10 @@ class HistoryStore:
         # The n-gram that ends at the last token has no continuation yet.
         return index.learn(want.tokens, len(want.tokens) - 1, most)
 
-    def begin(self, want: Want) -> Walk | None:
+    def begin(self, want: Want) -> list[Walk]:
         index = self._indexes.get(want.seq_id)
         spots = index.find(want.tokens, want.tokens) if index is not None else []
-        return continuations(want.tokens, spots) if spots else None
+        return [continuations(want.tokens, spots)] if spots else []
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         self._indexes.pop(seq_id, None)
@@ -44,28 +45,28 @@ class HistoryStore:
 
 def continuations(text: Sequence[int], spots: Sequence[Spot]) -> Walk:
     """Walk on from where a sequence's tail stands in its own text; spots that disagree make branches."""
-    best = spots[0].match
+    best, length = spots[0].match, len(text)
     # Shorter matches than the best say little beside it.
-    places = tuple((spot.at, spot.at) for spot in spots if 2 * spot.match >= best)
-    length = len(text)
+    origins = tuple(spot.at for spot in spots if 2 * spot.match >= best)
 
-    def children(place: tuple[int, tuple[tuple[int, int], ...]]) -> list[Child]:
-        match, spots = place
-        sure = certainty(match)
-        if len(spots) == 1:
-            at, origin = spots[0]
-            return [(sure, text[at], (match + 1, ((at + 1 if at + 1 < length else origin, origin),)))]
-        groups: dict[int, list[tuple[int, int]]] = {}
-        for at, origin in spots:
-            groups.setdefault(text[at], []).append((at + 1 if at + 1 < length else origin, origin))
-        # Equal shares: the most recent first, because `spots` is in that order and the sort is stable.
+    def children(place: tuple[int, tuple[int, ...]]) -> list[Child]:
+        # A continuation that reaches the end of the text goes round: its period is what lies behind its origin.
+        depth, origins = place
+        sure = CERTAINTY[best + depth]
+        tokens = [text[origin + depth % (length - origin)] for origin in origins]
+        if tokens.count(tokens[0]) == len(tokens):
+            return [(sure, tokens[0], (depth + 1, origins))]
+        groups: dict[int, list[int]] = {}
+        for token, origin in zip(tokens, origins, strict=True):
+            groups.setdefault(token, []).append(origin)
+        # Equal shares: the most recent first, because `origins` is in that order and the sort is stable.
         ranked = sorted(groups.items(), key=_by_votes, reverse=True)
-        return [(sure * len(group) / len(spots), token, (match + 1, tuple(group))) for token, group in ranked]
+        return [(sure * len(group) / len(tokens), token, (depth + 1, tuple(group))) for token, group in ranked]
 
-    return Walk((best, places), children)
+    return Walk((0, origins), children)
 
 
-def _by_votes(item: tuple[int, list[tuple[int, int]]]) -> int:
+def _by_votes(item: tuple[int, list[int]]) -> int:
     return len(item[1])
 
 
@@ -75,3 +76,6 @@ def certainty(match: int) -> float:
     A prior; the composite corrects it by what comes true (speculator.py).
     """
     return 1.0 - 1.0 / (1.5 + 0.75 * match)
+
+
+CERTAINTY = tuple(certainty(match) for match in range(MAX_MATCH + MAX_TREE_NODES + 1))

@@ -1,6 +1,6 @@
 """Where the n-grams of one text ended: an incremental hash index, O(1) per token, never a rescan.
 
-Keys are 64-bit hashes; a collision costs nothing but time, because every find compares the tokens themselves. The
+Keys are hashes of tuples; a collision costs nothing but time, because every find compares the tokens themselves. The
 index may lag behind its text: what is not indexed is not found.
 """
 
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 ORDERS = (8, 4, 2)
 """Lengths of the indexed n-grams, longest first: a find tries each until one occurs."""
@@ -21,10 +18,6 @@ MAX_SPOTS = 4
 """Occurrences looked at, most recent first."""
 BYTES_PER_TOKEN = 300
 """Three dictionary entries with their keys and three links; measured with tracemalloc on random text."""
-_FACTORS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
-_MASK = (1 << 64) - 1
-_FEW = 16
-"""Up to this many new tokens plain Python is faster than starting numpy."""
 
 
 class Spot(NamedTuple):
@@ -52,8 +45,8 @@ class NgramIndex:
         end = min(end, start + most)
         if end <= start:
             return 0
-        for last, before, keys in zip(self._last, self._before, _keys(text, start, end), strict=True):
-            for position, key in enumerate(keys, start):
+        for last, before, order in zip(self._last, self._before, ORDERS, strict=True):
+            for position, key in enumerate(_keys(text, start, end, order), start):
                 before.append(last.get(key, -1))
                 last[key] = position
         self.num_indexed = end
@@ -68,7 +61,7 @@ class NgramIndex:
         for last, before, order in zip(self._last, self._before, ORDERS, strict=True):
             if length < order:
                 continue
-            position = last.get(_key(tail[length - order :]), -1)
+            position = last.get(hash(tuple(tail[length - order :])), -1)
             # A step that is run again may bring fewer tokens than are indexed.
             while position >= num_continued:
                 position = before[position]
@@ -104,32 +97,10 @@ def _match(text: Sequence[int], position: int, tail: Sequence[int], order: int) 
     return match
 
 
-def _key(gram: Sequence[int]) -> int:
-    """Hash of an n-gram: pairs, pairs of pairs, and so on; the same as `_keys` makes of whole texts."""
-    values = gram
-    for factor in _FACTORS:
-        values = [(values[i] * factor + values[i + 1]) & _MASK for i in range(0, len(values), 2)]
-        if len(values) == 1:
-            break
-    return values[0]
-
-
-def _keys(text: Sequence[int], start: int, end: int) -> tuple[Sequence[int], ...]:
-    """Keys of the n-grams of each order that end at positions start .. end - 1; 0 where the text is too short."""
-    if end - start <= _FEW:
-        return tuple(
-            [_key(text[at - order + 1 : at + 1]) if at >= order - 1 else 0 for at in range(start, end)]
-            for order in ORDERS
-        )
-    first = max(0, start - ORDERS[0] + 1)
-    values: NDArray[Any] = np.asarray(text[first:end], dtype=np.uint64)
-    by_order: list[Sequence[int]] = []
-    step = 1
-    for factor in _FACTORS:
-        paired = np.zeros_like(values)
-        # A position whose n-gram would begin before the text gets a key of its own; no find accepts it.
-        paired[step:] = values[:-step] * np.uint64(factor) + values[step:]
-        values = paired
-        step *= 2
-        by_order.append(values[start - first :].tolist())
-    return tuple(reversed(by_order))
+def _keys(text: Sequence[int], start: int, end: int, order: int) -> list[int]:
+    """Hash of the n-gram that ends at each position start .. end - 1; 0 where the text is too short."""
+    first = start - order + 1
+    missing = min(max(0, -first), end - start)
+    first += missing
+    columns = [text[first + i : end - order + 1 + i] for i in range(order)]
+    return [0] * missing + list(map(hash, zip(*columns, strict=True)))

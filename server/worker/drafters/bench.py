@@ -1,0 +1,107 @@
+"""What lookup drafters cost: `python -m server.worker.drafters.bench` prints the table of README.md."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+
+from scheduler.types import Request, Sampling, Speculation
+from server.worker.drafters.base import Want
+from server.worker.drafters.lookup import LookupDrafter, Store
+from server.worker.drafters.stores.history import HistoryStore
+from server.worker.drafters.stores.prediction import PredictionStore
+from server.worker.drafters.stores.suffix import SuffixStore
+from server.worker.recipe import make_recipe
+from server.worker.sequences import SequenceState
+
+VOCAB = 8192
+REPEATS = 5
+
+
+def code_like(num_tokens: int, seed: int) -> list[int]:
+    """A text whose phrases recur with changes, as in edited code: 40 phrases of 3 to 30 tokens."""
+    rng = random.Random(seed)
+    phrases = [[rng.randrange(VOCAB) for _ in range(rng.randrange(3, 30))] for _ in range(40)]
+    text: list[int] = []
+    while len(text) < num_tokens:
+        text += rng.choice(phrases)
+        if rng.random() < 0.3:
+            text[-1] = rng.randrange(VOCAB)
+    return text[:num_tokens]
+
+
+def make_want(text: list[int], end: int, seq_id: int, state: SequenceState, tree: bool) -> Want:
+    return Want(seq_id, state, text[:end], 16 if tree else 8, None, tree)
+
+
+def make_state(text: list[int], num_prompt: int, seq_id: int) -> SequenceState:
+    speculation = Speculation(prediction=tuple(text[num_prompt:]))
+    request = Request(str(seq_id), tuple(text[:num_prompt]), 4096, Sampling(temperature=0.0), speculation=speculation)
+    return SequenceState(request, make_recipe(request, ()), 0, list(text), 0)
+
+
+def microseconds(make_store: Callable[[], Store], text: list[int], num_prompt: int, tree: bool) -> tuple[float, float]:
+    """(first call with the whole prompt to learn, median of a call per step of 2 tokens), best of REPEATS."""
+    first, typical = [], []
+    for seq_id in range(REPEATS):
+        drafter, state, times = LookupDrafter(make_store()), make_state(text, num_prompt, seq_id), []
+        for end in range(num_prompt, len(text), 2):
+            wants = [make_want(text, end, seq_id, state, tree)]
+            started_at = time.perf_counter()
+            drafter.propose(wants, 0)
+            times.append(1e6 * (time.perf_counter() - started_at))
+        first.append(times[0])
+        typical.append(sorted(times[1:])[len(times) // 2])
+    return min(first), min(typical)
+
+
+def warm_suffix(texts: Sequence[list[int]]) -> SuffixStore:
+    store = SuffixStore(HistoryStore(), 256 << 20)
+    for seq_id, text in enumerate(texts):
+        store.release(seq_id, make_state(text, 1, seq_id))
+        while store.work(1 << 12):
+            pass
+    return store
+
+
+def per_token(store: SuffixStore, text: list[int]) -> tuple[float, float]:
+    """(microseconds, bytes) of one token that the shared tree learns."""
+    store.release(10**6, make_state(text, 1, 10**6))
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    while store.work(1 << 12):
+        pass
+    size = (tracemalloc.get_traced_memory()[0] - before) / len(text)
+    tracemalloc.stop()
+    store.release(10**6 + 1, make_state(text, 1, 10**6 + 1))
+    started_at = time.perf_counter()
+    while store.work(1 << 12):
+        pass
+    return 1e6 * (time.perf_counter() - started_at) / len(text), size
+
+
+def main() -> None:
+    texts = [code_like(1500, seed) for seed in range(20)]
+    shared = warm_suffix(texts)
+    stores: dict[str, Callable[[], Store]] = {
+        "prediction": PredictionStore,
+        "history": HistoryStore,
+        "suffix, 30,000 tokens": lambda: shared,
+    }
+    out = sys.stdout.write
+    out("| store | first call, 1,000 tokens | chain of 8 | tree of 16 |\n| --- | --- | --- | --- |\n")
+    for name, make_store in stores.items():
+        cells = [microseconds(make_store, texts[0], 1000, tree) for tree in (False, True)]
+        out(f"| `{name}` | {cells[0][0]:.0f} us | {cells[0][1]:.1f} us | {cells[1][1]:.1f} us |\n")
+    rng = random.Random(99)
+    fresh = [rng.randrange(VOCAB) for _ in range(1500)]
+    for name, text in (("new", fresh), ("familiar", code_like(1500, 3)), ("monotonous", [5] * 1500)):
+        cost, size = per_token(warm_suffix(texts), text)
+        out(f"suffix tree, {name} text: {cost:.2f} us and {size:.0f} bytes a token learnt\n")
+
+
+if __name__ == "__main__":
+    main()

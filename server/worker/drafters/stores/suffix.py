@@ -1,0 +1,188 @@
+"""`suffix` (SuffixDecoding): what followed these tokens, in the sequence itself and in all finished outputs.
+
+Source: Oliaro et al., "SuffixDecoding" (2024): counts give the probabilities, the better sum of survivals wins.
+Departures: a sequence's own text is searched by the index of `history` (no second structure for it); of the shared
+outputs the longest known tail is continued; long drafts from short matches are held back by `certainty`, not by a
+length rule; prompts are not shared, but for their last tokens, which tell how answers begin.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from scheduler.types import SpeculationMode
+from server.worker.drafters.base import Want
+from server.worker.drafters.expansion import Child, Walk
+from server.worker.drafters.stores.history import CERTAINTY, HistoryStore
+from server.worker.drafters.stores.shared import Arrays, pack_texts, tenant_key, unpack_texts
+from server.worker.drafters.stores.suffix_tree import NODE_BYTES, Node, SuffixTree
+from server.worker.sequences import SequenceState
+
+TAILS = (16, 8, 5, 3, 2)
+"""Lengths of the tails that are looked for, longest first."""
+PROMPT_TAIL = 16
+WORK = 48
+"""Nodes visited on behalf of finished outputs for each sequence that is asked about, some 40 us."""
+MAX_WAITING = 256
+"""Finished outputs that wait to be learnt; beyond it the oldest is forgotten."""
+MAX_REMEMBERED = 4096
+"""Requests whose learnt length is remembered, so that a preempted one is not learnt twice."""
+TEXT_BYTES = 40
+"""Of a token in a text."""
+
+
+class _Text(NamedTuple):
+    tenant: bytes
+    tokens: list[int]
+
+
+class SuffixStore:
+    name = "suffix"
+    needs_top = 0
+
+    def __init__(self, history: HistoryStore, max_bytes: int) -> None:
+        """max_bytes: of the finished outputs; the oldest are forgotten first."""
+        self._history, self._max_bytes = history, max_bytes
+        self._trees: dict[bytes, SuffixTree] = {}
+        self._texts: deque[_Text] = deque()
+        self._num_tokens = 0
+        self._waiting: deque[_Text] = deque(maxlen=MAX_WAITING)
+        self._num_inserted = 0
+        """Suffixes of the newest text that are in its tree; _num_removed: of the oldest, out of its tree."""
+        self._num_removed = 0
+        self._num_nodes = 0
+        self._num_learnt: OrderedDict[str, int] = OrderedDict()
+
+    def learn(self, want: Want, most: int) -> int:
+        return self._history.learn(want, most) + self.work(WORK)
+
+    def begin(self, want: Want) -> list[Walk]:
+        walks = self._history.begin(want)
+        tree = self._trees.get(tenant_key(want.state.request.cache_salt))
+        if tree is None:
+            return walks
+        tokens = want.tokens
+        for length in TAILS:
+            if length <= len(tokens):
+                found = tree.find(list(tokens[-length:]))
+                # A place at the end of all texts that led there has nothing to say; a shorter tail may.
+                if found is not None and (found[1] < found[0].length or found[0].children):
+                    return [*walks, Walk((*found, length), _children)]
+        return walks
+
+    def release(self, seq_id: int, state: SequenceState) -> None:
+        """Put the output aside to be learnt while later sequences are asked about. Requests that opted out are not."""
+        self._history.release(seq_id, state)
+        request, length = state.request, len(state.history)
+        learnt = self._num_learnt.get(request.id, state.num_prompt)
+        if request.speculation.mode is SpeculationMode.OFF or length <= learnt:
+            return
+        self._num_learnt[request.id] = length
+        if len(self._num_learnt) > MAX_REMEMBERED:
+            self._num_learnt.popitem(last=False)
+        first = max(0, learnt - PROMPT_TAIL)
+        self._waiting.append(_Text(tenant_key(request.cache_salt), state.history[first:]))
+
+    def work(self, most: int) -> int:
+        """Insert suffixes of waiting outputs and remove as many as memory demands, until `most` nodes were visited.
+
+        Returns how many were; the last suffix may go a little beyond.
+        """
+        done = 0
+        while done < most:
+            if self.num_shared_bytes > self._max_bytes and len(self._texts) > 1:
+                done += self._remove_one()
+            elif self._newest_is_in() and not self._next_text():
+                break
+            else:
+                done += self._insert_one()
+        return done
+
+    def _newest_is_in(self) -> bool:
+        return not self._texts or self._num_inserted == len(self._texts[-1].tokens)
+
+    def _next_text(self) -> bool:
+        """Begin with the next waiting output; False if none waits."""
+        if not self._waiting:
+            return False
+        self._texts.append(self._waiting.popleft())
+        self._num_tokens += len(self._texts[-1].tokens)
+        self._num_inserted = 0
+        return True
+
+    def _insert_one(self) -> int:
+        text = self._texts[-1]
+        tree = self._trees.get(text.tenant)
+        if tree is None:
+            tree = self._trees[text.tenant] = SuffixTree()
+        before = tree.num_nodes
+        num_visited = tree.insert(text.tokens, self._num_inserted)
+        self._num_nodes += tree.num_nodes - before
+        self._num_inserted += 1
+        return num_visited
+
+    def _remove_one(self) -> int:
+        """The oldest text goes, suffix by suffix; never the newest, which may be half inserted."""
+        text = self._texts[0]
+        tree = self._trees[text.tenant]
+        before = tree.num_nodes
+        num_visited = tree.remove(text.tokens, self._num_removed)
+        self._num_nodes += tree.num_nodes - before
+        self._num_removed += 1
+        if self._num_removed == len(text.tokens):
+            self._texts.popleft()
+            self._num_tokens -= len(text.tokens)
+            self._num_removed = 0
+            if not tree.root.count:
+                del self._trees[text.tenant]
+        return num_visited
+
+    def save(self) -> Arrays:
+        """The finished outputs; trees are grown again from them."""
+        texts = [*self._texts, *self._waiting]
+        return pack_texts([(text.tenant, text.tokens) for text in texts])
+
+    def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take in what `save` gave. Raises ValueError or KeyError if it is something else."""
+        for tenant, tokens in unpack_texts(arrays):
+            self._waiting.append(_Text(tenant, tokens))
+            while self.work(1 << 10):
+                pass
+
+    def check(self) -> None:
+        """Raise AssertionError if trees and texts contradict each other. For tests."""
+        for tree in self._trees.values():
+            tree.check()
+        assert self._num_nodes == sum(tree.num_nodes for tree in self._trees.values())
+        counted = sum(tree.root.count for tree in self._trees.values())
+        missing = len(self._texts[-1].tokens) - self._num_inserted if self._texts else 0
+        assert counted == self._num_tokens - missing - self._num_removed
+
+    @property
+    def num_shared_bytes(self) -> int:
+        return NODE_BYTES * self._num_nodes + TEXT_BYTES * self._num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Without the sequences' own indexes, which are `history`'s."""
+        return self.num_shared_bytes + TEXT_BYTES * sum(len(text.tokens) for text in self._waiting)
+
+
+def _children(place: tuple[Node, int, int]) -> list[Child]:
+    node, used, match = place
+    sure = CERTAINTY[match]
+    if used < node.length:
+        return [(sure, node.text[node.start + used], (node, used + 1, match + 1))]
+    if not node.children:
+        return []
+    sure /= node.count
+    ranked = sorted(node.children.items(), key=_by_count, reverse=True)
+    return [(sure * child.count, token, (child, 1, match + 1)) for token, child in ranked]
+
+
+def _by_count(item: tuple[int, Node]) -> int:
+    return item[1].count
