@@ -26,7 +26,6 @@ class Judged(NamedTuple):
     drafts     tokens of the rows after the first; NO_TOKEN for ids outside the vocabulary
     parents    as `Span.parents`
     draft_q    float32 [len(drafts), V], what the drafts were drawn from; None = they were not drawn (one-hot)
-    needs_top  the sequence wants drafts, so the best tokens of its rows may be asked for
     """
 
     rows: list[JudgedRow]
@@ -35,7 +34,6 @@ class Judged(NamedTuple):
     parents: tuple[int, ...] = ()
     mode: VerifyMode = VerifyMode.COUPLED
     draft_q: Tensor | None = None
-    needs_top: bool = False
 
 
 def judge(span: Span, state: SequenceState, vocab_size: int) -> Judged | str | None:
@@ -55,15 +53,12 @@ def judge(span: Span, state: SequenceState, vocab_size: int) -> Judged | str | N
         state.counts.catch_up(state.history)
     if state.matcher is not None and (error := state.matcher.catch_up(state.history)) is not None:
         return error
-    if len(span.tokens) == 1 or span.read is Read.SAMPLE:
-        return Judged([_row(state)], first, needs_top=span.num_drafts > 0)
+    if len(span.tokens) == 1 or span.read is not Read.VERIFY:
+        counts = None if state.counts is None else state.counts.after()
+        mask = None if state.matcher is None else state.matcher.masks([()])[0]
+        num_output = len(state.history) - state.num_prompt
+        return Judged([JudgedRow(state.recipe, state.history, num_output, counts, mask)], first)
     return _verified(span, state, vocab_size)
-
-
-def _row(state: SequenceState) -> JudgedRow:
-    counts = None if state.counts is None else state.counts.after()
-    mask = None if state.matcher is None else state.matcher.masks([()])[0]
-    return JudgedRow(state.recipe, state.history, len(state.history) - state.num_prompt, counts, mask)
 
 
 def _verified(span: Span, state: SequenceState, vocab_size: int) -> Judged:
@@ -80,7 +75,7 @@ def _verified(span: Span, state: SequenceState, vocab_size: int) -> Judged:
         rows.append(JudgedRow(state.recipe, state.history, num_output + len(path), counts, mask, path))
     drafts = tuple(draft if 0 <= draft < vocab_size else NO_TOKEN for draft in span.tokens[1:])
     mode, draft_q = state.request.speculation.verify, state.draft_q_at.get(span.start)
-    return Judged(rows, 0, drafts, span.parents, mode, draft_q, span.num_drafts > 0)
+    return Judged(rows, 0, drafts, span.parents, mode, draft_q)
 
 
 def draft_paths(span: Span) -> list[tuple[int, ...]]:

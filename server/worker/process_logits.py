@@ -45,7 +45,7 @@ def process_logits(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, st
     logits_JV  float32 [J, V], finite; banned tokens become -inf
     A row with a message is left with no meaning and must not be sampled.
     """
-    used = Feature.NONE
+    used = 0
     for row in rows:
         used |= row.recipe.features
     errors: dict[int, str] = {}
@@ -70,7 +70,8 @@ def process_logits(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, st
 
 
 def _with(rows: Sequence[JudgedRow], feature: Feature) -> list[int]:
-    return [index for index, row in enumerate(rows) if row.recipe.features & feature]
+    bits = int(feature)
+    return [index for index, row in enumerate(rows) if row.recipe.features & bits]
 
 
 def _on_rows(logits_JV: Tensor, at: list[int], change: Callable[[Tensor, list[int]], None]) -> None:
@@ -185,7 +186,7 @@ def _find_empty(logits_JV: Tensor, rows: Sequence[JudgedRow], errors: dict[int, 
     index = torch.tensor(at, device=logits_JV.device)
     is_empty = torch.isneginf(logits_JV[index].amax(dim=1))
     for row in index[is_empty].tolist():
-        features = [feature.name for feature in CONSTRAINED & rows[row].recipe.features if feature.name]
+        features = [feature.name for feature in CONSTRAINED & Feature(rows[row].recipe.features) if feature.name]
         errors.setdefault(
             row, f"no token is allowed at output position {rows[row].num_output} by {', '.join(features)}"
         )

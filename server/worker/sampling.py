@@ -9,7 +9,7 @@ No token is ever drawn from a row that is not finite: such a row answers with an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ FAILED = -2
 _PLAIN_PATH = (0,)
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """What a span's judged rows gave: tokens and, for each, the judged row it comes from; or an error.
 
     logprobs  one per token where the request asked
@@ -43,11 +42,13 @@ class Reading:
     tops: RowTops | None = None
 
 
-def read_tokens(ops: Ops, logits_JV: Tensor, judged: Sequence[Judged], num_top: int = 0) -> list[Reading]:
+def read_tokens(
+    ops: Ops, logits_JV: Tensor, judged: Sequence[Judged], num_top: int = 0, tops_of: Sequence[int] = ()
+) -> list[Reading]:
     """Choose the tokens of some spans.
 
     logits_JV  float32 [J, V], raw: the rows of all spans one after the other; it is overwritten
-    num_top    best tokens to report of each row on the paths of spans that need them
+    num_top    best tokens to report of each row on the paths of the spans `tops_of`, indices into `judged`
     """
     rows = [row for one in judged for row in one.rows]
     errors = dict.fromkeys(not_finite(logits_JV), NOT_FINITE)
@@ -66,7 +67,7 @@ def read_tokens(ops: Ops, logits_JV: Tensor, judged: Sequence[Judged], num_top: 
     if raw is not None:
         _add_logprobs(readings, judged, firsts, raw, wanted)
     if num_top:
-        _add_tops(readings, judged, firsts, logits_JV, num_top)
+        _add_tops(readings, judged, tops_of, firsts, logits_JV, num_top)
     return readings
 
 
@@ -127,14 +128,19 @@ def _add_logprobs(
     found = iter(token_logprobs(_take(raw_RV, rows), tokens, num_top))
     for index in at:
         logprobs = tuple(next(found) for _ in readings[index].path)
-        readings[index] = replace(readings[index], logprobs=logprobs)
+        readings[index] = readings[index]._replace(logprobs=logprobs)
 
 
 def _add_tops(
-    readings: list[Reading], judged: Sequence[Judged], firsts: Sequence[int], logits_JV: Tensor, num_top: int
+    readings: list[Reading],
+    judged: Sequence[Judged],
+    tops_of: Sequence[int],
+    firsts: Sequence[int],
+    logits_JV: Tensor,
+    num_top: int,
 ) -> None:
     """logits_JV: processed."""
-    at = [index for index, one in enumerate(judged) if one.needs_top and readings[index].error is None]
+    at = [index for index in tops_of if readings[index].error is None]
     if not at:
         return
     rows = [firsts[index] + row for index in at for row in readings[index].path]
@@ -146,5 +152,5 @@ def _add_tops(
         end = start + len(path)
         ends = tuple(len(row.history) + len(row.drafts) for row in (judged[index].rows[place] for place in path))
         tops = RowTops(ends, ids[start:end], logprobs[start:end])
-        readings[index] = replace(readings[index], tops=tops)
+        readings[index] = readings[index]._replace(tops=tops)
         start = end

@@ -112,7 +112,7 @@ class SequenceState:
             raise ValueError(
                 f"span of sequence {span.seq_id} starts at {span.start}, but only {len(self.history)} tokens are known"
             )
-        if span.read is Read.VERIFY:
+        if len(span.tokens) > 1 and span.read is Read.VERIFY:
             # What an earlier run of this step accepted goes, too.
             self.history[span.start :] = span.tokens[:1]
         else:

@@ -41,8 +41,8 @@ from server.worker.sequences import SequenceState, SequenceTable, TokenCounts
 
 LOGITS_BYTES = 64 << 20
 """Most bytes of float32 logits held at once; sampling and log-probabilities may need four times this while they run."""
-# DENOISE joins here with its reader.
-READABLE = frozenset({Read.NOTHING, Read.SAMPLE, Read.VERIFY})
+READABLE = int(Read.VERIFY)
+"""The last kind of `Read` that has a reader. DENOISE comes with its own."""
 
 
 class ForwardModel(Protocol):
@@ -130,9 +130,7 @@ class Worker:
         """
         started_at = time.perf_counter()
         for span in plan.spans:
-            if span.read is Read.VERIFY:
-                check_drafts(span)
-            elif span.read not in READABLE:
+            if span.read > READABLE:
                 raise ValueError(f"span of sequence {span.seq_id} asks for {span.read.name}, which has no reader")
         if self._speculator is not None and plan.released:
             known = (seq_id for seq_id in plan.released if seq_id in self._sequences)
@@ -163,8 +161,13 @@ class Worker:
         states = [self._sequences[span.seq_id] for span in spans]
         for span, state in zip(spans, states, strict=True):
             state.put(span)
-        embedded = [in_vocabulary(span, self.info.vocab_size) if span.read is Read.VERIFY else span for span in spans]
-        batch = build_batch(embedded, states, self._sequences.page_table, self.info.page_size, self._device)
+        batch = build_batch(
+            _embedded(spans, self.info.vocab_size),
+            states,
+            self._sequences.page_table,
+            self.info.page_size,
+            self._device,
+        )
         hidden_TH = self._model.forward(batch.tokens, batch.rows, self._pool.layers)
 
         def logits_of(rows: list[int]) -> Tensor:
@@ -191,28 +194,28 @@ class Worker:
         errors: dict[int, str],
     ) -> dict[int, Reading]:
         """{index of a span: what its rows gave}, for the spans that tokens are read from; errors are added to."""
-        found: dict[int, Judged] = {}
+        found: list[tuple[int, Judged]] = []
         for index, (span, state) in enumerate(zip(spans, states, strict=True)):
             if index not in errors:
                 judged = judge(span, state, self.info.vocab_size)
                 if isinstance(judged, str):
                     errors[index] = judged
                 elif judged is not None:
-                    found[index] = judged
+                    found.append((index, judged))
         num_top = self._speculator.needs_top if self._speculator is not None else 0
         readings: dict[int, Reading] = {}
         for part in _parts(found, self._rows_at_once):
-            rows = [
-                batch.first_rows[index] + judged.first + row
-                for index, judged in part
-                for row in range(len(judged.rows))
-            ]
-            read = read_tokens(self._ops, logits_of(rows), [judged for _, judged in part], num_top)
+            rows: list[int] = []
+            for index, judged in part:
+                first = batch.first_rows[index] + judged.first
+                rows.extend(range(first, first + len(judged.rows)))
+            tops_of = [place for place, (index, _) in enumerate(part) if spans[index].num_drafts] if num_top else ()
+            read = read_tokens(self._ops, logits_of(rows), [judged for _, judged in part], num_top, tops_of)
             for (index, _), reading in zip(part, read, strict=True):
                 readings[index] = reading
                 if reading.error is not None:
                     errors[index] = reading.error
-                elif spans[index].read is Read.VERIFY:
+                elif len(reading.tokens) > 1:
                     states[index].history.extend(reading.tokens[:-1])
         return readings
 
@@ -226,18 +229,29 @@ class Worker:
         return drafts, time.perf_counter() - started_at
 
 
-def _parts(judged: Mapping[int, Judged], most_rows: int) -> Iterator[list[tuple[int, Judged]]]:
+def _embedded(spans: Sequence[Span], vocab_size: int) -> Sequence[Span]:
+    """The spans as the model may see them; raises ValueError for VERIFY spans that break the rules of `Span`."""
+    verify = Read.VERIFY
+    verified = [index for index, span in enumerate(spans) if span.read is verify]
+    if not verified:
+        return spans
+    embedded = list(spans)
+    for index in verified:
+        check_drafts(spans[index])
+        embedded[index] = in_vocabulary(spans[index], vocab_size)
+    return embedded
+
+
+def _parts(judged: list[tuple[int, Judged]], most_rows: int) -> Iterator[list[tuple[int, Judged]]]:
     """Spans whose rows are read together, at most `most_rows` unless one span has more: a span is never cut."""
-    part: list[tuple[int, Judged]] = []
-    num_rows = 0
-    for index, one in judged.items():
-        if part and num_rows + len(one.rows) > most_rows:
-            yield part
-            part, num_rows = [], 0
-        part.append((index, one))
+    start = num_rows = 0
+    for end, (_, one) in enumerate(judged):
+        if num_rows + len(one.rows) > most_rows and num_rows:
+            yield judged[start:end]
+            start, num_rows = end, 0
         num_rows += len(one.rows)
-    if part:
-        yield part
+    if num_rows:
+        yield judged[start:]
 
 
 def _outcome(
