@@ -16,6 +16,7 @@ from server.worker.drafters.stores.grammar import GrammarStore
 from server.worker.drafters.stores.history import HistoryStore
 from server.worker.drafters.stores.prediction import PredictionStore
 from server.worker.drafters.stores.suffix import SuffixStore
+from server.worker.drafters.synthetic import SyntheticDrafter
 from server.worker.kv_pool import KVPool
 from server.worker.sequences import SequenceTable
 from server.worker.worker import WorkerInfo
@@ -46,6 +47,7 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "history": lambda parts: LookupDrafter(parts.history),
     "suffix": lambda parts: LookupDrafter(SuffixStore(parts.history, parts.shared_bytes)),
     "draft_model": lambda parts: _draft_model(parts),
+    "synthetic": lambda parts: _synthetic(parts),
 }
 
 SHARED = frozenset({"suffix"})
@@ -59,6 +61,13 @@ def _draft_model(parts: Parts) -> Drafter:
     return build_draft_model(
         parts.draft, parts.pool, parts.sequences, parts.ops, info.vocab_size, config.max_drafts, config.draft_stop
     )
+
+
+def _synthetic(parts: Parts) -> Drafter:
+    config = parts.config
+    if config.synthetic_acceptance is None:
+        raise ValueError("drafters names 'synthetic', but synthetic_acceptance is not set")
+    return SyntheticDrafter(config.synthetic_acceptance, parts.info.vocab_size, config.store_bytes)
 
 
 def build_speculator(
