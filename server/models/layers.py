@@ -8,7 +8,8 @@ Legend of shapes: T rows of the step, H hidden, X concatenated q|k|v, J judged r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from typing import Protocol
 
@@ -160,46 +161,51 @@ class SparseMlp:
 
 
 class DenseRun:
-    """Layers that follow each other and have dense MLPs: one call of the back end."""
+    """Layers in order, all with dense MLPs: one call of the back end."""
 
-    def __init__(
-        self, config: ModelConfig, indices: Sequence[int], packer: Packer, ops: Ops, cos_sin_MR: Tensor
-    ) -> None:
+    def __init__(self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, MlpBlock]], ops: Ops) -> None:
         self.indices = indices
-        self._layers = DenseLayers(
-            tuple((attention_block(config, i, packer, cos_sin_MR), mlp_block(config, i, packer)) for i in indices)
-        )
-        self._dense_layers = ops.dense_layers
+        self._layers, self._ops = DenseLayers(tuple(layers)), ops
 
     def __call__(self, x_TH: Tensor, rows: AttentionRows, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        return self._dense_layers(x_TH, self._layers, kv, rows)
+        return self._ops.dense_layers(x_TH, self._layers, kv, rows)
+
+    def subset(self, indices: Sequence[int]) -> DenseRun:
+        kept = [layer for index, layer in zip(self.indices, self._layers.layers, strict=True) if index in indices]
+        return DenseRun(indices, kept, self._ops)
 
 
 class SparseRun:
-    """Layers that follow each other and have experts."""
+    """Layers in order, all with experts."""
 
-    def __init__(
-        self, config: ModelConfig, indices: Sequence[int], packer: Packer, ops: Ops, cos_sin_MR: Tensor
-    ) -> None:
+    def __init__(self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, SparseMlp]], ops: Ops) -> None:
         self.indices = indices
-        self._layers = [
-            (attention_block(config, i, packer, cos_sin_MR), SparseMlp(config, i, packer, ops)) for i in indices
-        ]
-        self._attention_block = ops.attention_block
+        self._layers, self._ops = layers, ops
 
     def __call__(self, x_TH: Tensor, rows: AttentionRows, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         for (attention, mlp), (k_pages, v_pages) in zip(self._layers, kv, strict=True):
-            x_TH = mlp(self._attention_block(x_TH, attention, k_pages, v_pages, rows))
+            x_TH = mlp(self._ops.attention_block(x_TH, attention, k_pages, v_pages, rows))
         return x_TH
+
+    def subset(self, indices: Sequence[int]) -> SparseRun:
+        kept = [layer for index, layer in zip(self.indices, self._layers, strict=True) if index in indices]
+        return SparseRun(indices, kept, self._ops)
 
 
 def layer_runs(config: ModelConfig, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> list[DenseRun | SparseRun]:
     """All layers, in order, as runs of one kind."""
     sparse = frozenset() if config.moe is None else frozenset(config.moe.sparse_layers)
-    return [
-        (SparseRun if is_sparse else DenseRun)(config, list(indices), packer, ops, cos_sin_MR)
-        for is_sparse, indices in groupby(range(config.num_layers), key=sparse.__contains__)
-    ]
+    runs: list[DenseRun | SparseRun] = []
+    for is_sparse, group in groupby(range(config.num_layers), key=sparse.__contains__):
+        indices = list(group)
+        attention = (attention_block(config, i, packer, cos_sin_MR) for i in indices)
+        if is_sparse:
+            experts = (SparseMlp(config, i, packer, ops) for i in indices)
+            runs.append(SparseRun(indices, list(zip(attention, experts, strict=True)), ops))
+        else:
+            dense = (mlp_block(config, i, packer) for i in indices)
+            runs.append(DenseRun(indices, list(zip(attention, dense, strict=True)), ops))
+    return runs
 
 
 class Decoder:
@@ -222,8 +228,14 @@ class Decoder:
         """Run all rows of a step, tokens int64 [T]; writes K and V, returns normed hidden states [T, H]."""
         x_TH = self._ops.embed(self._embedding_VH, tokens_T)
         for run in self._runs:
-            x_TH = run(x_TH, rows, kv[run.indices[0] : run.indices[-1] + 1])
+            x_TH = run(x_TH, rows, [kv[index] for index in run.indices])
         return self._ops.rms_norm(x_TH, self._norm_H, self._eps)
+
+    def subset(self, layers: Collection[int]) -> Decoder:
+        """The same weights running these layers alone; its `forward` takes the pages of all layers, too."""
+        part = copy.copy(self)
+        part._runs = [run.subset(kept) for run in self._runs if (kept := [i for i in run.indices if i in layers])]
+        return part
 
     def logits(self, hidden_JH: Tensor) -> Tensor:
         """float32 [J, V] of rows that `forward` returned."""
