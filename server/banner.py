@@ -25,6 +25,7 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         f"limits    {facts.max_seqs} sequences at once, {facts.max_queued_requests} queued; "
         f"{facts.max_batched_tokens} tokens a step, time between tokens {slo}; "
         f"output {'as the context leaves' if output is None else output}",
+        f"drafts    {_drafts(config, facts)}",
         "start     " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases),
         f"API       {url}/v1      metrics {url}/metrics      health {url}/health",
     ]
@@ -38,6 +39,18 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys() else ""
     lines += ["try", f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"]
     return "\n".join(lines)
+
+
+def _drafts(config: ServerConfig, facts: EngineInfo) -> str:
+    """Who drafts, and how many; what makes the speed of a test server unreal is said."""
+    if not facts.drafters:
+        return "none: speculation is off"
+    text = f"{', '.join(name for name, _ in facts.drafters)}: up to {facts.max_drafts} tokens a step, "
+    text += f"policy {config.speculation_policy}, requests {config.speculation}"
+    if facts.synthetic_acceptance is not None:
+        share = f"{facts.synthetic_acceptance:g} of the drafts of repeated requests are right"
+        text += f"; SYNTHETIC: {share}, so speeds are those of a test"
+    return text
 
 
 def _count(number: int) -> str:

@@ -161,7 +161,12 @@ class ServerRoutes:
         self._services = services
 
     async def version(self) -> Response:
-        return JsonResponse({"version": self._services.settings.version})
+        services = self._services
+        answer: dict[str, Any] = {"version": services.settings.version}
+        if services.engine.state is EngineState.READY and services.engine.info.synthetic_acceptance is not None:
+            # Speeds of such a server are made up (--synthetic-acceptance): nobody should measure it unawares.
+            answer["synthetic_acceptance"] = services.engine.info.synthetic_acceptance
+        return JsonResponse(answer)
 
     async def metrics(self) -> Response:
         services = self._services
