@@ -22,6 +22,7 @@ from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
 from server.worker.config import WorkerConfig
 from server.worker.drafters.build import build_speculator
+from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
 from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
 from server.worker.sequences import make_sequences
@@ -52,9 +53,18 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     torch.set_num_threads(1 if ops.owns_threads else num_threads)
     model, folder = _load(config, ops, dtype, device, progress)
     _return_free_memory()
+    draft = _load_draft(config, model, folder, ops, dtype, device, progress)
     page_size = config.page_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
+    draft_bytes = draft.page_bytes(page_size, dtype) if draft is not None else 0
     num_pages, model_len = size_pool(
-        model.config, dtype, device, page_size, config.max_seqs, config.max_model_len, config.kv_cache_bytes
+        model.config,
+        dtype,
+        device,
+        page_size,
+        config.max_seqs,
+        config.max_model_len,
+        config.kv_cache_bytes,
+        draft_bytes,
     )
     pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
     info = _describe(model, ops, pool, model_len, dtype, device)
@@ -65,7 +75,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     sequences = make_sequences(config.max_seqs, model_len, num_pages, page_size)
     speculator = None
     if config.speculation is not None:
-        speculator = build_speculator(config.speculation, model, ops, pool, sequences, info)
+        speculator = build_speculator(config.speculation, model, ops, pool, sequences, info, draft)
         info = replace(info, drafters=speculator.drafters)
     return Worker(
         model,
@@ -154,6 +164,37 @@ def _load(
     except (ValueError, OSError) as error:
         logger.warning("random weights without a tokenizer, so structured output is refused: %s", error)
         return model, None
+
+
+def _load_draft(
+    config: WorkerConfig,
+    model: Model,
+    folder: Path | None,
+    ops: Ops,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool,
+) -> DraftModel | None:
+    """The draft model, if one is asked for: before the pool is sized, because its keys are paid from the same memory.
+
+    Raises ValueError if its vocabulary is another than the model's.
+    """
+    asked = config.speculation
+    if asked is None or "draft_model" not in asked.drafters:
+        return None
+    if asked.draft_model is None:
+        raise ValueError("drafters names 'draft_model', but no draft model is given; set draft_model to one")
+    return load_draft_model(
+        asked.draft_model,
+        folder,
+        model.config.vocab_size,
+        ops,
+        dtype,
+        device,
+        config.max_model_len,
+        progress,
+        download_dir=config.download_dir,
+    )
 
 
 def _describe(

@@ -145,6 +145,7 @@ class KVPool:
         """poison: fill every page with NaN, so that any read of a key that nobody wrote shows in the logits."""
         self.num_pages = num_pages
         self.page_size = page_size
+        self.dtype, self.device = dtype, device
         self.layers: list[tuple[Tensor, Tensor]] = [
             ops.allocate_kv(num_pages, page_size, config.num_kv_heads, config.head_dim, dtype, device)
             for _ in range(config.num_layers)

@@ -129,13 +129,12 @@ def build_draft_model(
     vocab_size: int,
     max_drafts: int,
     stop: str,
-    dtype: torch.dtype,
-    device: torch.device,
 ) -> SequentialDrafter:
     """The drafter, with a KV pool of as many pages as the target's `pool` has.
 
     Raises ValueError for an unknown stop rule, or acc_head without a head in the draft's folder.
     """
+    dtype, device = pool.dtype, pool.device
     head: AcceptanceEstimate | None = None
     if stop == "acc_head":
         head = load_head(draft.folder, draft.model.config.hidden_size, device)

@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from kernels.reference import ReferenceOps
 from scheduler.types import Request, Sampling
 from server.models.loading import load_model
+from server.worker.build import build_worker
+from server.worker.config import WorkerConfig
 from server.worker.drafters.acceptance_head import HEAD_FILE, head_shapes, load_head
+from server.worker.drafters.config import SpeculatorConfig
 from server.worker.drafters.draft_kv import DraftKV
 from server.worker.drafters.draft_model import DraftModel, build_draft_model, check_vocabulary, load_draft_model
 from server.worker.drafters.sequential import SequentialDrafter
@@ -87,7 +90,7 @@ def load(name: Path, target: Path) -> DraftModel:
 
 def build(draft: DraftModel, sequences: Sequences, stop: str = "fixed") -> SequentialDrafter:
     pool = KVPool(ReferenceOps(), draft.model.config, sequences.num_pages, sequences.page_size, torch.float32, CPU)
-    return build_draft_model(draft, pool, sequences.table, ReferenceOps(), VOCAB_SIZE, 8, stop, torch.float32, CPU)
+    return build_draft_model(draft, pool, sequences.table, ReferenceOps(), VOCAB_SIZE, 8, stop)
 
 
 @pytest.mark.parametrize("num_ids", [VOCAB_SIZE - 20, VOCAB_SIZE + 64])
@@ -176,3 +179,19 @@ def test_lags_are_fed_whole_when_short_and_shortest_first_when_long() -> None:
     assert reach.feed_sizes([1, 4, 5, 90, 50]) == [1, 4, 5, 45, 50]
     assert reach.feed_sizes([200, 300]) == [100, 0]
     assert reach.feed_sizes([]) == []
+
+
+def test_a_built_worker_pays_the_draft_s_pages_and_refuses_what_does_not_fit(target: Path, tmp_path: Path) -> None:
+    def config(draft: str | None) -> WorkerConfig:
+        asked = SpeculatorConfig(drafters=("draft_model",), draft_model=draft)
+        return WorkerConfig(str(target), "float32", "cpu", kv_cache_bytes=1 << 20, page_size=16, speculation=asked)
+
+    plain = build_worker(WorkerConfig(str(target), "float32", "cpu", kv_cache_bytes=1 << 20, page_size=16), False)
+    worker = build_worker(config(str(target)), progress=False)
+    assert worker.info.num_pages == plain.info.num_pages // 2
+    assert worker.info.drafters == (("draft_model", True),)
+    with pytest.raises(ValueError, match="no draft model is given"):
+        build_worker(config(None), progress=False)
+    other = write_tiny_checkpoint(tmp_path / "other", tokenizer=False)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        build_worker(config(str(other)), progress=False)
