@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -82,28 +82,43 @@ BRAID_INLINE void store_tail(T* p, vf x, long count) {
 }
 
 BRAID_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-BRAID_INLINE float sum_lanes(vf x) {  // fixed tree
-  float a[kLanes];
-  store(a, x);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; i++) a[i] += a[i + width];
-  return a[0];
+// The lanes W further on, cyclically; W = 8, 4, 2, 1 makes trees of a fixed shape.
+template <int W>
+BRAID_INLINE vf turned(vf x) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, W & 15, (W + 1) & 15, (W + 2) & 15, (W + 3) & 15, (W + 4) & 15, (W + 5) & 15,
+                                 (W + 6) & 15, (W + 7) & 15, (W + 8) & 15, (W + 9) & 15, (W + 10) & 15, (W + 11) & 15,
+                                 (W + 12) & 15, (W + 13) & 15, (W + 14) & 15, (W + 15) & 15);
+#else
+  return __builtin_shuffle(x, (lane_ids() + W) & 15);
+#endif
+}
+BRAID_INLINE float sum_lanes(vf x) {
+  x = x + turned<8>(x);
+  x = x + turned<4>(x);
+  x = x + turned<2>(x);
+  return (x + turned<1>(x))[0];
 }
 BRAID_INLINE float max_lanes(vf x) {
-  float a[kLanes];
-  store(a, x);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; i++) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
-  return a[0];
+  x = vmax(x, turned<8>(x));
+  x = vmax(x, turned<4>(x));
+  x = vmax(x, turned<2>(x));
+  return vmax(x, turned<1>(x))[0];
 }
 
-// exp(x), relative error under 2 ulp on [-87, 88]; underflows to 0, overflows to inf, NaN stays NaN.
+// exp(x), relative error under 2 ulp on [-87, 88]; below, denormals or 0, from -110 down exactly 0; overflows to inf; NaN stays.
 // Cody-Waite reduction by ln 2 in two parts, then a degree-6 Taylor-Chebyshev polynomial on [-ln2/2, ln2/2].
 BRAID_INLINE vf vexp(vf x) {
+#if defined(__AVX512F__)  // maxps and minps return their second operand if one is NaN; scalef under- and overflows by itself
+  vf clipped = (vf)_mm512_max_ps((__m512)splat(-110.f), (__m512)x);
+  clipped = (vf)_mm512_min_ps((__m512)splat(90.f), (__m512)clipped);
+  vf n = (vf)_mm512_roundscale_ps((__m512)(clipped * 1.44269504088896f), 0);
+#else
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   vf clipped = x < -87.3f ? splat(-87.3f) : x;
   clipped = clipped > 88.7f ? splat(88.7f) : clipped;
   vf n = (clipped * 1.44269504088896f + magic) - magic;
+#endif
   vf r = clipped - n * 0.693145751953125f;
   r = r - n * 1.428606765330187e-06f;
   vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -112,6 +127,9 @@ BRAID_INLINE vf vexp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   // 2^n in two factors: n reaches 128 just below overflow, where one factor's exponent field would.
   vi whole = __builtin_convertvector(n, vi);
   vi half = whole >> 1;
@@ -119,6 +137,7 @@ BRAID_INLINE vf vexp(vf x) {
   y = x < -87.3f ? vf{} : y;
   y = x > 88.7f ? splat(__builtin_inff()) : y;
   return x == x ? y : x;
+#endif
 }
 
 // log(x) for normal x > 0, relative error under 2 ulp, also next to 1 (Cephes logf's reduction and polynomial).
