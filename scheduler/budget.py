@@ -7,8 +7,13 @@ progress.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import inf
+from typing import NamedTuple, Protocol
+
+from scheduler.draft_plan import Backlog, DraftPlan
 from scheduler.step_cost import StepCost
-from scheduler.types import Limits, StepFeatures
+from scheduler.types import DraftTally, Limits, StepFeatures, StepResult
 
 MIN_CHUNK = 16
 """Fewest prompt tokens per step while decodes run: an unreachable target slows prompts down, it does not stop them."""
@@ -21,8 +26,37 @@ _BLIND_CHUNK = 64
 """Prompt tokens next to decodes while nothing has been measured yet."""
 
 
+class DraftReport(NamedTuple):
+    """How a step's drafts fared: accepted ones that became output, and all by drafter and position."""
+
+    num_accepted: int = 0
+    tallies: Sequence[DraftTally] = ()
+
+
+class StepPolicy(Protocol):
+    """What decides the size of a step, and learns from it."""
+
+    cost: StepCost
+
+    def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
+        """Set the budget of a step whose decodes are placed, and give them drafts. None = no prompt can join."""
+        ...
+
+    def finish(self, draft: DraftPlan) -> None:
+        """Called when the step's prompts are placed, too."""
+        ...
+
+    def predict(self, draft: DraftPlan) -> float:
+        """Expected wall seconds of the step; 0 = nothing is known yet."""
+        ...
+
+    def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
+        """Learn from a step whose outcomes were absorbed. `is_timed`: its time tells how long such steps take."""
+        ...
+
+
 class BudgetPolicy:
-    """Chooses budgets from a `StepCost`, which it also keeps fitted."""
+    """The policy without drafts: chooses budgets from a `StepCost`, which it also keeps fitted."""
 
     def __init__(self, limits: Limits, cost: StepCost) -> None:
         self.cost = cost
@@ -38,17 +72,33 @@ class BudgetPolicy:
         fewest, most = _SAFETY
         return min(most, max(fewest, 1.0 + 3.0 * self.cost.mean_error))
 
-    def choose(self, decodes: StepFeatures, prompt_start: int) -> int:
-        """Budget in tokens, decodes included. `prompt_start` = KV index where the first waiting prompt goes on."""
-        cap = self._limits.max_batched_tokens
-        num_decodes = decodes.tokens
-        if num_decodes == 0:
-            return cap
-        room = cap - num_decodes
-        if not self.cost.is_ready:
-            return num_decodes + min(room, _BLIND_CHUNK)
-        rows = self.cost.largest_prefill(decodes, prompt_start, room, self.target_s(decodes) / self._safety())
-        return num_decodes + min(room, max(rows, MIN_CHUNK))
+    def bound_s(self, decodes: StepFeatures) -> float:
+        """Longest time that may be predicted for a step with these decodes, which have no drafts yet."""
+        return self.target_s(decodes) / self._safety() if self.cost.is_ready else inf
 
-    def predict(self, features: StepFeatures) -> float:
-        return self.cost.predict(features) if self.cost.is_ready else 0.0
+    def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
+        self.fill(draft, backlog, self.bound_s(draft.features))
+
+    def fill(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
+        """Set the budget: the rows of decodes and drafts, and as many prompt rows as fit next to them."""
+        cap = self._limits.max_batched_tokens
+        features = draft.features
+        rows = features.tokens
+        if backlog is None or rows == 0:
+            draft.budget = cap
+            return
+        most = _BLIND_CHUNK
+        if self.cost.is_ready:
+            most = max(MIN_CHUNK, self.cost.largest_prefill(features, backlog.start, cap - rows, bound_s))
+        draft.budget = rows + min(cap - rows, most)
+
+    def finish(self, draft: DraftPlan) -> None:
+        """Without drafts nothing is left to do."""
+
+    def predict(self, draft: DraftPlan) -> float:
+        return self.cost.predict(draft.features) if self.cost.is_ready else 0.0
+
+    def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
+        if is_timed:
+            self.cost.observe(draft.features, result.elapsed_s - result.draft_s)
+        return DraftReport()

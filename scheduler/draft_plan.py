@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from scheduler.sequence import Sequence
-from scheduler.types import Admission, Span, StepFeatures
+from scheduler.types import Admission, Drafts, Read, Span, StepFeatures
+
+
+class Backlog(NamedTuple):
+    """Prompt rows that wait: about how many could be computed now, and from which KV index the first goes on."""
+
+    tokens: int
+    start: int
+
+
+class Verified(NamedTuple):
+    """The span of `spans[row]` verifies the first `num_drafts` of `drafts`."""
+
+    row: int
+    drafts: Drafts
+    num_drafts: int
 
 
 class DraftPlan:
-    """Collects one step. `spans` and `owners` run in parallel."""
+    """Collects one step. `spans` and `owners` run in parallel; decodes come first."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -23,11 +40,25 @@ class DraftPlan:
         self.prefill_context = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.num_judged = 0
+        self.num_drafts = 0
+        self.draft_context = 0
+        self.verified: list[Verified] = []
+        self.num_asked = 0
+        self.draft_depth = 0
+        self.goodput = 0.0
 
     @property
     def features(self) -> StepFeatures:
-        rows = self.num_decodes + self.num_prefill
-        return StepFeatures(rows, self.num_prefill, self.num_decodes, self.context_tokens, self.prefill_context)
+        return StepFeatures(
+            self.num_decodes + self.num_drafts + self.num_prefill,
+            self.num_prefill,
+            self.num_decodes,
+            self.context_tokens,
+            self.prefill_context,
+            self.num_drafts + self.num_judged,
+            self.draft_context,
+        )
 
     def place_prefill(self, seq: Sequence, num_tokens: int) -> None:
         """Add a chunk of at most `num_tokens` of a prompt."""
@@ -36,5 +67,21 @@ class DraftPlan:
         self.spans.append(span)
         self.owners.append(seq)
         self.num_prefill += rows
+        self.num_judged += len(span.judged)
         self.num_recomputed += max(0, min(span.kv_len, seq.high_water) - span.start)
         self.prefill_context += rows * span.start + rows * (rows + 1) // 2
+
+    def place_drafts(self, index: int, num_drafts: int, num_asked: int) -> None:
+        """Let a decode verify its first `num_drafts` drafts, and ask for `num_asked` new ones as the step ends."""
+        seq = self.owners[index]
+        drafts = seq.decoding.drafts
+        span = seq.decoding.next_span(1 + num_drafts, num_asked)
+        self.spans[index] = span
+        self.num_asked += num_asked > 0
+        if span.read is Read.VERIFY and drafts is not None:
+            num_drafts = len(span.tokens) - 1
+            self.verified.append(Verified(index, drafts, num_drafts))
+            self.num_drafts += num_drafts
+            # The first row's keys are counted; the span's last row sees one more for each draft.
+            self.context_tokens += num_drafts
+            self.draft_context += num_drafts * span.kv_len

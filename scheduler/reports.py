@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from scheduler.budget import DraftReport
+from scheduler.decoding.base import News
 from scheduler.draft_plan import DraftPlan
 from scheduler.sequence import Sequence
-from scheduler.types import Delta, Fault, Outcome, RequestTimes, StepStats, TokenLogprob
+from scheduler.types import Delta, Fault, RequestTimes, StepResult, StepStats
+
+_NO_NEWS = News()
 
 
-def make_delta(
-    seq: Sequence,
-    now: float,
-    tokens: tuple[int, ...] = (),
-    outcome: Outcome | None = None,
-    prompt_logprobs: tuple[TokenLogprob, ...] = (),
-    fault: Fault | None = None,
-) -> Delta:
-    """A delta with all that the first (cached_tokens) and the last (finish reason, times) one carry."""
+def make_delta(seq: Sequence, now: float, news: News = _NO_NEWS, fault: Fault | None = None) -> Delta:
+    """A delta with all that the first (cached_tokens) and the last (finish reason, times, drafts) one carry."""
     is_first, seq.has_sent = not seq.has_sent, True
     return Delta(
         request_id=seq.request.id,
-        tokens=tokens,
-        logprobs=outcome.logprobs if outcome is not None else (),
-        prompt_logprobs=prompt_logprobs,
+        tokens=news.tokens,
+        logprobs=news.logprobs,
+        prompt_logprobs=news.prompt_logprobs,
         finish_reason=seq.finish_reason,
         stop_id=seq.stop_id,
         cached_tokens=seq.cached_tokens if is_first else None,
         times=None if seq.finish_reason is None else _times(seq, now),
         fault=fault,
+        speculation=None if seq.finish_reason is None else seq.decoding.usage,
     )
 
 
@@ -41,24 +41,25 @@ def _times(seq: Sequence, now: float) -> RequestTimes:
     )
 
 
-def step_stats(gauges: StepStats, draft: DraftPlan, elapsed_s: float, predicted_s: float, generated: int) -> StepStats:
+def step_stats(
+    gauges: StepStats, draft: DraftPlan, result: StepResult, predicted_s: float, generated: int, report: DraftReport
+) -> StepStats:
     """The gauges after a step, with the counts of the step itself."""
-    return StepStats(
-        step=gauges.step,
-        elapsed_s=elapsed_s,
+    return replace(
+        gauges,
+        elapsed_s=result.elapsed_s,
         predicted_s=predicted_s,
         budget=draft.budget,
         decode_tokens=draft.num_decodes,
         prefill_tokens=draft.num_prefill,
+        draft_tokens=draft.num_drafts,
         generated_tokens=generated,
-        num_running=gauges.num_running,
-        num_waiting=gauges.num_waiting,
         num_preempted=draft.num_preempted,
         recomputed_tokens=draft.num_recomputed,
         prefix_queries=draft.prefix_queries,
         prefix_hits=draft.prefix_hits,
-        pages_used=gauges.pages_used,
-        pages_cached=gauges.pages_cached,
-        pages_total=gauges.pages_total,
-        oldest_waiting_s=gauges.oldest_waiting_s,
+        accepted_tokens=report.num_accepted,
+        draft_s=result.draft_s,
+        drafts=tuple(report.tallies),
+        goodput_predicted=draft.goodput,
     )

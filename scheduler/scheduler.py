@@ -9,13 +9,15 @@ Source: Sarathi-Serve (Agrawal et al., OSDI 2024), Algorithm 3, with vLLM v1's r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from scheduler.admission import check_limits, refuse_impossible, refuse_overload
-from scheduler.budget import MIN_CHUNK, BudgetPolicy
+from scheduler.budget import MIN_CHUNK
+from scheduler.chunks import share_out
 from scheduler.decoding.autoregressive import Autoregressive
 from scheduler.decoding.base import BadOutcome
-from scheduler.draft_plan import DraftPlan
+from scheduler.draft_plan import Backlog, DraftPlan
+from scheduler.drafting import make_step_policy
 from scheduler.kv_memory import KVMemory
 from scheduler.queues import Queues
 from scheduler.reports import make_delta, step_stats
@@ -30,6 +32,7 @@ from scheduler.types import (
     Outcome,
     Request,
     Span,
+    SpeculationSettings,
     StepPlan,
     StepResult,
     StepStats,
@@ -39,23 +42,30 @@ MAX_JUDGED_ROWS = 256
 """Prompt rows judged in one step, over all requests with prompt_logprobs: their logits are [rows, vocabulary]."""
 
 _MAX_DEFERRED = 64
-"""Deferred requests that one step looks at; beyond them the queue waits, so that `schedule` stays short."""
+"""Deferred requests one step looks at; beyond them the queue waits, so that `schedule` stays short."""
 
 
 class Scheduler:
     """Continuous batching of autoregressive requests over one paged KV pool.
 
-    cost   the step-time model, seeded by profile samples if there are any; it goes on learning in `update`
-    root   root of the prefix names; tests only
-    Raises ValueError for limits under which the rules cannot be kept.
+    cost         the step-time model, seeded by profile samples if there are any; it goes on learning in `update`
+    root         root of the prefix names; tests only
+    speculation  how drafts are bought; None = no drafter is ever asked
+    Raises ValueError for limits under which the rules cannot be kept, and for settings that contradict themselves.
     """
 
-    def __init__(self, limits: Limits, cost: StepCost | None = None, root: bytes | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        cost: StepCost | None = None,
+        root: bytes | None = None,
+        speculation: SpeculationSettings | None = None,
+    ) -> None:
         check_limits(limits)
         self.limits = limits
         self._memory = KVMemory(limits.num_pages, limits.page_size, limits.enable_prefix_caching, root)
         self._queues = Queues(self._memory)
-        self._policy = BudgetPolicy(limits, StepCost() if cost is None else cost)
+        self._policy = make_step_policy(limits, StepCost() if cost is None else cost, self._memory, speculation)
         self._in_flight: DraftPlan | None = None
         self._num_arrived = 0
         self._step = 0
@@ -118,11 +128,11 @@ class Scheduler:
         draft = DraftPlan()
         prefills = self._place_decodes(draft)
         may_admit = bool(self._queues.waiting) and not draft.num_preempted
-        draft.budget = self.limits.max_batched_tokens
-        if prefills or may_admit:
-            start = prefills[0].num_committed if prefills else 0
-            draft.budget = self._policy.choose(draft.features, start)
+        backlog = self._backlog(prefills, may_admit) if prefills or may_admit else None
+        self._policy.shape(draft, backlog)
+        if backlog is not None:
             self._place_prefills(draft, prefills, may_admit)
+        self._policy.finish(draft)
         assert draft.spans, "a step with work to do has no spans (forward progress)"
         self._step += 1
         self._in_flight = draft
@@ -133,11 +143,12 @@ class Scheduler:
             new_pages=tuple(draft.new_pages),
             released=self._queues.take_released(),
             budget=draft.budget,
-            predicted_s=self._policy.predict(draft.features),
+            predicted_s=self._policy.predict(draft),
+            draft_depth=draft.draft_depth,
         )
 
     def _place_decodes(self, draft: DraftPlan) -> list[Sequence]:
-        """Pass 1: one token for every decode, whatever the budget (R1). Returns unfinished prompts, oldest first."""
+        """Pass 1: every decode, whatever the budget (R1), no drafts yet. Returns unfinished prompts, oldest first."""
         memory = self._memory
         page_size = memory.page_size
         # KVMemory.is_short, written out: the call would cost a quarter of `schedule`.
@@ -173,16 +184,24 @@ class Scheduler:
             num_preempted += 1
         return num_preempted
 
+    def _backlog(self, prefills: list[Sequence], may_admit: bool) -> Backlog:
+        tokens = sum(seq.prefill_end - seq.num_committed for seq in prefills)
+        running = len(self._queues.running)
+        watermark = self.limits.watermark_pages if running else 0
+        if may_admit and running < self.limits.max_seqs and self._memory.fits(self._queues.waiting[0], [], watermark):
+            tokens += self._queues.num_queued_tokens
+        return Backlog(tokens, prefills[0].num_committed if prefills else 0)
+
     def _place_prefills(self, draft: DraftPlan, prefills: list[Sequence], may_admit: bool) -> None:
         """Passes 2 and 3: chunks of unfinished prompts, oldest first, then of new ones, from what decodes left."""
-        room = draft.budget - draft.num_decodes
+        room = draft.budget - draft.num_decodes - draft.num_drafts
         num_prompts = len(prefills) + (len(self._queues.waiting) if may_admit else 0)
         share = room if num_prompts <= 1 else max(MIN_CHUNK, int(room * self.limits.max_prefill_share))
         chunks: list[tuple[Sequence, int]] = []
-        room, judged = _share_out(prefills, chunks, room, share, MAX_JUDGED_ROWS)
+        room, judged = share_out(prefills, chunks, room, share, MAX_JUDGED_ROWS)
         if may_admit and room:
             for seq in self._admissible(draft):
-                room, judged = _share_out((seq,), chunks, room, share, judged)
+                room, judged = share_out((seq,), chunks, room, share, judged)
                 if not room or not judged:
                     break
         for seq, size in chunks:
@@ -237,32 +256,31 @@ class Scheduler:
                 deltas.append(delta)
         self._in_flight = None
         self._queues.bury()
-        if not has_failed:
-            # A step with a failed row may have been run several times to find it; its time says nothing.
-            self.cost.observe(draft.features, result.elapsed_s)
+        # A step with a failed row may have been run several times to find it; its time says nothing.
+        report = self._policy.learn(draft, result, is_timed=not has_failed)
         generated = sum(len(delta.tokens) for delta in deltas)
-        return deltas, step_stats(self.stats(), draft, result.elapsed_s, plan.predicted_s, generated)
+        return deltas, step_stats(self.stats(), draft, result, plan.predicted_s, generated, report)
 
     def _absorb(self, seq: Sequence, span: Span, outcome: Outcome) -> Delta | None:
         try:
             if outcome.error is not None:
                 raise BadOutcome(outcome.error)
-            tokens, prompt_logprobs = seq.decoding.absorb(span, outcome)
+            news = seq.decoding.absorb(span, outcome)
         except BadOutcome as error:
             seq.finish_reason = FinishReason.ERROR
             self._queues.end(seq)
             return make_delta(seq, self._now, fault=Fault(500, str(error)))
         if seq.num_committed - seq.num_entered * self._memory.page_size >= self._memory.page_size:
             self._memory.publish(seq)
-        if seq.finish_reason is None and not tokens and not prompt_logprobs:
+        if seq.finish_reason is None and not news.tokens and not news.prompt_logprobs:
             return None
-        if tokens and seq.first_token_s is None:
+        if news.tokens and seq.first_token_s is None:
             seq.first_token_s = self._now
         if seq.finish_reason is None and seq.has_sent:
-            return Delta(seq.request.id, tokens, outcome.logprobs, prompt_logprobs)
+            return Delta(seq.request.id, *news)
         if seq.finish_reason is not None:
             self._queues.end(seq)
-        return make_delta(seq, self._now, tokens, outcome, prompt_logprobs)
+        return make_delta(seq, self._now, news)
 
     def stats(self) -> StepStats:
         """The gauges as they are now; counts are 0."""
@@ -280,18 +298,3 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raise AssertionError if the bookkeeping contradicts itself (R2, R3, the queues). For tests; O(state)."""
         self._queues.check()
-
-
-def _share_out(
-    seqs: Iterable[Sequence], chunks: list[tuple[Sequence, int]], room: int, share: int, judged: int
-) -> tuple[int, int]:
-    """Append (sequence, chunk size) for each of `seqs`. Returns the tokens and the judged rows that are left."""
-    for seq in seqs:
-        size = min(room, share, seq.prefill_end - seq.num_committed)
-        if seq.decoding.judges_prompt:
-            size = min(size, judged)
-            judged -= size
-        if size:
-            chunks.append((seq, size))
-            room -= size
-    return room, judged

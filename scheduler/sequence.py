@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
+    from scheduler.asking import DraftState
     from scheduler.decoding.base import Decoding
 
 
@@ -32,6 +33,7 @@ class Sequence:
     num_announced   pages announced as pending in the index
     deferred_on     name of the page it waits for a running sequence to compute
     waiting_since_s when it entered the queue, last time
+    drafting        what is known of its drafts; None where nobody drafts
     """
 
     request: Request
@@ -57,6 +59,7 @@ class Sequence:
     admitted_s: float | None = None
     first_token_s: float | None = None
     has_sent: bool = False
+    drafting: DraftState | None = None
 
     @property
     def is_prefilling(self) -> bool:

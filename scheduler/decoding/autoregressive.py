@@ -1,4 +1,4 @@
-"""One token after the other: prefill chunks, then one token a step.
+"""One token after the other: prefill chunks, then one token a step, or several where drafts are verified.
 
 A sequence is prompt + output; a resubmitted or preempted one arrives with output, which is prefilled like a prompt
 (R4).
@@ -6,9 +6,10 @@ A sequence is prompt + output; a resubmitted or preempted one arrives with outpu
 
 from __future__ import annotations
 
-from scheduler.decoding.base import BadOutcome
+from scheduler.decoding.base import BadOutcome, News
+from scheduler.decoding.drafts import accepted_path, span_parents
 from scheduler.sequence import Sequence
-from scheduler.types import FinishReason, Outcome, Read, Span, TokenLogprob
+from scheduler.types import Drafts, FinishReason, Outcome, Read, Span, SpeculationUsage, TokenLogprob
 
 _FIRST_ROW = (0,)
 _SAMPLE = Read.SAMPLE
@@ -17,7 +18,17 @@ _SAMPLE = Read.SAMPLE
 class Autoregressive:
     """Decoding state machine of an autoregressive request (protocol: decoding/base.py)."""
 
-    __slots__ = ("_max_tokens", "_max_total", "_num_logprobs_due", "_num_logprobs_sent", "_seq", "_stop_ids")
+    __slots__ = (
+        "_max_tokens",
+        "_max_total",
+        "_num_logprobs_due",
+        "_num_logprobs_sent",
+        "_seq",
+        "_stop_ids",
+        "_wants_logprobs",
+        "drafts",
+        "usage",
+    )
 
     def __init__(self, seq: Sequence, max_model_len: int) -> None:
         request = seq.request
@@ -29,22 +40,41 @@ class Autoregressive:
         wanted = request.sampling.prompt_logprobs is not None and not request.output
         self._num_logprobs_due = len(request.prompt) - 1 if wanted else 0
         self._num_logprobs_sent = 0
+        self._wants_logprobs = request.sampling.logprobs is not None
+        self.drafts: Drafts | None = None
+        self.usage: SpeculationUsage | None = None
 
     @property
     def judges_prompt(self) -> bool:
         return self._num_logprobs_sent < self._num_logprobs_due
 
-    def next_span(self, budget: int) -> Span:
+    @property
+    def most_drafts(self) -> int:
+        return self._max_total - len(self._seq.tokens) - 1
+
+    def next_span(self, budget: int, num_drafts: int = 0) -> Span:
         seq = self._seq
         start = seq.num_committed
         tokens = seq.tokens
         known = len(tokens)
         if seq.prefill_end <= start == known - 1:
-            return Span(seq.seq_id, (tokens[start],), start, known, 1, _FIRST_ROW, _SAMPLE)
+            if budget > 1 and self.drafts is not None:
+                return self._verify_span(self.drafts, min(budget - 1, self.most_drafts), num_drafts)
+            return Span(seq.seq_id, (tokens[start],), start, known, 1, _FIRST_ROW, _SAMPLE, (), num_drafts)
         end = min(known, start + budget)
         judged = self._judged_rows(start, end)
         read = Read.SAMPLE if judged else Read.NOTHING
-        return Span(seq.seq_id, tuple(tokens[start:end]), start, end, 1, judged, read)
+        return Span(seq.seq_id, tuple(tokens[start:end]), start, end, 1, judged, read, (), num_drafts)
+
+    def _verify_span(self, drafts: Drafts, most: int, num_drafts: int) -> Span:
+        seq = self._seq
+        start = seq.num_committed
+        tokens = (seq.tokens[start], *drafts.tokens[: max(0, most)])
+        rows = len(tokens)
+        if rows == 1:
+            return Span(seq.seq_id, tokens, start, start + 1, 1, _FIRST_ROW, _SAMPLE, (), num_drafts)
+        parents = span_parents(drafts, rows - 1)
+        return Span(seq.seq_id, tokens, start, start + rows, 1, tuple(range(rows)), Read.VERIFY, parents, num_drafts)
 
     def _judged_rows(self, start: int, end: int) -> tuple[int, ...]:
         """Rows that predict a prompt token somebody asked about, and the last token's row unless nothing is generated.
@@ -61,22 +91,50 @@ class Autoregressive:
     def _samples_at(self, end: int) -> bool:
         return end == len(self._seq.tokens) and self._max_tokens > 0
 
-    def absorb(self, span: Span, outcome: Outcome) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+    def absorb(self, span: Span, outcome: Outcome) -> News:
+        if span.read is Read.VERIFY:
+            return self._absorb_verified(span, outcome)
         seq = self._seq
         end = span.kv_len
         expected = 1 if self._samples_at(end) else 0
         if len(outcome.tokens) != expected:
             raise BadOutcome(f"the worker returned {len(outcome.tokens)} tokens where {expected} was due")
+        if self._wants_logprobs:
+            _check_logprobs(outcome)
         if self.judges_prompt:
             prompt_logprobs = self._new_prompt_logprobs(span, outcome)
         else:
             prompt_logprobs = ()
         seq.num_committed = end
+        self.drafts = outcome.drafts
         if expected:
             self._append(outcome.tokens[0])
         elif end == len(seq.tokens):
             seq.finish_reason = FinishReason.LENGTH
-        return outcome.tokens, prompt_logprobs
+        return News(outcome.tokens, outcome.logprobs, prompt_logprobs)
+
+    def _absorb_verified(self, span: Span, outcome: Outcome) -> News:
+        """Accepted drafts and one more token. What follows a stop token, or does not fit any more, never existed."""
+        seq = self._seq
+        path = accepted_path(span, outcome.tokens)
+        if path is None:
+            given = len(outcome.tokens)
+            raise BadOutcome(f"the worker returned {given} tokens that do not follow {len(span.tokens) - 1} drafts")
+        if self._wants_logprobs:
+            _check_logprobs(outcome)
+        num_new = 0
+        for token in outcome.tokens:
+            self._append(token)
+            num_new += 1
+            if seq.finish_reason is not None:
+                break
+        # The KV of the token that was sampled last is not written yet, unless the text ended before it.
+        seq.num_committed = min(span.start + len(outcome.tokens), len(seq.tokens))
+        self.drafts = outcome.drafts
+        used = self.usage or SpeculationUsage()
+        drafted, accepted = used.drafted + len(span.tokens) - 1, used.accepted + min(len(path), num_new)
+        self.usage = SpeculationUsage(drafted, accepted, used.steps + 1)
+        return News(outcome.tokens[:num_new], outcome.logprobs[:num_new])
 
     def _new_prompt_logprobs(self, span: Span, outcome: Outcome) -> tuple[TokenLogprob, ...]:
         """Those not sent before a preemption. `outcome.prompt_logprobs` are for positions span.start + 1 and on."""
@@ -98,4 +156,10 @@ class Autoregressive:
             seq.finish_reason = FinishReason.LENGTH
 
     def restart(self) -> None:
-        """Nothing to forget: all state is in the tokens, and sent prompt logprobs stay sent."""
+        """All state is in the tokens, and sent prompt logprobs stay sent; drafters start anew with the KV."""
+        self.drafts = None
+
+
+def _check_logprobs(outcome: Outcome) -> None:
+    if len(outcome.logprobs) != len(outcome.tokens):
+        raise BadOutcome(f"the worker returned {len(outcome.logprobs)} logprobs for {len(outcome.tokens)} tokens")

@@ -6,18 +6,22 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from scheduler.fake_worker import FakeWorker, features_of, run_alone
+from scheduler.fake_worker import FakeDrafter, FakeWorker, features_of, output_logprobs, run_alone
 from scheduler.scheduler import Scheduler
+from scheduler.speculation import MAX_TREE_NODES
 from scheduler.types import (
     Delta,
     FinishReason,
     Limits,
     Outcome,
+    Read,
     Request,
     Sampling,
+    SpeculationMode,
     StepPlan,
     StepResult,
     StepStats,
+    TokenLogprob,
 )
 
 VOCAB = 23
@@ -56,14 +60,20 @@ class Story:
     def tokens(self) -> tuple[int, ...]:
         return tuple(token for delta in self.deltas for token in delta.tokens)
 
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        return tuple(entry for delta in self.deltas for entry in delta.logprobs)
+
 
 class World:
     """Scheduler + fake worker + clients. `step` checks the rules seen from outside, `finish` the texts."""
 
-    def __init__(self, limits: Limits, scheduler: Scheduler | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, limits: Limits, scheduler: Scheduler | None = None, seed: int = 0, drafter: FakeDrafter | None = None
+    ) -> None:
         self.limits = limits
         self.scheduler = Scheduler(limits, root=bytes(32)) if scheduler is None else scheduler
-        self.worker = FakeWorker(limits.num_pages, limits.page_size, VOCAB)
+        self.worker = FakeWorker(limits.num_pages, limits.page_size, VOCAB, drafter)
         self.rng = random.Random(seed)
         self.now = 0.0
         self.stories: dict[str, Story] = {}
@@ -95,6 +105,7 @@ class World:
         assert plan.spans, "a step without spans"
         assert plan.num_tokens <= plan.budget <= self.limits.max_batched_tokens, "R1: budget exceeded"
         self._check_decodes(plan)
+        self._check_drafts(plan)
         outcomes = self.worker.run(plan)
         owners = {out.seq_id: self.stories[self.worker.request_of(out.seq_id).id] for out in outcomes if out.tokens}
         self.is_flying = True
@@ -104,7 +115,9 @@ class World:
             outcomes = tuple(self._spoiled(outcome, spoil) for outcome in outcomes)
         elapsed = 0.01 + 0.0001 * features_of(plan).tokens
         self.now += elapsed
-        deltas, stats = self.scheduler.update(plan, StepResult(plan.step, outcomes, elapsed), self.now)
+        draft_s = 1e-4 * sum(span.num_drafts > 0 for span in plan.spans) + 1e-3 * plan.draft_depth
+        result = StepResult(plan.step, outcomes, elapsed + draft_s, draft_s)
+        deltas, stats = self.scheduler.update(plan, result, self.now)
         self.scheduler.check_invariants()
         self._check_stats(plan, deltas, stats)
         for delta in deltas:
@@ -123,12 +136,29 @@ class World:
         num_admitted = len(plan.admitted)
         assert not (num_admitted and due & set(plan.released)), "a step that preempted has admitted"
 
+    def _check_drafts(self, plan: StepPlan) -> None:
+        """No request gets more drafts than it allows; who switched speculation off is not even asked for any."""
+        admitted = {admission.seq_id: admission.request for admission in plan.admitted}
+        for span in plan.spans:
+            request = admitted.get(span.seq_id) or self.worker.request_of(span.seq_id)
+            most_tokens = min(self.limits.max_model_len, len(request.prompt) + request.max_tokens)
+            assert span.kv_len + span.num_drafts <= most_tokens, "drafts beyond the end of the text"
+            asked = request.speculation
+            limit = 0 if asked.mode is SpeculationMode.OFF else MAX_TREE_NODES - 1
+            limit = limit if asked.max_tokens is None else min(limit, asked.max_tokens)
+            num_drafts = len(span.tokens) - 1 if span.read is Read.VERIFY else 0
+            assert max(num_drafts, span.num_drafts) <= limit, "more drafts than the request allows"
+            assert asked.tree is not False or not span.parents, "a tree for a request that wants none"
+
     def _spoiled(self, outcome: Outcome, request_id: str) -> Outcome:
         is_it = self.worker.request_of(outcome.seq_id).id == request_id
         return Outcome(outcome.seq_id, error="spoiled") if is_it else outcome
 
     def _check_stats(self, plan: StepPlan, deltas: list[Delta], stats: StepStats) -> None:
-        assert stats.decode_tokens + stats.prefill_tokens == plan.num_tokens
+        assert stats.decode_tokens + stats.prefill_tokens + stats.draft_tokens == plan.num_tokens
+        verified = [span for span in plan.spans if span.read is Read.VERIFY]
+        assert stats.draft_tokens == sum(len(span.tokens) - 1 for span in verified)
+        assert stats.accepted_tokens <= sum(tally.accepted for tally in stats.drafts) <= stats.draft_tokens
         assert stats.generated_tokens == sum(len(delta.tokens) for delta in deltas)
         assert stats.step == plan.step
         assert stats.pages_used + stats.pages_cached <= stats.pages_total
@@ -141,6 +171,7 @@ class World:
         assert not story.deltas or story.deltas[-1].finish_reason is None, "a delta after the end"
         assert (delta.cached_tokens is not None) == (not story.deltas), "cached_tokens belongs to the first delta"
         assert (delta.times is not None) == (delta.finish_reason is not None), "times belong to the last delta"
+        assert delta.speculation is None or delta.finish_reason is not None, "draft counts belong to the last delta"
         story.deltas.append(delta)
 
     def run(self) -> None:
@@ -169,12 +200,14 @@ class World:
         if story.is_aborted or (last is not None and last.finish_reason is FinishReason.ERROR):
             assert story.tokens == tokens[: len(story.tokens)], "an aborted request saw a wrong token"
             assert seen == logprobs[: len(seen)]
+            assert story.logprobs == output_logprobs(story.request, story.tokens)
             return
         assert last is not None, f"{story.request.id} was never answered"
         assert story.tokens == tokens, f"{story.request.id} is not what it is when run alone"
         assert last.finish_reason is reason
         assert last.stop_id == (tokens[-1] if reason is FinishReason.STOP else None)
         assert seen == logprobs
+        assert story.logprobs == output_logprobs(story.request, tokens)
 
 
 def random_limits(rng: random.Random) -> Limits:
@@ -208,6 +241,7 @@ def random_request(rng: random.Random, number: int, limits: Limits, families: li
         sampling=Sampling(
             seed=rng.randrange(4),
             sample_index=rng.randrange(3),
+            logprobs=0 if number % 3 == 0 else None,
             prompt_logprobs=rng.choice((None, None, None, 0)),
         ),
         stop_ids=tuple(rng.sample(range(VOCAB), k=rng.choice((0, 0, 1, 4)))),
@@ -225,8 +259,11 @@ def _resubmitted(rng: random.Random, request: Request, limits: Limits) -> Reques
     return replace(request, output=tokens[: rng.randrange(len(tokens))])
 
 
-def play(world: World, seed: int) -> None:
-    """One random world: arrivals in bursts, aborts at any moment (in flight too), then everything runs to its end."""
+def play(world: World, seed: int, decorate: Callable[[Request], Request] = lambda request: request) -> None:
+    """One random world: arrivals in bursts, aborts at any moment (in flight too), then everything runs to its end.
+
+    decorate   has the last word on each request
+    """
     rng = random.Random(seed)
     limits = world.limits
     families = [tuple(rng.choices(range(VOCAB), k=rng.randint(1, limits.max_model_len - 1))) for _ in range(3)]
@@ -239,7 +276,8 @@ def play(world: World, seed: int) -> None:
                 sampling = replace(request.sampling, sample_index=sample) if sample else request.sampling
                 # Siblings of a resubmitted request have output of their own, so they arrive as new.
                 output = () if sample else request.output
-                world.add(replace(request, id=f"{request.id}.{sample}", sampling=sampling, output=output))
+                sibling = replace(request, id=f"{request.id}.{sample}", sampling=sampling, output=output)
+                world.add(decorate(sibling))
             number += 1
         if rng.random() < 0.15:
             _abort_one(world, rng)

@@ -1,0 +1,266 @@
+"""The step policy with drafts: which are verified, which are asked for, and what their fate teaches.
+
+Wraps the budget policy. Each step: the offers that wait are rated (`acceptance.py`), as many are verified as finish the
+most tokens per second (`goodput.py`), and new ones are asked for where they will probably pay (`asking.py`). Drafts
+never take a page that a decode or an admission may need soon, and nobody is preempted for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import NamedTuple
+
+from scheduler.acceptance import Acceptance
+from scheduler.asking import Asking, DraftState, make_state
+from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
+from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
+from scheduler.draft_plan import Backlog, DraftPlan
+from scheduler.goodput import Allocation, Outlook, make_policy
+from scheduler.kv_memory import KVMemory
+from scheduler.sequence import Sequence
+from scheduler.step_cost import StepCost
+from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
+
+_PRICE_BOUNDS = (0.05, 1.0)
+_FIRST_PRICE = 0.3
+_PRICE_RATE = 0.05
+_PROBE_SHARE = 64
+"""One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
+
+
+class _Offer(NamedTuple):
+    """The drafts that wait for the decode in `row`: estimates of those that may be verified."""
+
+    row: int
+    state: DraftState
+    survivals: list[float]
+
+
+def make_step_policy(
+    limits: Limits, cost: StepCost, memory: KVMemory, speculation: SpeculationSettings | None
+) -> StepPolicy:
+    """Without settings no drafter is ever asked. Raises ValueError for settings that contradict themselves."""
+    budget = BudgetPolicy(limits, cost)
+    return budget if speculation is None else DraftingPolicy(budget, limits, memory, speculation)
+
+
+class DraftingPolicy:
+    """A `StepPolicy`. One per scheduler; the state of each request is `Sequence.drafting`."""
+
+    def __init__(self, budget: BudgetPolicy, limits: Limits, memory: KVMemory, settings: SpeculationSettings) -> None:
+        self.cost = budget.cost
+        self.acceptance = Acceptance()
+        self._budget = budget
+        self._limits = limits
+        self._memory = memory
+        self._settings = settings
+        self._policy = make_policy(settings)
+        self._asking = Asking(settings, self._policy.is_selective)
+        self._gain_s: float | None = None
+        self._price = (_FIRST_PRICE, 1.0)
+        self._draft_s = 0.0
+
+    @property
+    def price(self) -> float:
+        """Output tokens that a prompt row is worth: those that a prompt unlocks, over its length."""
+        if self._settings.price is not None:
+            return self._settings.price
+        lowest, highest = _PRICE_BOUNDS
+        output, prompt = self._price
+        return min(highest, max(lowest, output / prompt))
+
+    def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
+        bound_s = self._budget.bound_s(draft.features)
+        if draft.num_decodes and self.cost.is_ready:
+            states = [seq.drafting or self._meet(seq) for seq in draft.owners]
+            offers = self._offers(draft, states)
+            free = [offer for offer in offers if not offer.state.is_forced]
+            forced = [offer for offer in offers if offer.state.is_forced]
+            lengths = self._force(draft, forced)
+            outlook = self._outlook(draft, backlog, bound_s, forced, lengths)
+            allocation = self._policy.allocate([offer.survivals for offer in free], outlook)
+            self._note_gains(free, allocation)
+            lengths |= zip((offer.row for offer in free), self._probe(free, allocation.lengths, outlook), strict=True)
+            wishes = self._ask(draft, states, allocation, outlook)
+            self._place(draft, lengths, wishes)
+        self._budget.fill(draft, backlog, bound_s)
+
+    def _meet(self, seq: Sequence) -> DraftState:
+        seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._gain_s or 1.0)
+        return seq.drafting
+
+    def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:
+        offers = []
+        may_branch = draft.num_decodes <= self._settings.tree_max_seqs
+        for row, (seq, state) in enumerate(zip(draft.owners, states, strict=True)):
+            drafts = seq.decoding.drafts
+            if drafts is None or not state.limit:
+                continue
+            most = min(len(drafts.tokens), state.limit, seq.decoding.most_drafts)
+            if drafts.parents and not (may_branch and state.takes_trees):
+                most = min(most, chain_length(drafts))
+            if most > 0:
+                offers.append(_Offer(row, state, state.survivals[:most]))
+        return offers
+
+    def _force(self, draft: DraftPlan, forced: Many[_Offer]) -> dict[int, int]:
+        """Drafts of requests that want all that are offered, as far as the budget goes (R1)."""
+        room = self._limits.max_batched_tokens - draft.num_decodes
+        lengths = {}
+        for offer in forced:
+            lengths[offer.row] = min(room, len(offer.survivals))
+            room -= lengths[offer.row]
+        return lengths
+
+    def _outlook(
+        self,
+        draft: DraftPlan,
+        backlog: Backlog | None,
+        bound_s: float,
+        forced: Many[_Offer],
+        lengths: dict[int, int],
+    ) -> Outlook:
+        curve = self.cost.curve(draft.features, backlog.start if backlog else 0)
+        taken, overhead_s = sum(lengths.values()), self._draft_s
+        waiting = backlog.tokens if backlog else 0
+        return Outlook(
+            value=draft.num_decodes + sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced),
+            room=self._limits.max_batched_tokens - draft.num_decodes - taken,
+            backlog=waiting,
+            price=self.price,
+            seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
+            bound_s=bound_s,
+            fewest=min(waiting, MIN_CHUNK),
+        )
+
+    def _note_gains(self, offers: Many[_Offer], allocation: Allocation) -> None:
+        """What each offer saves: its expected tokens above what its rows cost, as time."""
+        goodput, cutoff = allocation.goodput, allocation.cutoff
+        for offer, length in zip(offers, allocation.lengths, strict=True):
+            tokens = sum(offer.survivals[:length]) - length * cutoff
+            self._gained(offer.state, max(0.0, tokens) / goodput if goodput > 0.0 else 0.0)
+
+    def _gained(self, state: DraftState, seconds: float) -> None:
+        state.gained(seconds)
+        self._gain_s = seconds if self._gain_s is None else self._gain_s + 0.02 * (seconds - self._gain_s)
+
+    def _probe(self, offers: Many[_Offer], lengths: list[int], outlook: Outlook) -> list[int]:
+        """Let a few of those at k = 0 verify one draft: without trials an estimate could never recover."""
+        room = outlook.room - sum(lengths)
+        probes = min(room, max(1, len(offers) // _PROBE_SHARE))
+        for number, offer in enumerate(offers):
+            state = offer.state
+            if lengths[number]:
+                state.num_unverified = 0
+                continue
+            state.num_unverified += 1
+            if probes > 0 and state.num_unverified >= self._settings.probe_every:
+                state.num_unverified = 0
+                lengths[number] = 1
+                probes -= 1
+        return lengths
+
+    def _ask(self, draft: DraftPlan, states: list[DraftState], allocation: Allocation, outlook: Outlook) -> list[int]:
+        """Drafts wanted of each decode at the end of this step."""
+        count, prefill = sum(allocation.lengths), allocation.prefill
+        step_s = outlook.seconds(count, prefill)
+        if step_s > 0.0:
+            draft.goodput = allocation.goodput - outlook.price * prefill / step_s
+        wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s)
+        if self._settings.has_sequential:
+            rates = [self.acceptance.mean_rate(state.source, state.counts) for state in states if state.limit]
+            draft.draft_depth = self._asking.choose_depth(rates, outlook, prefill, allocation.cutoff)
+        return wishes
+
+    def _place(self, draft: DraftPlan, lengths: dict[int, int], wishes: list[int]) -> None:
+        for index, wish in enumerate(wishes):
+            length = lengths.get(index, 0)
+            if length or wish:
+                seq = draft.owners[index]
+                most = seq.decoding.most_drafts
+                room = self._room(draft, seq, min(length + wish, most), draft.num_decodes)
+                length = min(length, room)
+                draft.place_drafts(index, length, min(wish, room - length))
+
+    def _room(self, draft: DraftPlan, seq: Sequence, wanted: int, num_decodes: int) -> int:
+        """Drafts, up to `wanted`, whose KV has pages behind the sequence's tokens, after taking some that are spare."""
+        memory = self._memory
+        size = memory.page_size
+        known = len(seq.tokens)
+        missing = memory.num_pages_for(known + wanted) - len(seq.pages)
+        if missing > 0:
+            reserve = self._limits.watermark_pages + 1 + num_decodes // size
+            spare = min(missing, memory.pool.num_available - reserve)
+            if spare > 0:
+                draft.new_pages.append((seq.seq_id, tuple(memory.grow(seq) for _ in range(spare))))
+        return max(0, min(wanted, len(seq.pages) * size - known))
+
+    def finish(self, draft: DraftPlan) -> None:
+        """Ask for the first drafts of prompts that end in this step."""
+        if not self.cost.is_ready:
+            return
+        most = self._policy.most(draft.num_decodes + 1)
+        for index in range(draft.num_decodes, len(draft.spans)):
+            span, seq = draft.spans[index], draft.owners[index]
+            if span.read is not Read.SAMPLE or span.kv_len != len(seq.tokens):
+                continue
+            state = seq.drafting or self._meet(seq)
+            wish = min(state.limit, most, seq.decoding.most_drafts)
+            if state.gain_s <= 0.0 and not state.is_forced and self._policy.is_selective:
+                continue
+            wish = self._room(draft, seq, wish, draft.num_decodes)
+            if wish > 0:
+                draft.spans[index] = span._replace(num_drafts=wish)
+                draft.num_asked += 1
+
+    def predict(self, draft: DraftPlan) -> float:
+        target_s = self._budget.predict(draft)
+        return target_s and target_s + self._asking.cost.predict(draft.num_asked, draft.draft_depth)
+
+    def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
+        self._budget.learn(draft, result, is_timed)
+        if is_timed:
+            self._draft_s += 0.1 * (result.draft_s - self._draft_s)
+            if draft.num_asked:
+                self._asking.cost.observe(draft.num_asked, draft.draft_depth, result.draft_s)
+        report = self._observe(draft, result.outcomes)
+        for seq, span, outcome in zip(draft.owners, draft.spans, result.outcomes, strict=True):
+            if seq.finish_reason is not None:
+                self._learn_price(seq)
+            elif span.num_drafts:
+                self._receive(seq, span.num_drafts, outcome)
+        return report
+
+    def _observe(self, draft: DraftPlan, outcomes: Many[Outcome]) -> DraftReport:
+        num_accepted = 0
+        tallies: dict[tuple[str, int], Many[int]] = {}
+        for row, drafts, length in draft.verified:
+            seq, span = draft.owners[row], draft.spans[row]
+            path = accepted_path(span, outcomes[row].tokens)
+            if path is None or seq.drafting is None:
+                continue
+            num_accepted += min(len(path), len(seq.tokens) - span.start - 1)
+            for source, depth, *counts in self.acceptance.observe(drafts, length, path, seq.drafting.counts):
+                old = tallies.get((source, depth), (0, 0, 0))
+                tallies[source, depth] = [a + b for a, b in zip(old, counts, strict=True)]
+        return DraftReport(num_accepted, [DraftTally(*key, *row) for key, row in sorted(tallies.items())])
+
+    def _receive(self, seq: Sequence, num_asked: int, outcome: Outcome) -> None:
+        """Rate an offer, or drop one that cannot be verified."""
+        state = seq.drafting
+        drafts = seq.decoding.drafts
+        assert state is not None, "drafts were asked of a sequence without a state"
+        if drafts is None or len(drafts.tokens) > num_asked or not is_well_formed(drafts):
+            seq.decoding.drafts = None
+            self._gained(state, 0.0)
+            return
+        state.source = drafts.source
+        state.survivals = self.acceptance.survivals(drafts, state.counts)
+
+    def _learn_price(self, seq: Sequence) -> None:
+        output, prompt = self._price
+        computed = len(seq.request.prompt) - seq.cached_tokens
+        self._price = (
+            output + _PRICE_RATE * (seq.num_output - output),
+            prompt + _PRICE_RATE * (computed - prompt),
+        )
