@@ -30,6 +30,12 @@ class AttentionRows:
                  a window
     slots        int64 [T], page_id * page_size + offset: where the row's K and V are written
     span_starts  int32 [spans + 1], ascending from 0 to T: rows of one span are contiguous and of one sequence
+    tree         int64 [T], or None in a step without draft trees. Not 0: the row is of a tree whose keys lie at
+                 tree_start, tree_start + 1, ..., parents before children. It sees the keys before tree_start and key
+                 tree_start + i if bit i is set: its ancestors and itself. Its `visible` says nothing. With a window
+                 it sees the keys before tree_start from `low` on and its last `window` bits (the n-th bit of a path
+                 stands at position tree_start + n)
+    tree_starts  int32 [T], there if `tree` is; read where tree is not 0
     """
 
     page_table: Tensor
@@ -38,6 +44,8 @@ class AttentionRows:
     visible: Tensor
     slots: Tensor
     span_starts: Tensor
+    tree: Tensor | None = None
+    tree_starts: Tensor | None = None
 
 
 class PackedLinear(Protocol):
@@ -114,7 +122,7 @@ class Ops(Protocol):
         scale: float,
         window: int | None = None,
     ) -> Tensor:
-        """softmax(scale q k^T) v over each row's keys [low, visible) of its own sequence; [T, Q, D] in q's dtype.
+        """softmax(scale q k^T) v over the keys that each row sees of its own sequence; [T, Q, D] in q's dtype.
 
         Query head h reads kv head h // (Q / K). Memory past a sequence's last key may hold anything, NaN included.
         """
@@ -162,16 +170,26 @@ class Ops(Protocol):
         sample_index_J: Tensor,
         positions_J: Tensor,
         greedy_J: Tensor,
+        stream: int = 0,
     ) -> Tensor:
         """argmax_v(logit + Gumbel noise) as int64 [J]; rows with `greedy` set take no noise; ties go to the lowest id.
 
         logits_JV  float32, processed and divided by the temperature; -inf = banned
         seeds_J, sample_index_J, positions_J  int64; positions count the sequence's output tokens
         greedy_J   bool
+        stream     0 <= stream < 2^32: draws of different streams are independent
         The noise of token v is Philox4x32-10 with key (seed's low, high 32 bits) and counter
-        (v // 4, position, sample index, 0), word v % 4; u = ((word >> 9) + 0.5) * 2^-23; G = -log(-log(u)).
-        So it depends on (seed, sample index, position, token) alone (R5).
+        (v // 4, position, sample index, stream), word v % 4; u = ((word >> 9) + 0.5) * 2^-23; G = -log(-log(u)).
+        So it depends on (seed, sample index, position, stream, token) alone (R5). `kernels.philox` is its host twin.
         Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); Gumbel-max: Gumbel (1954).
+        """
+        ...
+
+    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+        """Copy one layer's K and V of single slots, one after the other in the order of the lists (int64 [M]).
+
+        A slot that is both a source and a destination is read as the earlier copies left it: a path that moves towards
+        the front of its own sequence, in ascending order, arrives whole.
         """
         ...
 

@@ -193,12 +193,19 @@ class ReferenceOps:
         sample_index_J: Tensor,
         positions_J: Tensor,
         greedy_J: Tensor,
+        stream: int = 0,
     ) -> Tensor:
         noisy = (~greedy_J).nonzero().squeeze(1)
         if noisy.numel() == 0:
             return logits_JV.argmax(dim=-1)
-        noise = gumbel_noise(logits_JV.shape[1], seeds_J[noisy], sample_index_J[noisy], positions_J[noisy])
+        noise = gumbel_noise(logits_JV.shape[1], seeds_J[noisy], sample_index_J[noisy], positions_J[noisy], stream)
         return logits_JV.index_add(0, noisy, noise).argmax(dim=-1)
+
+    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+        page_size = k_pages.shape[2]
+        for source, target in zip(from_slots_M.tolist(), to_slots_M.tolist(), strict=True):
+            for pages in (k_pages, v_pages):
+                pages[target // page_size, :, target % page_size] = pages[source // page_size, :, source % page_size]
 
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -245,12 +252,16 @@ def _attend(
     num_kv, page_size, head_dim = k_pages.shape[1:]
     num_tiles, num_rows = tiles.shape
     visible = rows.visible[tiles]  # [B, R]
+    if rows.tree is not None:
+        visible = visible.where(rows.tree[tiles] == 0, _tree_ends(rows, tiles))
     num_keys = int(visible.max())
     num_pages = -(-num_keys // page_size)
     index = torch.arange(num_pages * page_size, device=q_TQD.device)
     seen = index < visible.unsqueeze(2)  # [B, R, L]
     if window is not None:
         seen &= index > (rows.positions[tiles] - window).unsqueeze(2)
+    if rows.tree is not None:
+        seen = _seen_in_trees(rows, tiles, index, window, seen)
     read = seen.any(dim=1)  # [B, L]: the keys this tile reads at all
     table = rows.page_table[rows.row_seq[tiles[:, 0]].long(), :num_pages].long()
     table = table.where(read.view(num_tiles, num_pages, page_size).any(2), 0)
@@ -267,12 +278,40 @@ def _attend(
     return out.permute(0, 3, 1, 2, 4).reshape(num_tiles, num_rows, -1, head_dim).to(q_TQD.dtype)
 
 
-def gumbel_noise(vocab_size: int, seeds_J: Tensor, sample_index_J: Tensor, positions_J: Tensor) -> Tensor:
+def _tree_bits(rows: AttentionRows, tiles: Tensor) -> Tensor:
+    """The rows' tree masks bit by bit, bool [B, R, 64]."""
+    assert rows.tree is not None
+    return (rows.tree[tiles].unsqueeze(2) >> torch.arange(64, device=tiles.device)) & 1 != 0
+
+
+def _tree_ends(rows: AttentionRows, tiles: Tensor) -> Tensor:
+    """One more than the last key that each row's mask names, int32 [B, R]; no meaning where the mask is 0."""
+    assert rows.tree_starts is not None
+    bits = _tree_bits(rows, tiles) * torch.arange(1, 65, dtype=torch.int32, device=tiles.device)
+    return rows.tree_starts[tiles] + bits.amax(dim=2)
+
+
+def _seen_in_trees(rows: AttentionRows, tiles: Tensor, index: Tensor, window: int | None, seen: Tensor) -> Tensor:
+    """`seen` [B, R, L], with the rows of draft trees following their masks from the tree's first key on."""
+    assert rows.tree is not None
+    assert rows.tree_starts is not None
+    bits = _tree_bits(rows, tiles)
+    if window is not None:
+        bits &= bits.flip(2).cumsum(2).flip(2) <= window
+    offset = index - rows.tree_starts[tiles].unsqueeze(2)
+    inside = bits.gather(2, offset.clamp(0, 63)) & (offset < 64)
+    is_tree = (rows.tree[tiles] != 0).unsqueeze(2)
+    return seen.where(~is_tree | (offset < 0), inside)
+
+
+def gumbel_noise(
+    vocab_size: int, seeds_J: Tensor, sample_index_J: Tensor, positions_J: Tensor, stream: int = 0
+) -> Tensor:
     """Standard Gumbel noise, float32 [J, V], as `Ops.sample` defines it; the logarithms are taken in float64."""
     quads = torch.arange(-(-vocab_size // 4), device=seeds_J.device).expand(seeds_J.shape[0], -1)  # [J, V/4]
     position, sample_index = (positions_J & _WORD).unsqueeze(1), (sample_index_J & _WORD).unsqueeze(1)
     key = ((seeds_J & _WORD).unsqueeze(1), ((seeds_J >> 32) & _WORD).unsqueeze(1))
-    words = philox((quads, position, sample_index, torch.zeros_like(position)), key)
+    words = philox((quads, position, sample_index, torch.full_like(position, stream)), key)
     random = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
     uniform = ((random >> 9).double() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform)).float()

@@ -19,7 +19,8 @@ PACKAGES = ("kernels", "scheduler", "server")
 
 # module prefix -> what it may import besides the standard library and its own package; the longest prefix decides.
 ALLOWED: dict[str, set[str]] = {
-    "kernels": {"torch", "triton"},
+    # numpy: the noise on the host, for drafters that ask for a few candidates (kernels/philox.py).
+    "kernels": {"torch", "triton", "numpy"},
     "scheduler": set(),
     "server": set(),
     "server.models": {"torch", "kernels", "safetensors", "huggingface_hub", "tqdm"},
@@ -59,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server.values": {"pydantic"},
     "server.flags": {"pydantic", "yaml", "server.config"},
+    "server.protocol": {"uvicorn", "h11"},
     "server.banner": {"server.config", "server.engine.config"},
     "server.serve": {"*"},
     "server.__main__": {"*"},

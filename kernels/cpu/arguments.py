@@ -46,7 +46,41 @@ class RowsCheck:
             raise ValueError(f"a row sees more keys than {rows.page_table.shape[1]} pages of {page_size} hold")
         if num_rows and cos_sin_MR is not None and int(rows.positions.max()) >= cos_sin_MR.shape[0]:
             raise ValueError(f"position {int(rows.positions.max())} is past the {cos_sin_MR.shape[0]} rotary positions")
+        if rows.tree is not None or rows.tree_starts is not None:
+            _check_trees(rows, rows.page_table.shape[1] * page_size)
         self._seen[1].append(seen[1:])
+
+
+def _check_trees(rows: AttentionRows, capacity: int) -> None:
+    """Refuse tree masks that reach outside a sequence's page table."""
+    tree, starts = rows.tree, rows.tree_starts
+    if tree is None or starts is None:
+        raise ValueError("rows.tree and rows.tree_starts come together; one of them is None")
+    for name, tensor, dtype in (("tree", tree, torch.int64), ("tree_starts", starts, torch.int32)):
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            raise TypeError(f"rows.{name} is {tensor.dtype}; the CPU kernels need a contiguous {dtype} tensor")
+        if tensor.shape != rows.positions.shape:
+            raise ValueError(f"rows.{name} has {tensor.shape[0]} entries, the step has {rows.positions.shape[0]} rows")
+    for mask, start in zip(tree.tolist(), starts.tolist(), strict=True):
+        # A negative mask has bit 63 set: Python's length of its 64-bit pattern.
+        if mask and not 0 <= start <= capacity - (mask & (1 << 64) - 1).bit_length():
+            raise ValueError(f"a tree at key {start} reaches outside the {capacity} keys of its page table")
+
+
+def move_args(k_pages: Tensor, v_pages: Tensor, from_slots: Tensor, to_slots: Tensor) -> library.MoveArgs:
+    """Checked: both lists are int64, equally long, and inside the pages."""
+    num_pages, num_kv, page_size, head_dim = k_pages.shape
+    for name, slots in (("from_slots", from_slots), ("to_slots", to_slots)):
+        if slots.dtype != torch.int64 or slots.ndim != 1 or not slots.is_contiguous():
+            raise TypeError(f"{name} is {slots.dtype} {list(slots.shape)}; expected a contiguous list of int64")
+        if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < num_pages * page_size:
+            raise ValueError(f"{name} has a slot outside the {num_pages} pages of {page_size}")
+    if from_slots.shape != to_slots.shape:
+        raise ValueError(f"{from_slots.shape[0]} slots cannot move to {to_slots.shape[0]}")
+    return library.MoveArgs(
+        k_pages.data_ptr(), v_pages.data_ptr(), from_slots.data_ptr(), to_slots.data_ptr(), from_slots.shape[0],
+        num_kv, head_dim, page_size, k_pages.dtype == torch.bfloat16,
+    )  # fmt: skip
 
 
 def qkv_args(
@@ -90,6 +124,8 @@ def attention_args(
         raise ValueError(f"window is {window}; it must be at least 1, or None")
     return library.AttentionArgs(
         None, k_pages.data_ptr(), v_pages.data_ptr(), None, rows.page_table.data_ptr(), rows.row_seq.data_ptr(),
-        rows.positions.data_ptr(), rows.visible.data_ptr(), rows.span_starts.data_ptr(), rows.page_table.stride(0),
+        rows.positions.data_ptr(), rows.visible.data_ptr(), rows.span_starts.data_ptr(),
+        None if rows.tree is None else rows.tree.data_ptr(),
+        None if rows.tree_starts is None else rows.tree_starts.data_ptr(), rows.page_table.stride(0),
         rows.span_starts.shape[0] - 1, num_q, num_kv, head_dim, page_size, window or 0, scale, dtype == torch.bfloat16,
     )  # fmt: skip

@@ -56,6 +56,8 @@ class Attend {
       long chunk = page / chunk_pages, chunk_end = (chunk + 1) * chunk_pages;
       chunk_end = chunk_end < end_page ? chunk_end : end_page;
       scores_of(page, chunk_end, chunk * chunk_pages);
+      if (g.tree)
+        for (long r = 0; r < rows; r++) hide_branches(r, page, chunk_end, chunk * chunk_pages);
       for (long r = 0; r < rows; r++) softmax_row(r, page, chunk_end, chunk * chunk_pages);
       values_of(page, chunk_end, chunk * chunk_pages, last_key, end_page);
       page = chunk_end;
@@ -88,7 +90,30 @@ class Attend {
       low[r] = start > 0 ? start : 0;
       peak[r] = kMinusInf;
       total[r] = 0.f;
+      if (g.tree) set_branch(r, token);
     }
+  }
+
+  // A row of a draft tree: [low, high) spans what it sees, and the bits say which of the tree's own keys that is.
+  // A path's n-th bit stands at position start + n, so that a window keeps its last bits.
+  void set_branch(long r, long token) {
+    branch[r] = uint64_t(g.tree[token]);
+    if (!branch[r]) return;
+    if (g.window > 0)
+      while (__builtin_popcountll(branch[r]) > g.window) branch[r] &= branch[r] - 1;
+    branch_start[r] = g.tree_starts[token];
+    high[r] = branch_start[r] + 64 - __builtin_clzll(branch[r]);
+    low[r] = low[r] < branch_start[r] ? low[r] : branch_start[r];
+  }
+
+  // Scores of the tree's keys that are not on the row's path, as if masked: what other branches hold cannot be seen.
+  void hide_branches(long r, long page, long end, long origin) {
+    if (!branch[r]) return;
+    long key = branch_start[r] > page * g.page_size ? branch_start[r] : page * g.page_size;
+    long last = high[r] < end * g.page_size ? high[r] : end * g.page_size;
+    for (; key < last; key++)
+      if (!(branch[r] >> (key - branch_start[r]) & 1))
+        scores[r * columns + (key / g.page_size - origin) * layout.padded_keys + key % g.page_size] = kMinusInf;
   }
 
   template <int NV, class W>
@@ -216,7 +241,8 @@ class Attend {
   uint32_t* q = nullptr;
   float *scores = nullptr, *out = nullptr;
   T* weights = nullptr;
-  long low[kTileRows + 512], high[kTileRows + 512];
+  long low[kTileRows + 512], high[kTileRows + 512], branch_start[kTileRows + 512];
+  uint64_t branch[kTileRows + 512];  // set in steps with trees only
   float peak[kTileRows + 512], total[kTileRows + 512];
 };
 

@@ -99,6 +99,15 @@ void qkv_rope_write(Pool* pool, const QkvArgs& g) {
   });
 }
 
+// A few slots of a tree's accepted path: less work than waking a thread.
+template <class T>
+static void move_kv(const MoveArgs& g) {
+  KvLayout<T> layout(g.page_size, g.num_kv, g.head_dim);
+  for (long m = 0; m < g.count; m++)
+    for (long h = 0; h < g.num_kv; h++)
+      layout.move(static_cast<T*>(g.k_pages), static_cast<T*>(g.v_pages), g.from[m], g.to[m], h);
+}
+
 template void rms_norm(Pool*, const bf16*, const bf16*, long, long, float, bf16*);
 template void rms_norm(Pool*, const float*, const float*, long, long, float, float*);
 template void silu_mul(Pool*, const bf16*, long, long, bf16*);
@@ -133,5 +142,12 @@ void braid_qkv_rope_write(void* pool, const QkvArgs* args) {
     qkv_rope_write<bf16>(static_cast<Pool*>(pool), *args);
   else
     qkv_rope_write<float>(static_cast<Pool*>(pool), *args);
+}
+
+void braid_move_kv(const MoveArgs* args) {
+  if (args->is_bf16)
+    move_kv<bf16>(*args);
+  else
+    move_kv<float>(*args);
 }
 }

@@ -24,20 +24,34 @@ struct KvLayout {
   const uint32_t* values(const T* pages, long page, long head) const {
     return reinterpret_cast<const uint32_t*>(pages) + (page * num_kv + head) * padded_dims * key_words;
   }
-  void write_key(T* pages, long slot, long head, const T* key) const {
+  // Element 0 of a slot's key or value, and how far from it element i lies.
+  T* key_at(T* pages, long slot, long head) const {
     long s = slot % page_size;
-    T* at = reinterpret_cast<T*>(const_cast<uint32_t*>(keys(pages, slot / page_size, head)) +
-                                 s / key_tile * key_tile * dim_words + s % key_tile);
-    for (long i = 0; i < head_dim; i++) at[i / per_word * key_tile * per_word + i % per_word] = key[i];
-    if (head_dim % per_word) std::memset(at + head_dim / per_word * key_tile * per_word + 1, 0, sizeof(T));
+    return reinterpret_cast<T*>(const_cast<uint32_t*>(keys(pages, slot / page_size, head)) +
+                                s / key_tile * key_tile * dim_words + s % key_tile);
+  }
+  long key_step(long i) const { return i / per_word * key_tile * per_word + i % per_word; }
+  T* value_at(T* pages, long slot, long head) const {
+    long s = slot % page_size;
+    return reinterpret_cast<T*>(const_cast<uint32_t*>(values(pages, slot / page_size, head)) + s / per_word * dim_panel) +
+           s % per_word;
+  }
+  long value_step(long i) const { return (i / dim_panel * dim_panel * key_words + i % dim_panel) * per_word; }
+
+  void write_key(T* pages, long slot, long head, const T* key) const {
+    T* at = key_at(pages, slot, head);
+    for (long i = 0; i < head_dim; i++) at[key_step(i)] = key[i];
+    if (head_dim % per_word) std::memset(at + key_step(head_dim - 1) + 1, 0, sizeof(T));
   }
   void write_value(T* pages, long slot, long head, const T* value) const {
-    long s = slot % page_size;
-    T* base = reinterpret_cast<T*>(const_cast<uint32_t*>(values(pages, slot / page_size, head)));
-    for (long i = 0; i < head_dim; i++) {
-      long word = i / dim_panel * dim_panel * key_words + s / per_word * dim_panel + i % dim_panel;
-      base[word * per_word + s % per_word] = value[i];
-    }
+    T* at = value_at(pages, slot, head);
+    for (long i = 0; i < head_dim; i++) at[value_step(i)] = value[i];
+  }
+  void move(T* k_pages, T* v_pages, long from, long to, long head) const {
+    const T *k = key_at(k_pages, from, head), *v = value_at(v_pages, from, head);
+    T *to_k = key_at(k_pages, to, head), *to_v = value_at(v_pages, to, head);
+    for (long i = 0; i < dim_words * per_word; i++) to_k[key_step(i)] = k[key_step(i)];
+    for (long i = 0; i < head_dim; i++) to_v[value_step(i)] = v[value_step(i)];
   }
 };
 
@@ -57,8 +71,18 @@ struct AttentionArgs {
   const void *q, *k_pages, *v_pages;
   void* out;
   const int32_t *page_table, *row_seq, *positions, *visible, *span_starts;
+  const int64_t* tree;          // null in a step without draft trees
+  const int32_t* tree_starts;
   int64_t max_pages, num_spans, num_q, num_kv, head_dim, page_size, window;  // window 0: none
   float scale;
+  int32_t is_bf16;
+};
+
+// Single slots' K and V copied inside one layer's pages, in list order.
+struct MoveArgs {
+  void *k_pages, *v_pages;
+  const int64_t *from, *to;
+  int64_t count, num_kv, head_dim, page_size;
   int32_t is_bf16;
 };
 

@@ -6,7 +6,7 @@ Each field must stay in the order and of the size that the C++ header gives it.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
 BF16, FLOAT, INT8, INT4 = 0, 1, 2, 3
@@ -51,8 +51,19 @@ class AttentionArgs(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("q", "k_pages", "v_pages", "out")),
         *((name, c_void_p) for name in ("page_table", "row_seq", "positions", "visible", "span_starts")),
+        *((name, c_void_p) for name in ("tree", "tree_starts")),
         *((name, c_int64) for name in ("max_pages", "num_spans", "num_q", "num_kv", "head_dim", "page_size", "window")),
         ("scale", c_float),
+        ("is_bf16", c_int32),
+    )
+
+
+class MoveArgs(ctypes.Structure):
+    """layer.h MoveArgs."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("k_pages", "v_pages", "from_slots", "to_slots")),
+        *((name, c_int64) for name in ("count", "num_kv", "head_dim", "page_size")),
         ("is_bf16", c_int32),
     )
 
@@ -98,10 +109,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "braid_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int, c_void_p]),
     "braid_silu_mul": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p]),
     "braid_qkv_rope_write": (None, [c_void_p, POINTER(QkvArgs)]),
+    "braid_move_kv": (None, [POINTER(MoveArgs)]),
     "braid_paged_attention": (None, [c_void_p, POINTER(AttentionArgs)]),
     "braid_attention_block": (None, [c_void_p, POINTER(AttentionBlockArgs)]),
     "braid_dense_layers": (None, [c_void_p, POINTER(DenseLayersArgs)]),
-    "braid_sample": (None, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 5]),
+    "braid_sample": (None, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_uint32, c_void_p]),
 }
 
 

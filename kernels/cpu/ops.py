@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
 from kernels.cpu import library
-from kernels.cpu.arguments import RowsCheck, attention_args, qkv_args
+from kernels.cpu.arguments import RowsCheck, attention_args, move_args, qkv_args
 from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.layers import LayerTables
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
@@ -273,7 +273,13 @@ class CpuOps:
         return out_TH.to(x_TH.dtype)
 
     def sample(
-        self, logits_JV: Tensor, seeds_J: Tensor, sample_index_J: Tensor, positions_J: Tensor, greedy_J: Tensor
+        self,
+        logits_JV: Tensor,
+        seeds_J: Tensor,
+        sample_index_J: Tensor,
+        positions_J: Tensor,
+        greedy_J: Tensor,
+        stream: int = 0,
     ) -> Tensor:
         logits = logits_JV.contiguous()
         if logits.dtype != torch.float32 or greedy_J.dtype != torch.bool:
@@ -282,9 +288,12 @@ class CpuOps:
         greedy, out_J = greedy_J.contiguous(), torch.empty(logits.shape[0], dtype=torch.int64)
         self._lib.braid_sample(
             self._pool, logits.data_ptr(), *logits.shape, *(key.data_ptr() for key in keys),
-            greedy.data_ptr(), out_J.data_ptr(),
+            greedy.data_ptr(), stream, out_J.data_ptr(),
         )  # fmt: skip
         return out_J
+
+    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+        self._lib.braid_move_kv(byref(move_args(k_pages, v_pages, from_slots_M, to_slots_M)))
 
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device

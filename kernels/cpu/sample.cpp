@@ -1,4 +1,5 @@
-// argmax over the vocabulary of logit + Gumbel noise; the noise is a pure function of (seed, position, sample, token).
+// argmax over the vocabulary of logit + Gumbel noise; the noise is a pure function of (seed, position, sample, stream,
+// token).
 //
 // Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). 23-bit uniforms, because a 24-bit
 // one can round to 1 in fp32, where the Gumbel is infinite.
@@ -57,7 +58,8 @@ int64_t greedy_row(const float* logits, long vocab) {
 }
 
 // 64 tokens per round of 16 counters: counter i gives words 0..3 to tokens 4i..4i+3, so words are transposed into place.
-int64_t noisy_row(const float* logits, long vocab, uint64_t seed, uint32_t position, uint32_t sample) {
+int64_t noisy_row(const float* logits, long vocab, uint64_t seed, uint32_t position, uint32_t sample,
+                  uint32_t stream) {
   Best best;
   alignas(64) uint32_t words[4 * kLanes];
   for (long v = 0; v < vocab; v += 4 * kLanes) {
@@ -66,7 +68,7 @@ int64_t noisy_row(const float* logits, long vocab, uint64_t seed, uint32_t posit
       p.c[0][i] = uint32_t(v / 4) + uint32_t(i);
       p.c[1][i] = position;
       p.c[2][i] = sample;
-      p.c[3][i] = 0;  // stream 0: the target model's own draw
+      p.c[3][i] = stream;
     }
     p.rounds(uint32_t(seed), uint32_t(seed >> 32));
     for (int i = 0; i < kLanes; i++)
@@ -87,11 +89,13 @@ int64_t noisy_row(const float* logits, long vocab, uint64_t seed, uint32_t posit
 using namespace braid;
 
 extern "C" void braid_sample(void* pool, const float* logits, int64_t rows, int64_t vocab, const int64_t* seeds,
-                             const int64_t* sample_index, const int64_t* positions, const uint8_t* greedy, int64_t* out) {
+                             const int64_t* sample_index, const int64_t* positions, const uint8_t* greedy, uint32_t stream,
+                             int64_t* out) {
   auto row = [&](long r) {
     const float* at = logits + r * vocab;
     out[r] = greedy[r] ? greedy_row(at, vocab)
-                       : noisy_row(at, vocab, uint64_t(seeds[r]), uint32_t(positions[r]), uint32_t(sample_index[r]));
+                       : noisy_row(at, vocab, uint64_t(seeds[r]), uint32_t(positions[r]), uint32_t(sample_index[r]),
+                                   stream);
   };
   parallel(static_cast<Pool*>(pool), rows, row);
 }
