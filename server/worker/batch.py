@@ -1,7 +1,8 @@
 """A plan's spans as tensors: tokens, where each row lives in the KV cache, and which rows are judged.
 
-Vectorised over tokens; the only Python loops are comprehensions over spans (512 spans cost well under a millisecond).
-The mask rule is `Span.mask_block`'s: row at KV index i sees keys [0, min(kv_len, (i // mask_block + 1) * mask_block)).
+Vectorised over tokens; the only Python loops are over spans (512 spans cost well under a millisecond) and over the rows
+of draft trees. The mask rule is `Span.mask_block`'s: row at KV index i sees keys
+[0, min(kv_len, (i // mask_block + 1) * mask_block)); a row of a tree sees what `Span.parents` says.
 """
 
 from __future__ import annotations
@@ -58,18 +59,20 @@ def build_batch(
     num_rows = int(bounds[-1])
     tokens = np.fromiter(chain.from_iterable(span.tokens for span in spans), np.int64, num_rows)
     row_span = np.repeat(np.arange(num_spans), lengths)
-    positions = np.arange(num_rows) + (starts - bounds[:-1])[row_span]
+    indices = np.arange(num_rows) + (starts - bounds[:-1])[row_span]
     row_blocks = blocks[row_span]
-    visible = np.minimum(kv_lens[row_span], (positions // row_blocks + 1) * row_blocks)
+    visible = np.minimum(kv_lens[row_span], (indices // row_blocks + 1) * row_blocks)
 
     # Only the rows and columns this step reads: a copy of at most spans x pages integers.
     width = int((kv_lens.max() + page_size - 1) // page_size)
     table = page_table[slots, :width]
-    kv_slots = table[row_span, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    kv_slots = table[row_span, indices // page_size].astype(np.int64) * page_size + indices % page_size
 
     def tensor(values: NDArray[np.int64] | NDArray[np.int32], dtype: type) -> Tensor:
         return torch.from_numpy(values.astype(dtype, copy=False)).to(device, non_blocking=True)
 
+    branching = [at for at, span in enumerate(spans) if span.parents]
+    masks, positions = _trees(spans, branching, bounds, indices) if branching else (None, indices)
     rows = AttentionRows(
         page_table=tensor(table, np.int32),
         row_seq=tensor(row_span, np.int32),
@@ -77,8 +80,26 @@ def build_batch(
         visible=tensor(visible, np.int32),
         slots=tensor(kv_slots, np.int64),
         span_starts=tensor(bounds, np.int32),
+        tree=None if masks is None else tensor(masks, np.int64),
+        tree_starts=None if masks is None else tensor(starts[row_span], np.int32),
     )
     return Batch(tokens=tensor(tokens, np.int64), rows=rows, first_rows=bounds.tolist())
+
+
+def _trees(
+    spans: Sequence[Span], branching: list[int], bounds: NDArray[np.int64], indices: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Per row of the step: the bits of its ancestors and of itself, 0 outside trees; its position, start + depth."""
+    masks, positions = np.zeros(len(indices), dtype=np.uint64), indices.copy()
+    for at in branching:
+        first, start = int(bounds[at]), spans[at].start
+        seen, depths = [1], [0]
+        for offset, parent in enumerate(spans[at].parents[1:], 1):
+            seen.append(seen[parent] | 1 << offset)
+            depths.append(depths[parent] + 1)
+        masks[first : first + len(seen)] = seen
+        positions[first : first + len(seen)] = np.asarray(depths) + start
+    return masks.view(np.int64), positions
 
 
 def _check(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from scheduler.types import Read, Span, VerifyMode
+from scheduler.types import MAX_TREE_NODES, Read, Span, VerifyMode
 from server.worker.grammar import GrammarMask
 from server.worker.process_logits import JudgedRow
 from server.worker.sequences import SequenceState
@@ -100,6 +100,8 @@ def check_drafts(span: Span) -> None:
         raise ValueError(f"span of sequence {span.seq_id} is verified, so all of its rows must be judged")
     if span.parents and not _is_tree(span.parents, len(span.tokens)):
         raise ValueError(f"span of sequence {span.seq_id} has parents {span.parents}, which are no tree")
+    if span.parents and len(span.parents) > MAX_TREE_NODES:
+        raise ValueError(f"span of sequence {span.seq_id} is a tree of {len(span.parents)}; {MAX_TREE_NODES} at most")
 
 
 def _is_tree(parents: tuple[int, ...], num_tokens: int) -> bool:

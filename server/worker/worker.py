@@ -179,6 +179,7 @@ class Worker:
         errors = {index: state.failure for index, state in enumerate(states) if state.failure is not None}
         errors.update(dict.fromkeys(broken, NOT_FINITE))
         readings = self._read_tokens(logits_of, spans, states, batch, errors)
+        self._accept(spans, states, batch, readings)
         drafts, draft_s = self._propose(plan, states, readings)
         return [
             _outcome(span.seq_id, readings.get(index), errors.get(index), prompts.get(index, ()), drafts.get(index))
@@ -215,9 +216,32 @@ class Worker:
                 readings[index] = reading
                 if reading.error is not None:
                     errors[index] = reading.error
-                elif len(reading.tokens) > 1:
-                    states[index].history.extend(reading.tokens[:-1])
         return readings
+
+    def _accept(
+        self,
+        spans: Sequence[Span],
+        states: Sequence[SequenceState],
+        batch: Batch,
+        readings: Mapping[int, Reading],
+    ) -> None:
+        """Enter accepted drafts into the histories and move those of trees to where their positions belong."""
+        sources: list[int] = []
+        targets: list[int] = []
+        for index, reading in readings.items():
+            if len(reading.tokens) > 1:
+                states[index].history.extend(reading.tokens[:-1])
+                if spans[index].parents:
+                    first = batch.first_rows[index]
+                    moves = [(source, target) for target, source in enumerate(reading.path) if source != target]
+                    sources += [first + source for source, _ in moves]
+                    targets += [first + target for _, target in moves]
+        if sources:
+            slots = batch.rows.slots
+            from_slots = slots[torch.tensor(sources, device=self._device)]
+            to_slots = slots[torch.tensor(targets, device=self._device)]
+            for k_pages, v_pages in self._pool.layers:
+                self._ops.move_kv(k_pages, v_pages, from_slots, to_slots)
 
     def _propose(
         self, plan: StepPlan, states: Sequence[SequenceState], readings: Mapping[int, Reading]

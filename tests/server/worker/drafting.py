@@ -132,6 +132,7 @@ class DraftDriver:
         self.outcomes: dict[str, list[Outcome]] = {}
         self.num_steps = 0
         self.num_accepted = 0
+        self.num_branched = 0
         self.execute: Callable[[StepPlan], StepResult] = worker.run
 
     def add(self, request: Request) -> int:
@@ -169,6 +170,7 @@ class DraftDriver:
             return Span(seq_id, (run.tokens[-1],), start, start + 1, 1, (0,), Read.SAMPLE, (), self.most)
         parents: tuple[int, ...] = ()
         if drafts.parents:
+            self.num_branched += 1
             parents = (-1, *(parent + 1 for parent in drafts.parents[:count]))
         tokens = (run.tokens[-1], *drafts.tokens[:count])
         rows = tuple(range(count + 1))

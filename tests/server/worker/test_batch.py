@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from scheduler.types import MASK_ALL, Request, Span
+from scheduler.types import MASK_ALL, MAX_TREE_NODES, Request, Span
 from server.worker.batch import build_batch
 from server.worker.recipe import make_recipe
 from server.worker.sequences import SequenceState
@@ -57,6 +57,38 @@ def test_every_row_has_the_place_and_the_mask_of_its_span(seed: int) -> None:
     assert at == len(batch.tokens) == batch.first_rows[-1] == int(rows.span_starts[-1])
     assert rows.visible.dtype == rows.page_table.dtype == torch.int32
     assert rows.slots.dtype == batch.tokens.dtype == torch.int64
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_of_a_tree_stand_at_their_depth_and_see_their_ancestors(seed: int) -> None:
+    rng = random.Random(seed)
+    page_table = np.array([rng.sample(range(1000), 40) for _ in range(20)], dtype=np.int32)
+    spans, states = random_spans(rng, 4)
+    for at in (1, 3):
+        num_tokens, start = (MAX_TREE_NODES, 5) if at == 1 else (rng.randint(2, 20), rng.randint(0, 30))
+        parents = (-1, *(rng.randrange(offset) for offset in range(1, num_tokens)))
+        spans[at] = Span(spans[at].seq_id, (7,) * num_tokens, start, start + num_tokens, parents=parents)
+        states[at] = state(spans[at].seq_id, 40)
+    batch = build_batch(spans, states, page_table, PAGE, CPU)
+    rows = batch.rows
+    assert rows.tree is not None
+    assert rows.tree_starts is not None
+    assert rows.tree.dtype == torch.int64
+    for index, span in enumerate(spans):
+        for offset in range(len(span.tokens)):
+            row, ancestors, at = batch.first_rows[index] + offset, {offset}, offset
+            while span.parents and at:
+                at = span.parents[at]
+                ancestors.add(at)
+            bits = int(rows.tree[row]) % (1 << 64)
+            seen = {bit for bit in range(64) if bits >> bit & 1}
+            assert seen == (ancestors if span.parents else set())
+            depth = len(ancestors) - 1 if span.parents else offset
+            assert int(rows.positions[row]) == span.start + depth
+            assert int(rows.tree_starts[row]) == span.start
+            place = span.start + offset
+            assert int(rows.slots[row]) == page_table[span.seq_id, place // PAGE] * PAGE + place % PAGE
+    assert build_batch(spans[:1], states[:1], page_table, PAGE, CPU).rows.tree is None
 
 
 def test_a_batch_of_512_decodes_is_built_within_a_few_milliseconds() -> None:

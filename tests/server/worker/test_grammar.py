@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 from llguidance import LLTokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from scheduler.types import Grammar, GrammarKind, Request, Sampling
 from server.worker.grammar import GrammarCompiler, compile_grammar, depth
 from tests.server.worker.tiny_model import EOS, Driver, TinyModel, make_worker
 
-WORDS = ["true", "false", "null", '":', '",', "na", "me", "12", "yes", "no", "maybe"]
 VOCAB = 320
 
 SCHEMA = json.dumps(
@@ -38,26 +37,6 @@ CASES = {
     GrammarKind.LARK: 'start: greeting " " /[a-z]{2,6}/ "!"\ngreeting: "hello" | "bye"',
     GrammarKind.CHOICE: '["yes", "no", "may\\"be", "naïve"]',
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": EOS}
-    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[symbol] = len(vocab)
-    merges = []
-    for word in WORDS:
-        for end in range(2, len(word) + 1):
-            if word[:end] not in vocab:
-                merges.append((word[: end - 1], word[end - 1]))
-                vocab[word[:end]] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<bos>", "<eos>"])
-    path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 
 from scheduler.types import Request, Sampling, TokenLogprob
-from tests.server.worker.drafting import DraftDriver, Script, ScriptedDrafter, noise, outside, right, wrong
+from tests.server.worker.drafting import DraftDriver, Script, ScriptedDrafter, noise, outside, right, tree, wrong
 from tests.server.worker.tiny_model import Driver, TinyModel, make_worker
 
 VOCAB = 40
-SCRIPTS: dict[str, Script] = {"right": right, "wrong": wrong(VOCAB), "noise": noise(VOCAB), "outside": outside(VOCAB)}
+SCRIPTS: dict[str, Script] = {
+    "right": right,
+    "wrong": wrong(VOCAB),
+    "noise": noise(VOCAB),
+    "outside": outside(VOCAB),
+    "tree": tree(VOCAB),
+}
 RULES: dict[str, dict[str, object]] = {
     "greedy": {"temperature": 0.0, "logprobs": 0},
     "warm": {"temperature": 0.7, "logprobs": 2},
