@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from kernels.ops import AttentionRows, Ops
+from kernels.ops import Ops
 from kernels.select import select_ops
 from server.embedded import functions, tasks
 from server.models.loading import load_model
 from server.models.locate import resolve_model
 from server.models.registry import Model
 from server.worker.drafters.acceptance_head import HEAD_FILE, head_logits, head_shapes
+from server.worker.drafters.dense_reader import DenseReader
 
 PAGE_SIZE = 32
 HELD_OUT = 0.1
@@ -35,26 +36,15 @@ MAX_TOKENS = 256
 
 
 class Reader:
-    """Runs a model over one text at a time, every row at once; the pages are written over by the next text."""
+    """A model and pages to read texts with it."""
 
     def __init__(self, model: Model, ops: Ops) -> None:
         self._model = model
-        config, device = model.config, torch.device("cpu")
-        shape = (MAX_TOKENS // PAGE_SIZE, PAGE_SIZE, config.num_kv_heads, config.head_dim)
-        self._kv = [ops.allocate_kv(*shape, torch.float32, device) for _ in range(config.num_layers)]
+        self._reader = DenseReader(ops, model.config, MAX_TOKENS, PAGE_SIZE, torch.float32, torch.device("cpu"))
 
     def read(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Hidden states [T, H] and logits float32 [T, V] of every row."""
-        positions = torch.arange(len(tokens))
-        rows = AttentionRows(
-            page_table=torch.arange(MAX_TOKENS // PAGE_SIZE, dtype=torch.int32).unsqueeze(0),
-            row_seq=torch.zeros(len(tokens), dtype=torch.int32),
-            positions=positions.int(),
-            visible=(positions + 1).int(),
-            slots=positions,
-            span_starts=torch.tensor([0, len(tokens)], dtype=torch.int32),
-        )
-        hidden_TH = self._model.forward(torch.tensor(list(tokens)), rows, self._kv)
+        hidden_TH = self._reader.read(self._model, tokens)
         return hidden_TH.float(), self._model.logits(hidden_TH)
 
 

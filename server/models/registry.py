@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -41,6 +41,10 @@ class Model(Protocol):
 
     def logits(self, hidden_JH: Tensor) -> Tensor:
         """float32 [J, V]."""
+        ...
+
+    def subset(self, layers: Collection[int]) -> Model:
+        """The same weights running only these layers; `forward` takes the pages of all layers all the same."""
         ...
 
 

@@ -10,6 +10,7 @@ from server.models.registry import Model
 from server.worker.drafters.base import Drafter
 from server.worker.drafters.config import SpeculatorConfig
 from server.worker.drafters.draft_model import DraftModel, build_draft_model
+from server.worker.drafters.layer_subset import build_layer_subset
 from server.worker.drafters.lookup import LookupDrafter
 from server.worker.drafters.speculator import Speculator
 from server.worker.drafters.stores.grammar import GrammarStore
@@ -47,6 +48,7 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "history": lambda parts: LookupDrafter(parts.history),
     "suffix": lambda parts: LookupDrafter(SuffixStore(parts.history, parts.shared_bytes)),
     "draft_model": lambda parts: _draft_model(parts),
+    "layer_subset": lambda parts: _layer_subset(parts),
     "synthetic": lambda parts: _synthetic(parts),
 }
 
@@ -60,6 +62,26 @@ def _draft_model(parts: Parts) -> Drafter:
     config, info = parts.config, parts.info
     return build_draft_model(
         parts.draft, parts.pool, parts.sequences, parts.ops, info.vocab_size, config.max_drafts, config.draft_stop
+    )
+
+
+def _layer_subset(parts: Parts) -> Drafter:
+    config, info = parts.config, parts.info
+    if config.layer_subset is None:
+        raise ValueError("drafters names 'layer_subset', but layer_subset is not set; give uniform:0.5, search or exit")
+    # An acceptance head is trained for one draft model's states; these layers stop by what is next best.
+    stop = "confidence" if config.draft_stop == "acc_head" else config.draft_stop
+    return build_layer_subset(
+        parts.model,
+        parts.model.config,
+        config.layer_subset,
+        parts.pool,
+        parts.sequences,
+        parts.ops,
+        info.vocab_size,
+        info.model_len,
+        config.max_drafts,
+        stop,
     )
 
 
