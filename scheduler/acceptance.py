@@ -93,30 +93,18 @@ class Acceptance:
         Where the estimates of a tree would rise along its order, the earlier, lower one stands: a cut is a prefix.
         """
         source = self._sources.get(drafts.source) or self._unknown
-        beta, parents = source.beta, drafts.parents
-        trials, successes = counts.trials, counts.successes
-        claims, result = drafts.survivals, []
-        depths: list[int] = []
-        parent, depth, claimed, reached = -1, 0, 1.0, 1.0
-        exact: list[float] = []
-        lowest = 1.0
-        for node, claim in enumerate(claims):
-            if parents:
-                parent = parents[node]
-                depth = depths[parent] if parent >= 0 else 0
-                claimed = claims[parent] if parent >= 0 else 1.0
-                reached = exact[parent] if parent >= 0 else 1.0
-            bucket = _BUCKET[int(_FINE * min(1.0, claim / claimed))]
-            cell = beta[bucket][depth + 1 if depth < _LAST_POSITION else _LAST_POSITION]
-            rate = (successes[bucket] + _KAPPA * cell) / (trials[bucket] + _KAPPA)
-            survival = reached * (_LOWEST if rate < _LOWEST else _HIGHEST if rate > _HIGHEST else rate)
-            if parents:
-                depths.append(depth + 1)
-                exact.append(survival)
-            else:
-                depth, claimed, reached = depth + 1, claim, survival
-            lowest = survival if survival < lowest else lowest
-            result.append(lowest)
+        beta, trials, successes = source.beta, counts.trials, counts.successes
+        if drafts.parents:
+            return _tree_survivals(drafts, beta, counts)
+        result, claimed, reached, depth = [], 1.0, 1.0, 0
+        for claim in drafts.survivals:
+            bucket = _BUCKET[int(_FINE * claim / claimed)]
+            if depth < _LAST_POSITION:
+                depth += 1
+            rate = (successes[bucket] + _KAPPA * beta[bucket][depth]) / (trials[bucket] + _KAPPA)
+            reached *= _LOWEST if rate < _LOWEST else _HIGHEST if rate > _HIGHEST else rate
+            claimed = claim
+            result.append(reached)
         return result
 
     def observe(
@@ -155,3 +143,22 @@ class Acceptance:
         """A drafter's recent acceptance over its long-run one: far below 1, what it drafts from has gone stale."""
         source = self._sources.get(name) or self._unknown
         return source.fast / source.slow if source.slow > 0.0 else 1.0
+
+
+def _tree_survivals(drafts: Drafts, beta: list[list[float]], counts: RequestCounts) -> list[float]:
+    exact: list[float] = []
+    depths: list[int] = []
+    result: list[float] = []
+    lowest = 1.0
+    for claim, parent in zip(drafts.survivals, drafts.parents, strict=True):
+        is_child = parent >= 0
+        depth = depths[parent] + 1 if is_child else 1
+        bucket = _BUCKET[int(_FINE * claim / (drafts.survivals[parent] if is_child else 1.0))]
+        cell = beta[bucket][min(depth, _LAST_POSITION)]
+        rate = (counts.successes[bucket] + _KAPPA * cell) / (counts.trials[bucket] + _KAPPA)
+        survival = min(_HIGHEST, max(_LOWEST, rate)) * (exact[parent] if is_child else 1.0)
+        exact.append(survival)
+        depths.append(depth)
+        lowest = min(lowest, survival)
+        result.append(lowest)
+    return result

@@ -60,6 +60,13 @@ class DraftPlan:
             self.draft_context,
         )
 
+    def joined_pages(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """New pages, one entry per sequence: a worker takes them in once a step, so that it can repeat the step."""
+        joined: dict[int, tuple[int, ...]] = {}
+        for seq_id, pages in self.new_pages:
+            joined[seq_id] = joined.get(seq_id, ()) + pages
+        return tuple(joined.items())
+
     def place_prefill(self, seq: Sequence, num_tokens: int) -> None:
         """Add a chunk of at most `num_tokens` of a prompt."""
         span = seq.decoding.next_span(num_tokens)

@@ -140,7 +140,7 @@ class Scheduler:
             step=self._step,
             spans=tuple(draft.spans),
             admitted=tuple(draft.admitted),
-            new_pages=tuple(draft.new_pages),
+            new_pages=draft.joined_pages(),
             released=self._queues.take_released(),
             budget=draft.budget,
             predicted_s=self._policy.predict(draft),

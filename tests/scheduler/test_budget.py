@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler.scheduler import Scheduler
-from scheduler.simulator import Machine, percentile, poisson, simulate, stall
+from scheduler.simulation import Machine, percentile, poisson, simulate, stall
 from scheduler.step_cost import StepCost
 from scheduler.types import Limits, StepFeatures, StepPlan, StepSample
 from tests.scheduler.worlds import World, make_limits, make_request

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.simulator import Machine, bench_schedule, main, percentile, poisson, simulate
+from scheduler.simulation import Machine, percentile, poisson, simulate
+from scheduler.simulator import bench_schedule, main
 from scheduler.types import Limits
 
 LIMITS = Limits(2048, 64, 4096, 4096, 16)

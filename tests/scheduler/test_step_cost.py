@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from scheduler.simulator import Machine
+from scheduler.simulation import Machine
 from scheduler.step_cost import StepCost, with_prefill
 from scheduler.types import StepFeatures
 
