@@ -28,5 +28,5 @@ def draw(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow], stream: int) ->
         tensor([row.recipe.sampling.sample_index for row in rows]),
         tensor([row.num_output for row in rows]),
         tensor([row.recipe.is_greedy for row in rows], torch.bool),
-        **({"stream": stream} if stream else {}),
+        stream,
     )

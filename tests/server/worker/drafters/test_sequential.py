@@ -241,6 +241,29 @@ def test_a_chain_ends_in_a_stop_token(target: TinyModel) -> None:
     assert cut.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
 
 
+@pytest.mark.parametrize("verify", [VerifyMode.REJECTION, VerifyMode.BLOCK])
+def test_under_the_rejection_rules_drafts_have_noise_of_their_own_and_keep_their_distribution(
+    target: TinyModel, verify: VerifyMode
+) -> None:
+    sequences, text = Sequences(num_pages=256), TargetText(target)
+    equal = 0
+    for seed in range(30):
+        asked = request("x", 9, verify, temperature=1.0, seed=seed, top_k=8)
+        state = sequences.admit(seed, asked, num_tokens=16)
+        drafter = drafter_of(target, sequences, DraftKV(256, NEAR))
+        offer = drafter.propose([want(seed, state, asked.prompt, 3)], 3)[0]
+        assert offer is not None
+        assert state.draft_q is not None
+        assert state.draft_q.shape == (3, VOCAB)
+        assert torch.allclose(state.draft_q.sum(dim=1), torch.ones(3))
+        assert ((state.draft_q > 0).sum(dim=1) >= 8).all()
+        assert (state.draft_q == 0).any()
+        assert all(state.draft_q[i, token] > 0 for i, token in enumerate(offer.tokens))
+        equal += offer.tokens[0] == text.next(state, asked.prompt)
+    # With the target's own noise all thirty would be equal.
+    assert equal < 25
+
+
 def test_greedy_drafts_were_not_drawn_so_no_distribution_is_kept(target: TinyModel) -> None:
     sequences = Sequences()
     state = sequences.admit(1, request("x", 9, VerifyMode.REJECTION, temperature=0.0))
