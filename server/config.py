@@ -101,6 +101,7 @@ class ServerConfig(BaseModel):
     max_body_size: Count = _http(2 << 20, "bytes of a request's body (2MiB)", le=32 << 20)
     body_timeout: Seconds = _http(30.0, "seconds to receive a body")
     write_timeout: Seconds = _http(30.0, "seconds a reader may take nothing before its request is aborted")
+    header_timeout: Seconds = _http(10.0, "seconds to receive a request's head")
     keep_alive_timeout: Seconds = _http(15.0, "seconds an idle connection is kept")
 
     max_output_tokens: AutoCount = _limits(None, "cap of max_tokens; auto = what the context leaves")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
+import gc
 import importlib.metadata
 import logging
 import signal
@@ -25,6 +27,7 @@ from server.banner import banner
 from server.config import ServerConfig
 from server.engine.client import EngineClient, EngineStartError
 from server.engine.log import configure_logging
+from server.protocol import PatientProtocol
 
 if TYPE_CHECKING:
     from server.text.tokenizer import Tokenizer
@@ -78,7 +81,10 @@ def serve(config: ServerConfig) -> int:
     """Run until a signal or the engine's end; the exit code."""
     started_at = time.monotonic()
     configure_logging(config.log_format, config.log_level)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    # What it logs below that are clients' mistakes; our own failures are logged where they happen.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    # Text is worked on in threads beside the event loop, which takes the interpreter lock back at each of its calls.
+    sys.setswitchinterval(0.001)
     if _has_kernels_package():
         say("the PyPI package 'kernels' is installed beside Braid, whose folder has that name; pip uninstall kernels")
         return 2
@@ -141,14 +147,18 @@ class _Server:
         self._http = _Uvicorn(
             uvicorn.Config(
                 self._door,
-                http="h11",
+                http=functools.partial(  # type: ignore[arg-type]
+                    PatientProtocol,
+                    header_s=config.header_timeout,
+                    write_s=config.write_timeout,
+                    max_connections=config.max_connections,
+                ),
                 ws="none",
                 lifespan="off",
                 loop="asyncio",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                limit_concurrency=config.max_connections,
                 h11_max_incomplete_event_size=config.max_header_size,
                 timeout_keep_alive=int(config.keep_alive_timeout),
                 timeout_graceful_shutdown=int(FLUSH_S),
@@ -216,6 +226,9 @@ class _Server:
         app = create_app(settings, self._client, tokenizer, metrics)
         await stack.enter_async_context(app.api.router.lifespan_context(app.api))
         self._door.app = app
+        # What is here stays: a full collection need not stop the loop to look at it again.
+        gc.collect()
+        gc.freeze()
         total = time.monotonic() - self._started_at
         phases = (*facts.phases, ("front end", imported_at - before), ("total", total))
         if not self._config.quiet:

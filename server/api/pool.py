@@ -7,13 +7,28 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from server.api.errors import overloaded
+from server.api.errors import ApiError, overloaded
 from server.metrics import Metrics
 
 Result = TypeVar("Result")
 
 INLINE_BYTES = 4096
 """Work on less text than this takes well under a millisecond and is cheaper done on the spot than handed over."""
+
+
+class _Refused:
+    def __init__(self, error: ApiError) -> None:
+        self.error = error
+
+
+def _caught(function: Callable[[], Result]) -> Result | _Refused:
+    """Runs in a worker. A refusal leaves without its traceback, whose frames hold the body: freeing a million values
+    is a worker's job too, and must not wait for the garbage collector."""
+    try:
+        return function()
+    except ApiError as error:
+        error.__cause__ = error.__context__ = None
+        return _Refused(error.with_traceback(None))
 
 
 class TextPool:
@@ -37,9 +52,12 @@ class TextPool:
             raise overloaded("too many long texts are waiting to be tokenized; try again shortly", 1)
         self._num_jobs += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+            outcome = await asyncio.get_running_loop().run_in_executor(self._executor, _caught, function)
         finally:
             self._num_jobs -= 1
+        if isinstance(outcome, _Refused):
+            raise outcome.error
+        return outcome
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -112,7 +112,9 @@ def test_it_answers_says_what_it_holds_survives_an_engine_kill_and_drains(checkp
         with server.open("/v1/completions", {**body, "stream": True}) as stream:
             for number, line in enumerate(stream):
                 if line.startswith(b"data: {"):
-                    text += json.loads(line[6:])["choices"][0]["text"]
+                    event = json.loads(line[6:])
+                    assert "error" not in event, event
+                    text += event["choices"][0]["text"]
                 if number == 4:
                     os.kill(engine, signal.SIGKILL)
         assert text == reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import threading
@@ -16,6 +17,7 @@ import uvicorn
 from server.api.app import Application, create_app
 from server.api.settings import ApiSettings
 from server.metrics import Metrics
+from server.protocol import PatientProtocol
 from server.text.tokenizer import Tokenizer
 from tests.server.api.fake_engine import MODEL_LEN, FakeEngine, Script, byte_tokenizer
 
@@ -26,8 +28,11 @@ PATIENCE_S = 60.0
 class Server:
     """What a test holds of a running server."""
 
-    def __init__(self, engine: FakeEngine, tokenizer: Tokenizer, app: Application, port: int) -> None:
+    def __init__(
+        self, engine: FakeEngine, tokenizer: Tokenizer, app: Application, port: int, connections: set[Any]
+    ) -> None:
         self.engine, self.tokenizer, self.app, self.port = engine, tokenizer, app, port
+        self.connections = connections
         self.url = f"http://127.0.0.1:{port}"
 
     def connect(self) -> socket.socket:
@@ -72,19 +77,41 @@ def make_app(
 
 @contextmanager
 def serving(
-    script: Script | None = None, settings: ApiSettings | None = None, max_seqs: int = 8, queue: int = 32
+    script: Script | None = None,
+    settings: ApiSettings | None = None,
+    max_seqs: int = 8,
+    queue: int = 32,
+    header_s: float = PATIENCE_S,
+    keep_alive_s: int = int(PATIENCE_S),
+    max_connections: int = 1024,
+    send_buffer: int | None = None,
 ) -> Iterator[Server]:
+    """A server as `server/serve.py` sets it up, with the timeouts of its settings."""
     app, engine, tokenizer = make_app(script, settings, max_seqs=max_seqs, queue=queue)
     # With the protocol number, or asyncio leaves Nagle on: head and body then arrive 40 ms apart.
     sock = socket.socket(proto=socket.IPPROTO_TCP)
+    if send_buffer is not None:
+        # Of each connection; the kernel would take megabytes for a reader that does not read.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     sock.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http="h11", log_level="error", timeout_graceful_shutdown=1)
+    write_s = app.services.settings.timeouts.write_s
+    protocol = functools.partial(PatientProtocol, header_s=header_s, write_s=write_s, max_connections=max_connections)
+    config = uvicorn.Config(
+        app,
+        http=protocol,  # type: ignore[arg-type]
+        ws="none",
+        log_level="critical",
+        server_header=False,
+        h11_max_incomplete_event_size=app.services.settings.limits.max_header_bytes,
+        timeout_keep_alive=keep_alive_s,
+        timeout_graceful_shutdown=1,
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Server(engine, tokenizer, app, sock.getsockname()[1])
+        yield Server(engine, tokenizer, app, sock.getsockname()[1], server.server_state.connections)
     finally:
         server.should_exit = True
         thread.join(10)
