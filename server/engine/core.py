@@ -23,6 +23,7 @@ class WorkerLike(Protocol):
     def prepare(self, request: Request) -> None: ...
     def run(self, plan: StepPlan) -> StepResult: ...
     def forget(self, request_id: str) -> None: ...
+    def close(self) -> None: ...
 
 
 class SchedulerLike(Protocol):
@@ -70,6 +71,10 @@ class EngineCore:
 
     def stats(self) -> StepStats:
         return self._scheduler.stats()
+
+    def close(self) -> None:
+        """Let the worker keep what is to outlive it. The last call."""
+        self._worker.close()
 
     def add(self, request: Request) -> None:
         """Take a request; what is wrong with it comes out as a delta."""

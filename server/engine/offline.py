@@ -124,6 +124,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the model's memory. Idempotent."""
         if hasattr(self, "_core"):
+            self._core.close()
             del self._core
 
     def generate(

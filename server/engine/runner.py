@@ -186,6 +186,7 @@ def run_engine(build: Build) -> int:
         # At once: the device may hang in any destructor.
         os._exit(EXIT_FAULT)
     loop.close()
+    core.close()
     return 0
 
 

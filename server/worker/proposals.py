@@ -35,6 +35,10 @@ class Proposer(Protocol):
         """These sequences are gone: ids and the last states."""
         ...
 
+    def close(self) -> None:
+        """Keep what was learnt, if it is to be kept."""
+        ...
+
 
 def propose(
     proposer: Proposer,

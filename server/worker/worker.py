@@ -116,6 +116,11 @@ class Worker:
         """Drop what `prepare` made. Idempotent."""
         self._grammars.forget(request_id)
 
+    def close(self) -> None:
+        """Keep what outlives the process. The last call."""
+        if self._speculator is not None:
+            self._speculator.close()
+
     def profile(self) -> list[StepSample]:
         """Warm up and time a few sizes of step on the empty pool. Only before the first request."""
         if len(self._sequences):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from kernels.ops import Ops
 from server.models.registry import Model
@@ -11,12 +13,16 @@ from server.worker.drafters.base import Drafter
 from server.worker.drafters.config import SpeculatorConfig
 from server.worker.drafters.draft_model import DraftModel, build_draft_model
 from server.worker.drafters.layer_subset import build_layer_subset
-from server.worker.drafters.lookup import LookupDrafter
+from server.worker.drafters.lookup import LookupDrafter, Store
 from server.worker.drafters.speculator import Speculator
+from server.worker.drafters.stores.adjacency import AdjacencyStore
 from server.worker.drafters.stores.grammar import GrammarStore
 from server.worker.drafters.stores.history import HistoryStore
+from server.worker.drafters.stores.ngram_prob import NgramProbStore
+from server.worker.drafters.stores.persistence import Kept, load_stores, save_stores
 from server.worker.drafters.stores.prediction import PredictionStore
 from server.worker.drafters.stores.suffix import SuffixStore
+from server.worker.drafters.stores.trigram import TrigramStore
 from server.worker.drafters.synthetic import SyntheticDrafter
 from server.worker.kv_pool import KVPool
 from server.worker.sequences import SequenceTable
@@ -29,6 +35,7 @@ class Parts(NamedTuple):
     draft         the loaded model of `draft_model`, if it is among the drafters
     history       the index of the sequences' own tokens, one for all stores that search it
     shared_bytes  memory of one store that is shared between requests
+    kept          stores that outlive the process where `store_file` says; their constructors add them
     """
 
     config: SpeculatorConfig
@@ -39,6 +46,7 @@ class Parts(NamedTuple):
     info: WorkerInfo
     history: HistoryStore
     shared_bytes: int
+    kept: list[Kept]
     draft: DraftModel | None = None
 
 
@@ -46,14 +54,26 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "prediction": lambda parts: LookupDrafter(PredictionStore()),
     "grammar": lambda parts: LookupDrafter(GrammarStore()),
     "history": lambda parts: LookupDrafter(parts.history),
-    "suffix": lambda parts: LookupDrafter(SuffixStore(parts.history, parts.shared_bytes)),
+    "suffix": lambda parts: _shared(parts, SuffixStore(parts.history, parts.shared_bytes)),
+    "adjacency": lambda parts: _shared(parts, AdjacencyStore(parts.shared_bytes)),
+    "ngram_prob": lambda parts: _shared(parts, NgramProbStore(parts.shared_bytes)),
+    "trigram": lambda parts: _shared(parts, TrigramStore(parts.shared_bytes)),
     "draft_model": lambda parts: _draft_model(parts),
     "layer_subset": lambda parts: _layer_subset(parts),
     "synthetic": lambda parts: _synthetic(parts),
 }
 
-SHARED = frozenset({"suffix"})
+SHARED = frozenset({"suffix", "adjacency", "ngram_prob", "trigram"})
 """Names of the stores that are shared between requests; `store_bytes` is divided among those in use."""
+
+
+class _SharedStore(Store, Kept, Protocol):
+    pass
+
+
+def _shared(parts: Parts, store: _SharedStore) -> Drafter:
+    parts.kept.append(store)
+    return LookupDrafter(store)
 
 
 def _draft_model(parts: Parts) -> Drafter:
@@ -108,10 +128,15 @@ def build_speculator(
     """
     check_names(config.drafters)
     shared_bytes = config.store_bytes // max(1, sum(name in SHARED for name in config.drafters))
-    parts = Parts(config, model, ops, pool, sequences, info, HistoryStore(), shared_bytes, draft)
+    parts = Parts(config, model, ops, pool, sequences, info, HistoryStore(), shared_bytes, [], draft)
     drafters = [DRAFTERS[name](parts) for name in config.drafters]
     has_window = any(window is not None for window in model.config.windows)
-    return Speculator(drafters, info.vocab_size, config.draft_tree, has_window)
+    keep = None
+    if config.store_file is not None:
+        file = Path(config.store_file)
+        load_stores(file, parts.kept, info.vocab_size)
+        keep = partial(save_stores, file, parts.kept, info.vocab_size)
+    return Speculator(drafters, info.vocab_size, config.draft_tree, has_window, keep)
 
 
 def check_names(names: tuple[str, ...]) -> None:

@@ -33,7 +33,7 @@ class Store(Protocol):
         ...
 
     def begin(self, want: Want) -> list[Walk]:
-        """Where drafts may begin; of several walks the one with the best sum of survivals is offered. Changes nothing."""
+        """Where drafts may begin; of several walks the one that expects most tokens is offered. Changes nothing."""
         ...
 
     def release(self, seq_id: int, state: SequenceState) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from scheduler.types import Drafts, VerifyMode
 from server.worker.drafters.base import Drafter, Want
@@ -25,11 +25,18 @@ GOOD_SHARE = 0.6
 class Speculator:
     """The composite of the loaded drafters, asked in order; on a tie the earlier one wins."""
 
-    def __init__(self, drafters: Sequence[Drafter], vocab_size: int, draft_tree: bool, has_window: bool) -> None:
+    def __init__(
+        self,
+        drafters: Sequence[Drafter],
+        vocab_size: int,
+        draft_tree: bool,
+        has_window: bool,
+        keep: Callable[[], object] | None = None,
+    ) -> None:
         """draft_tree: drafts branch where a request leaves it open; has_window: the model has windowed attention, whose
-        rule is by position and not by branch, so nothing branches."""
+        rule is by position and not by branch, so nothing branches; keep: called at the end, saves what was learnt."""
         self._drafters = list(drafters)
-        self._vocab_size = vocab_size
+        self._vocab_size, self._keep = vocab_size, keep
         self._draft_tree, self._trees_run = draft_tree, not has_window
         self._members = tuple((drafter.name, drafter.is_sequential) for drafter in drafters)
         self.num_dropped: Counter[str] = Counter()
@@ -123,6 +130,11 @@ class Speculator:
                     drafter.release(seq_id, state)
             except Exception as error:
                 self._disable(drafter, error)
+
+    def close(self) -> None:
+        """Keep what drafters have learnt, if they were told where. The engine ends."""
+        if self._keep is not None:
+            self._keep()
 
     def _disable(self, drafter: Drafter, error: Exception) -> None:
         self._drafters.remove(drafter)

@@ -47,6 +47,7 @@ class FakeWorker:
         self.known: dict[int, list[int]] = {}
         self.prompts: dict[int, tuple[int, ...]] = {}
         self.forgotten: list[str] = []
+        self.is_closed = False
         self.patience = threading.Event()
         self.num_runs = 0
         self._step_s, self._raises = step_s, raises
@@ -63,6 +64,9 @@ class FakeWorker:
 
     def forget(self, request_id: str) -> None:
         self.forgotten.append(request_id)
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def run(self, plan: StepPlan) -> StepResult:
         self.num_runs += 1

@@ -142,3 +142,9 @@ def test_an_abort_at_any_moment_leaves_no_page_and_no_delta() -> None:
     worker.patience.set()
     assert not core.has_work
     assert core.stats().pages_used == 0
+
+
+def test_closing_the_core_lets_the_worker_keep_what_it_learnt() -> None:
+    worker = FakeWorker()
+    fake_core(worker).close()
+    assert worker.is_closed

@@ -32,6 +32,9 @@ class ScriptedDrafter:
         self.seen += [tuple(want.tokens) for want in wants]
         return [self.script(want, self.answers.get(want.state.request.id, ())[want.num_output :]) for want in wants]
 
+    def close(self) -> None:
+        pass
+
     def release(self, released: Iterable[tuple[int, SequenceState]]) -> None:
         self.released += [seq_id for seq_id, _ in released]
 

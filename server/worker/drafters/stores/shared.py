@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +48,19 @@ class TenantTables(Generic[_V]):
         self._tables.move_to_end(tenant)
         return table
 
+    def put(self, tenant: bytes, key: int, value: _V) -> None:
+        """Write one entry."""
+        table = self.writing(tenant)
+        before = len(table)
+        table[key] = value
+        self.written(len(table) - before)
+
     def written(self, num_new: int) -> None:
         """Count new entries of the most recent table, and make room if there are too many."""
         self._num_entries += num_new
+        newest = next(reversed(self._tables))
+        if not self._tables[newest]:
+            del self._tables[newest]
         while self._num_entries > self._max_entries:
             tenant, table = next(iter(self._tables.items()))
             gone = list(islice(table, min(EVICT_AT_ONCE, max(1, len(table) // 2))))
@@ -88,14 +98,11 @@ def pack_texts(texts: Sequence[tuple[bytes, Sequence[int]]]) -> Arrays:
 
 def unpack_texts(arrays: Mapping[str, NDArray[Any]]) -> list[tuple[bytes, list[int]]]:
     """Raises ValueError or KeyError if the arrays are not what `pack_texts` made."""
-    tenants = [bytes(row) for row in checked(arrays["tenants"], np.uint8, (-1, KEY_BYTES))]
-    owners = checked(arrays["owners"], np.int32, (-1,)).tolist()
+    tenants, owners = _owners(arrays)
     lengths = checked(arrays["lengths"], np.int64, (len(owners),)).tolist()
     tokens = checked(arrays["tokens"], np.int32, (-1,)).tolist()
     if sum(lengths) != len(tokens) or min(lengths, default=1) < 1 or min(tokens, default=0) < 0:
         raise ValueError("texts and their lengths do not fit")
-    if owners and not 0 <= min(owners) <= max(owners) < len(tenants):
-        raise ValueError("a text without a tenant")
     remaining = iter(tokens)
     return [(tenants[owner], list(islice(remaining, length))) for owner, length in zip(owners, lengths, strict=True)]
 
@@ -109,28 +116,48 @@ def checked(array: NDArray[Any], dtype: type, shape: tuple[int, ...]) -> NDArray
     return array
 
 
+class Row(NamedTuple):
+    """A row of packed tables: an entry has one or more."""
+
+    numbers: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
 def pack_tables(
-    tables: TenantTables[_V], columns: Callable[[int, _V], tuple[Any, ...]], names: Sequence[str]
+    tables: TenantTables[_V], num_numbers: int, num_shares: int, rows_of: Callable[[int, _V], Sequence[Row]]
 ) -> Arrays:
-    """Tables as one array per column; columns(key, value) gives the values of an entry's columns."""
-    tenants, owners, rows = [], [], []
+    """Tables as arrays of rows, with so many numbers and shares in each; `unpack_tables` gives the rows back."""
+    tenants: list[bytes] = []
+    owners: list[int] = []
+    rows: list[Row] = []
     for place, (tenant, table) in enumerate(tables.items()):
         tenants.append(tenant)
-        owners += [place] * len(table)
-        rows += [columns(key, value) for key, value in table.items()]
-    arrays: Arrays = {
+        for key, value in table.items():
+            rows += rows_of(key, value)
+        owners += [place] * (len(rows) - len(owners))
+    return {
         "tenants": np.frombuffer(b"".join(tenants), dtype=np.uint8).reshape(-1, KEY_BYTES),
         "owners": np.array(owners, dtype=np.int32),
+        "numbers": np.array([row.numbers for row in rows], dtype=np.int64).reshape(len(rows), num_numbers),
+        "shares": np.array([row.shares for row in rows], dtype=np.float64).reshape(len(rows), num_shares),
     }
-    for place, name in enumerate(names):
-        arrays[name] = np.array([row[place] for row in rows])
-    return arrays
 
 
-def owners_of(arrays: Mapping[str, NDArray[Any]]) -> list[bytes]:
-    """The tenant of every row of packed tables; raises ValueError or KeyError if they are something else."""
+def unpack_tables(arrays: Mapping[str, NDArray[Any]], num_numbers: int, num_shares: int) -> list[tuple[bytes, Row]]:
+    """(tenant, row) of packed tables; raises ValueError or KeyError if the arrays are something else."""
+    tenants, owners = _owners(arrays)
+    numbers = checked(arrays["numbers"], np.int64, (len(owners), num_numbers)).tolist()
+    shares = checked(arrays["shares"], np.float64, (len(owners), num_shares)).tolist()
+    return [
+        (tenants[owner], Row(tuple(row), tuple(share)))
+        for owner, row, share in zip(owners, numbers, shares, strict=True)
+    ]
+
+
+def _owners(arrays: Mapping[str, NDArray[Any]]) -> tuple[list[bytes], list[int]]:
+    """Tenants, and for every text or row the place of its tenant among them."""
     tenants = [bytes(row) for row in checked(arrays["tenants"], np.uint8, (-1, KEY_BYTES))]
-    owners = checked(arrays["owners"], np.int32, (-1,)).tolist()
+    owners: list[int] = checked(arrays["owners"], np.int32, (-1,)).tolist()
     if owners and not 0 <= min(owners) <= max(owners) < len(tenants):
-        raise ValueError("a row without a tenant")
-    return [tenants[owner] for owner in owners]
+        raise ValueError("something that belongs to no tenant")
+    return tenants, owners

@@ -216,6 +216,13 @@ def test_releases_reach_every_drafter_and_a_failing_one_is_off() -> None:
     assert list(composite.disabled) == ["leaky"]
 
 
+def test_what_was_learnt_is_kept_at_the_end_if_it_is_to_be_kept() -> None:
+    kept: list[bool] = []
+    Speculator([], VOCAB, False, False, keep=lambda: kept.append(True)).close()
+    speculator().close()
+    assert kept == [True]
+
+
 def test_needs_and_sizes_are_those_of_all_members_together() -> None:
     composite = speculator(Member("a", chain("a", 0.5), needs_top=8), Member("b", chain("b", 0.5), needs_top=4))
     assert (composite.needs_top, composite.num_bytes) == (8, 20)
