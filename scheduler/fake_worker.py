@@ -123,6 +123,7 @@ class FakeWorker:
             assert self._known.pop(seq_id, None) is not None, f"sequence {seq_id} is released but not known"
         for admission in plan.admitted:
             self._admit(admission)
+        assert len(dict(plan.new_pages)) == len(plan.new_pages), "a sequence's pages come in one entry"
         for seq_id, pages in plan.new_pages:
             self._known[seq_id].pages.extend(pages)
         assert len({span.seq_id for span in plan.spans}) == len(plan.spans), "a sequence has two spans in a step"

@@ -68,7 +68,7 @@ def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) ->
         phases.append(("warm-up", time.monotonic() - started_at))
     core = EngineCore(
         worker,
-        Scheduler(limits, cost),
+        Scheduler(limits, cost, None, speculation_settings(config.speculation, facts.drafters)),
         time.monotonic,
         config.grammar_timeout_s,
         wake,
