@@ -165,6 +165,7 @@ SETTINGS: dict[str, SpeculatorConfig] = {
     "draft_model fixed": SpeculatorConfig(("draft_model",), draft_stop="fixed"),
     "draft_model confidence": SpeculatorConfig(("draft_model",), draft_stop="confidence"),
     "draft_model acc_head": SpeculatorConfig(("draft_model",), draft_stop="acc_head"),
+    "draft_model tree": SpeculatorConfig(("draft_model",), draft_stop="fixed", draft_tree=True),
     "layer_subset uniform:0.5": SpeculatorConfig(("layer_subset",), draft_stop="fixed", layer_subset="uniform:0.5"),
     "layer_subset uniform:0.25": SpeculatorConfig(("layer_subset",), draft_stop="fixed", layer_subset="uniform:0.25"),
     "layer_subset search": SpeculatorConfig(("layer_subset",), draft_stop="fixed", layer_subset="search"),

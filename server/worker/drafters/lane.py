@@ -38,14 +38,8 @@ class Lane:
         return self.survivals[-1] if self.survivals else 1.0
 
     def row(self) -> JudgedRow:
-        """What the next draft is drawn under: the request's rules after its tokens and the drafts so far."""
-        state, drafts = self.want.state, tuple(self.drafts)
-        counts = mask = None
-        if state.counts is not None:
-            counts = state.counts.beyond(self.want.tokens, drafts)
-        if state.matcher is not None:
-            mask = state.matcher.mask_after(self.want.tokens, drafts)
-        return JudgedRow(state.recipe, self.want.tokens, self.want.num_output + len(drafts), counts, mask, drafts)
+        """What the next draft is drawn under."""
+        return row_after(self.want, tuple(self.drafts))
 
     def take(self, token: int, chance: float, q_V: Tensor | None, stop_below: float) -> None:
         """Add a draft that is accepted with `chance` if it is reached."""
@@ -60,3 +54,16 @@ class Lane:
 
     def offer(self, source: str) -> Drafts | None:
         return Drafts(tuple(self.drafts), tuple(self.survivals), source) if self.drafts else None
+
+
+def row_after(want: Want, drafts: tuple[int, ...]) -> JudgedRow:
+    """The request's rules for the token after the sequence's tokens and `drafts`.
+
+    Counts and grammar are only looked at: drafts leave no trace in what the sequence's own tokens are judged by.
+    """
+    state, counts, mask = want.state, None, None
+    if state.counts is not None:
+        counts = state.counts.beyond(want.tokens, drafts)
+    if state.matcher is not None:
+        mask = state.matcher.mask_after(want.tokens, drafts)
+    return JudgedRow(state.recipe, want.tokens, want.num_output + len(drafts), counts, mask, drafts)

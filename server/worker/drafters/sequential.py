@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.ops import Ops
 from scheduler.types import Drafts
 from server.worker.drafters.base import Want
+from server.worker.drafters.draft_tree import MOST_NODES, Tree, grow
 from server.worker.drafters.drawing import COUPLED_STREAM, DRAFT_STREAM, draw
 from server.worker.drafters.lane import Lane
 from server.worker.drafters.paged_forward import Feed, PagedForward
@@ -64,24 +65,35 @@ class SequentialDrafter:
         if depth < 1:
             return [None] * len(wants)
         lanes = [self._lane(want, depth) for want in wants]
-        self._draft([lane for lane in lanes if lane is not None])
+        trees = self._draft([lane for lane in lanes if lane is not None], depth)
         for lane in lanes:
             if lane is not None and lane.q:
                 lane.want.state.draft_q = torch.stack(lane.q)
-        return [None if lane is None else lane.offer(self.name) for lane in lanes]
+        return [None if lane is None else trees.get(id(lane), lane).offer(self.name) for lane in lanes]
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         self._reach.release(seq_id)
 
     def _lane(self, want: Want, depth: int) -> Lane | None:
         """None where not even the last token can be fed: no room in its pages, or the model's positions end."""
-        room = min(self._forward.capacity(want.state), self._max_len) - len(want.tokens)
+        room = self._room(want)
         # The last draft is not fed.
         most = min(want.num_drafts, depth, room + 1)
         return Lane(want, most) if room >= 0 and most > 0 and want.state.failure is None else None
 
-    def _draft(self, lanes: Sequence[Lane]) -> None:
+    def _room(self, want: Want) -> int:
+        """Keys of drafts that fit behind the sequence's tokens."""
+        return min(self._forward.capacity(want.state), self._max_len) - len(want.tokens)
+
+    def _draft(self, lanes: Sequence[Lane], depth: int) -> dict[int, Tree]:
+        """Fill the lanes; what branches is in the trees of the answer, by id of the lane."""
         active, hidden_JH = self._catch_up(lanes)
+        trees = {id(lane): self._tree(lane.want, depth) for lane in active if lane.want.tree}
+        if trees:
+            at = [index for index, lane in enumerate(active) if lane.want.tree]
+            grow(self._ops, list(trees.values()), _rows(hidden_JH, at), self._forward, self._rows_at_once)
+            at = [index for index, lane in enumerate(active) if not lane.want.tree]
+            active, hidden_JH = [active[index] for index in at], _rows(hidden_JH, at)
         while active:
             self._extend(active, hidden_JH)
             active = [lane for lane in active if not lane.is_over]
@@ -91,6 +103,11 @@ class SequentialDrafter:
         for lane in lanes:
             if lane.drafts:
                 self._reach.drafted(lane.want.seq_id, lane.drafts[:-1])
+        return trees
+
+    def _tree(self, want: Want, depth: int) -> Tree:
+        most_depth = min(depth, self._max_len - len(want.tokens) + 1)
+        return Tree(want, min(want.num_drafts, MOST_NODES), most_depth, self._room(want))
 
     def _catch_up(self, lanes: Sequence[Lane]) -> tuple[list[Lane], Tensor]:
         """Feed what the keys lag behind; the lanes that are up to date now, and the states of their last tokens."""
@@ -104,9 +121,7 @@ class SequentialDrafter:
         for i in fed:
             self._reach.fed(lanes[i].want.seq_id, starts[i] + sizes[i])
         ready = [place for place, i in enumerate(fed) if sizes[i] == lags[i]]
-        if len(ready) < len(fed):
-            hidden_JH = hidden_JH[torch.tensor(ready, device=hidden_JH.device, dtype=torch.int64)]
-        return [lanes[fed[place]] for place in ready], hidden_JH
+        return [lanes[fed[place]] for place in ready], _rows(hidden_JH, ready)
 
     def _extend(self, lanes: Sequence[Lane], hidden_JH: Tensor) -> None:
         """Draw one draft for each lane from its state."""
@@ -139,6 +154,12 @@ class SequentialDrafter:
             for index, token in zip(at, draw(self._ops, part, [rows[i] for i in at], stream).tolist(), strict=True):
                 tokens[index] = token
         return tokens
+
+
+def _rows(hidden_JH: Tensor, at: list[int]) -> Tensor:
+    if len(at) == hidden_JH.shape[0]:
+        return hidden_JH
+    return hidden_JH[torch.tensor(at, device=hidden_JH.device, dtype=torch.int64)]
 
 
 def _feed(want: Want, start: int, size: int) -> Feed:
