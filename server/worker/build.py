@@ -25,6 +25,8 @@ from server.worker.drafters.build import build_speculator
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
 from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
+from server.worker.profile import SHAPES
+from server.worker.profile_memory import DiskMemory, default_folder
 from server.worker.sequences import make_sequences
 from server.worker.worker import Worker, WorkerInfo
 
@@ -88,6 +90,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         config.max_batched_tokens,
         device,
         speculator=speculator,
+        profile_memory=_profile_memory(config, model, info, num_threads),
     )
 
 
@@ -215,6 +218,41 @@ def _describe(
         mask_id=model.config.mask_token_id,
         num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
     )
+
+
+def _profile_memory(config: WorkerConfig, model: Model, info: WorkerInfo, num_threads: int) -> DiskMemory | None:
+    """Of everything that the time of a step depends on and that is known here."""
+    folder = default_folder()
+    if folder is None or not config.remember_profile:
+        return None
+    conditions: dict[str, str | int] = {
+        "shapes": repr(SHAPES),
+        "model": repr(model.config),
+        "weight_bytes": info.weight_bytes,
+        "dtype": info.dtype,
+        "quantization": config.quantization or "",
+        "device": device_name(info.device),
+        "ops": info.ops,
+        "threads": num_threads,
+        "torch": torch.__version__,
+        "pages": info.num_pages,
+        "page_size": info.page_size,
+        "model_len": info.model_len,
+        "max_seqs": config.max_seqs,
+        "max_batched_tokens": config.max_batched_tokens,
+    }
+    return DiskMemory(folder, conditions)
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the processor's name as the driver or the system has it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -21,6 +21,7 @@ class WorkerConfig:
     max_batched_tokens, max_seqs   what a plan may bring; they size the KV pool and the page table
     seed            of random weights
     num_threads     CPU threads of the forward pass; None = one per core this process may use
+    remember_profile  keep the warm-up's step times on disk (XDG cache), so that the next start is faster
     speculation     which drafters are built; None = none, and nothing is ever proposed
     """
 
@@ -39,3 +40,4 @@ class WorkerConfig:
     download_dir: str | None = None
     seed: int = 0
     speculation: SpeculatorConfig | None = None
+    remember_profile: bool = True

@@ -7,7 +7,7 @@ telling to less telling and stop when the time is up, so that a slow machine or 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +23,11 @@ from scheduler.types import (
     StepSample,
 )
 
-PROFILE_S = 1.2
+PROFILE_S = 1.5
 """The profile starts no step that should end later than this many seconds after its own start."""
 REPEATS = 2
+SAME_PACE = 1.5
+"""A remembered profile is used if its first step, timed again, is within this factor of what it was."""
 
 
 class PoolShape(Protocol):
@@ -39,13 +41,24 @@ class PoolShape(Protocol):
     def model_len(self) -> int: ...
 
 
+class ProfileMemory(Protocol):
+    """Where a profile outlives its process (`profile_memory.py`)."""
+
+    def load(self) -> list[StepSample]:
+        """The last profile of this model on this machine; empty if there is none."""
+        ...
+
+    def save(self, samples: Sequence[StepSample]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`num_seqs` sequences that each bring `num_rows` rows after `context` keys."""
+    """`num_seqs` sequences that each bring `num_rows` rows after `context` keys; verified rows: a token and drafts."""
 
     num_seqs: int
     num_rows: int
     context: int
+    is_verified: bool = False
 
     @property
     def tokens(self) -> int:
@@ -54,21 +67,25 @@ class Shape:
     @property
     def features(self) -> StepFeatures:
         keys = self.context + self.num_rows
-        if self.num_rows == 1:
-            return StepFeatures(self.tokens, 0, self.num_seqs, self.num_seqs * keys, 0)
+        if self.is_verified or self.num_rows == 1:
+            drafts = self.num_seqs * (self.num_rows - 1)
+            return StepFeatures(self.tokens, 0, self.num_seqs, self.num_seqs * keys, 0, drafts, drafts * keys)
         read = self.num_rows * self.context + self.num_rows * (self.num_rows + 1) // 2
-        return StepFeatures(self.tokens, self.tokens, 0, 0, self.num_seqs * read)
+        return StepFeatures(self.tokens, self.tokens, 0, 0, self.num_seqs * read, self.num_seqs)
 
 
 SHAPES = (
     Shape(1, 1, 32),
     Shape(1, 64, 0),
     Shape(8, 1, 32),
+    Shape(1, 8, 64, is_verified=True),
     Shape(1, 256, 0),
+    Shape(8, 4, 64, is_verified=True),
     Shape(32, 1, 64),
     Shape(1, 16, 0),
     Shape(16, 1, 256),
     Shape(1, 128, 0),
+    Shape(16, 8, 256, is_verified=True),
     Shape(1, 512, 0),
     Shape(64, 1, 128),
     Shape(1, 256, 1024),
@@ -77,28 +94,43 @@ SHAPES = (
 
 
 def measure_steps(
-    run: Callable[[StepPlan], StepResult], pool: PoolShape, max_seqs: int, max_batched_tokens: int
+    run: Callable[[StepPlan], StepResult],
+    pool: PoolShape,
+    max_seqs: int,
+    max_batched_tokens: int,
+    memory: ProfileMemory | None = None,
 ) -> list[StepSample]:
     """Time the shapes that fit the limits, the better of `REPEATS` runs each; the very first run is not counted.
 
+    memory  of an earlier start: if the first shape takes now what it took then, the others are believed
     Returns one sample per shape that there was time for, at least one.
     """
+    shapes = [shape for shape in SHAPES if _fits(shape, pool, max_seqs, max_batched_tokens)]
     started_at = time.perf_counter()
+    _time(run, shapes[0], pool, first_step=-1, repeats=1)
     samples: list[StepSample] = []
     slowest_s, most_tokens = 0.0, 1
-    for number, shape in enumerate(SHAPES):
-        if not _fits(shape, pool, max_seqs, max_batched_tokens):
-            continue
+    for number, shape in enumerate(shapes):
         # A step's time grows much slower than its rows until arithmetic costs more than reading the weights.
         expected_s = REPEATS * slowest_s * max(1.0, shape.tokens / most_tokens) ** 0.5
-        if time.perf_counter() - started_at + expected_s > PROFILE_S:
+        if samples and time.perf_counter() - started_at + expected_s > PROFILE_S:
             continue
-        if not samples:
-            _time(run, shape, pool, first_step=-1, repeats=1)
         seconds = _time(run, shape, pool, first_step=-(number + 1) * (REPEATS + 2), repeats=REPEATS)
         slowest_s, most_tokens = max(slowest_s, seconds), max(most_tokens, shape.tokens)
         samples.append(StepSample(shape.features, seconds))
+        if number == 0 and memory is not None and (remembered := _believed(memory.load(), samples[0])):
+            return [*samples, *remembered]
+    if memory is not None:
+        memory.save(samples)
     return samples
+
+
+def _believed(remembered: list[StepSample], first: StepSample) -> list[StepSample]:
+    """The remembered samples after the first, if that one agrees with what was measured now; else none."""
+    if not remembered or remembered[0].features != first.features:
+        return []
+    pace = first.seconds / remembered[0].seconds
+    return remembered[1:] if 1 / SAME_PACE <= pace <= SAME_PACE else []
 
 
 def _fits(shape: Shape, pool: PoolShape, max_seqs: int, max_batched_tokens: int) -> bool:
@@ -116,17 +148,11 @@ def _time(run: Callable[[StepPlan], StepResult], shape: Shape, pool: PoolShape, 
     ids = tuple(-1 - i for i in range(shape.num_seqs))
     length = shape.context + shape.num_rows
     per_seq = -(-length // pool.page_size)
-    request = Request("profile", (0,) * length, 1, Sampling())
+    request = Request("profile", (0,) * (shape.context + 1 if shape.is_verified else length), 1, Sampling())
+    judged = range(shape.num_rows) if shape.is_verified else range(shape.num_rows - 1, shape.num_rows)
+    read = Read.VERIFY if shape.is_verified else Read.SAMPLE
     spans = tuple(
-        Span(
-            seq_id,
-            (0,) * shape.num_rows,
-            shape.context,
-            length,
-            judged=(shape.num_rows - 1,),
-            read=Read.SAMPLE,
-        )
-        for seq_id in ids
+        Span(seq_id, (0,) * shape.num_rows, shape.context, length, judged=tuple(judged), read=read) for seq_id in ids
     )
     admitted = tuple(Admission(seq_id, request, request.prompt) for seq_id in ids)
     pages = tuple((seq_id, tuple(range(i * per_seq, (i + 1) * per_seq))) for i, seq_id in enumerate(ids))

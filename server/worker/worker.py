@@ -32,7 +32,7 @@ from server.worker.batch import Batch, build_batch
 from server.worker.grammar import GrammarCompiler
 from server.worker.judged import Judged, check_drafts, in_vocabulary, judge
 from server.worker.kv_pool import KVPool
-from server.worker.profile import measure_steps
+from server.worker.profile import ProfileMemory, measure_steps
 from server.worker.prompt_logprobs import read_prompts
 from server.worker.proposals import Proposer, propose
 from server.worker.recipe import make_recipe
@@ -98,9 +98,10 @@ class Worker:
         device: torch.device,
         logits_bytes: int = LOGITS_BYTES,
         speculator: Proposer | None = None,
+        profile_memory: ProfileMemory | None = None,
     ) -> None:
         self.info = info
-        self._sequences, self._speculator = sequences, speculator
+        self._sequences, self._speculator, self._profile_memory = sequences, speculator, profile_memory
         self._model, self._ops, self._pool, self._grammars, self._device = model, ops, pool, grammars, device
         self._max_seqs, self._max_batched_tokens = max_seqs, max_batched_tokens
         self._rows_at_once = max(1, logits_bytes // (4 * info.vocab_size))
@@ -125,7 +126,7 @@ class Worker:
         """Warm up and time a few sizes of step on the empty pool. Only before the first request."""
         if len(self._sequences):
             raise ValueError("the worker is profiled before it serves: a profile writes over the KV pages")
-        return measure_steps(self.run, self.info, self._max_seqs, self._max_batched_tokens)
+        return measure_steps(self.run, self.info, self._max_seqs, self._max_batched_tokens, self._profile_memory)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Execute a step; outcomes are in span order.

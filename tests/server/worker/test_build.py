@@ -32,7 +32,13 @@ def worker(folder: Path) -> Worker:
 
 
 def make(folder: Path, **options: object) -> Worker:
-    settings: dict[str, object] = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": PAGES, "num_threads": 1}
+    settings: dict[str, object] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "kv_cache_bytes": PAGES,
+        "num_threads": 1,
+        "remember_profile": False,
+    }
     return build_worker(WorkerConfig(model=str(folder), **(settings | options)), progress=False)  # type: ignore[arg-type]
 
 

@@ -202,13 +202,3 @@ def test_spans_that_break_the_rules_are_refused_before_anything_is_read(model: T
         run(Span(1, asked.prompt, 0, 9))
     with pytest.raises(ValueError, match="has no tokens"):
         run(Span(1, (), 0, 4))
-
-
-def test_the_profile_times_growing_steps_and_leaves_nothing_behind() -> None:
-    worker = make_worker(TinyModel(VOCAB), num_pages=64)
-    samples = worker.profile()
-    assert samples[0].features.tokens == 1
-    assert max(sample.features.prefill_tokens for sample in samples) >= 64
-    assert all(sample.seconds > 0 for sample in samples)
-    asked = mixed()
-    assert Driver(worker).generate(asked)[0] == oracle(TinyModel(VOCAB), asked[0])
