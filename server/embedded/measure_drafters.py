@@ -32,22 +32,27 @@ COMPANY = 4
 
 @dataclass
 class Tally:
-    """Sums over the decode steps of one setting. draft_s and step_s in seconds."""
+    """Sums over the decode steps of one setting. expected: the drafters' own estimates of `accepted`."""
 
     steps: int = 0
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    expected: float = 0.0
     draft_s: float = 0.0
     step_s: float = 0.0
     different: int = 0
 
     def row(self, name: str, temperature: float) -> str:
-        acceptance = self.accepted / self.drafted if self.drafted else 0.0
-        return (
-            f"| {name} | {temperature:g} | {self.drafted / max(1, self.steps):.2f} | {acceptance:.2f} | "
-            f"{self.tokens / max(1, self.steps):.2f} | {self.draft_s / max(1e-9, self.step_s):.2f} | {self.different} |"
+        steps, drafted = max(1, self.steps), max(1, self.drafted)
+        figures = (
+            self.drafted / steps,
+            self.accepted / drafted,
+            self.expected / drafted,
+            self.tokens / steps,
+            self.draft_s / max(1e-9, self.step_s),
         )
+        return f"| {name} | {temperature:g} | {' | '.join(f'{value:.2f}' for value in figures)} | {self.different} |"
 
 
 @dataclass
@@ -111,12 +116,13 @@ class Driver:
                 raise ValueError(outcome.error)
             run = runs[span.seq_id]
             num_new = run.take(outcome.tokens)
-            run.drafts = outcome.drafts
             if not first:
                 tally.steps += 1
                 tally.tokens += num_new
                 tally.drafted += len(span.tokens) - 1
                 tally.accepted += len(outcome.tokens) - 1
+                tally.expected += sum(run.drafts.survivals) if run.drafts is not None else 0.0
+            run.drafts = outcome.drafts
         tally.draft_s += result.draft_s
         tally.step_s += result.elapsed_s
 
@@ -207,8 +213,10 @@ def main(argv: list[str] | None = None) -> None:
     workers = {name: build(arguments.model, arguments.draft, SETTINGS[name], arguments.drafts, arguments.dtype)
                for name in chosen}  # fmt: skip
     ends = next(iter(workers.values())).info.eos_ids
-    print("| drafter | T | drafts a step | accepted | tokens a step | share of time drafting | differences |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| drafter | T | drafts a step | accepted | expected | tokens a step | share of time drafting | differences |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for temperature in temperatures:
         asked = list(requests_of(tokenizer, arguments.per_task, temperature, ends))
         groups = [asked[i : i + COMPANY] for i in range(0, len(asked), COMPANY)]
