@@ -1,4 +1,4 @@
-"""`python -m server bench serve | stall | steps`: arguments, one run, one report."""
+"""`python -m server bench serve | stall | steps | speculation`: arguments, one run, one report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from server.bench import load, plot, report, stall, workload
+from server.bench import load, plot, report, speculation, stall, workload
 from server.bench.client import BenchError, Sample, Target
 from server.bench.spawn import spawned_server
+from server.bench.speculation_work import WORKLOADS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from server.bench import steps  # imports torch: only this benchmark pays for it
 
             return steps.run(arguments)
+        if arguments.benchmark == "speculation":
+            return speculation.run(arguments)
         with ExitStack() as stack:
             if arguments.spawn is not None:
                 arguments.url = stack.enter_context(spawned_server(arguments.spawn))
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m server bench", description=__doc__)
-    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="serve|stall|steps")
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="serve|stall|steps|speculation")
     serve = commands.add_parser(
         "serve", help="load a running server and report latency and throughput", formatter_class=_Defaults
     )
@@ -72,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         "steps", help="step times against the machine's own limits (in-process)", formatter_class=_Defaults
     )
     _add_steps(steps)
+    drafts = commands.add_parser(
+        "speculation", help="what speculation is worth, by load, text and policy", formatter_class=_Defaults
+    )
+    _add_speculation(drafts)
     return parser
 
 
@@ -112,6 +119,33 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-len", type=_positive, default=1500, help="tokens of the prompt that is timed")
     parser.add_argument("--num-threads", type=_positive, help="engine threads (otherwise the engine's own choice)")
     parser.add_argument("--json", type=Path, help="write the report here")
+
+
+def _add_speculation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--spawn", metavar="FLAGS", default="", help="flags that all servers get")
+    parser.add_argument("--streams", type=_positive, nargs="+", default=[1, 2, 4, 8, 16, 32], help="loads")
+    parser.add_argument(
+        "--workloads", nargs="+", choices=tuple(WORKLOADS), default=list(WORKLOADS), help="kinds of text"
+    )
+    policies = ["off", "auto", "fixed:2", "fixed:4", "fixed:8", "uniform"]
+    parser.add_argument(
+        "--policies", nargs="+", default=policies, help="also on, table:1:8,4:4; each has its own server"
+    )
+    parser.add_argument(
+        "--drafters", nargs="+", default=[], help="sets such as prediction,suffix (otherwise the default)"
+    )
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="sampling temperatures")
+    parser.add_argument("--rounds", type=_positive, default=5, help="times that all policies are measured at a point")
+    parser.add_argument("--requests-per-stream", type=_positive, default=4, help="in each round")
+    parser.add_argument("--max-tokens", type=_positive, help="of an answer (otherwise as the kind of text needs)")
+    parser.add_argument("--prediction", action="store_true", help="send what is expected along, as `prediction`")
+    parser.add_argument("--ignore-eos", action="store_true", help="answers of full length (random weights)")
+    parser.add_argument("--min-ratio", type=_positive_float, help="exit 1 if auto is below this share of off anywhere")
+    parser.add_argument("--seed", type=int, default=0, help="of the texts")
+    parser.add_argument("--timeout-s", type=_positive_float, default=600.0, help="per request")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="write a PNG (needs matplotlib)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
 async def _prepare(arguments: argparse.Namespace, **lengths: Any) -> tuple[Target, workload.Workload, workload.Server]:

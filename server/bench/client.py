@@ -57,6 +57,8 @@ class Sample:
     status         HTTP status; 0 = no answer (`error` says why)
     event_times    when each event that brought tokens arrived; the first is the first token
     output_tokens  from the server's usage, else the number of events (`is_counted` False)
+    texts          what each event brought
+    drafted, accepted, draft_steps   from `usage.speculation`, where the server tells
     error          what went wrong, None for a complete answer
     """
 
@@ -69,6 +71,10 @@ class Sample:
     is_counted: bool = False
     finish_reason: str | None = None
     error: str | None = None
+    texts: list[str] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+    draft_steps: int = 0
 
     @property
     def is_complete(self) -> bool:
@@ -175,9 +181,17 @@ def _absorb(content: bytes, now: float, sample: Sample, on_event: Callable[[floa
         sample.prompt_tokens = usage.get("prompt_tokens") or sample.prompt_tokens
         sample.output_tokens = usage.get("completion_tokens") or sample.output_tokens
         sample.is_counted = True
+        if drafts := usage.get("speculation"):
+            sample.drafted, sample.accepted, sample.draft_steps = (
+                drafts["drafted"],
+                drafts["accepted"],
+                drafts["steps"],
+            )
     for choice in event.get("choices") or ():
         delta = choice.get("delta") or {}
-        has_text = bool(choice.get("text") or delta.get("content") or delta.get("reasoning_content"))
+        text = choice.get("text") or delta.get("content") or delta.get("reasoning_content") or ""
+        has_text = bool(text)
+        sample.texts.append(text)
         # A token may bring no text yet (half a character); then only a running usage count shows it.
         if has_text or (usage and sample.output_tokens > tokens_before):
             sample.event_times.append(now)
