@@ -79,16 +79,16 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._queues.by_id) or self._in_flight is not None
 
-    def add(self, request: Request, now: float) -> Fault | None:
+    def add(self, request: Request, now: float, is_resubmission: bool = False) -> Fault | None:
         """Queue a request. Returns why it is refused: 400 if it can never run, 429 if the queue is full."""
         self._now = now
         queues = self._queues
         if request.id in queues.by_id:
             return Fault(400, f"request id {request.id!r} is in use", "id")
         seats = max(0, self.limits.max_seqs - queues.num_running)
-        fault = refuse_impossible(request, self.limits) or refuse_overload(
-            request, self.limits, len(queues.waiting), seats, queues.num_queued_tokens
-        )
+        fault = refuse_impossible(request, self.limits)
+        if fault is None and not is_resubmission:
+            fault = refuse_overload(request, self.limits, len(queues.waiting), seats, queues.num_queued_tokens)
         if fault is not None:
             return fault
         self._num_arrived += 1

@@ -183,11 +183,15 @@ class RequestTimes:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a request failed: an HTTP status (400 for the request's own fault, 500/503 for ours) and a plain sentence."""
+    """Why a request failed: an HTTP status (400 for the request's own fault, 500/503 for ours) and a plain sentence.
+
+    code  for programs, where the status alone does not tell: "timeout" = it waited too long for its first step
+    """
 
     status: int
     message: str
     param: str | None = None
+    code: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

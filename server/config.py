@@ -48,6 +48,7 @@ class ServerConfig(BaseModel):
     max_num_seqs: Count = _engine(64, "sequences running at once")
     max_num_queued_reqs: AutoCount = _engine(None, "sequences waiting before 429; auto = 4 x max-num-seqs")
     max_num_queued_tokens: AutoCount = _engine(None, "prompt tokens waiting before 429; auto = 8 x context")
+    queue_timeout: Seconds = _engine(30.0, "seconds a request may wait for its first step before 503")
     tbt_slo_ms: Annotated[Seconds | None, Auto] = _engine(
         None, "target time between tokens; auto = 2 x the undisturbed step"
     )
@@ -222,6 +223,7 @@ class ServerConfig(BaseModel):
             max_prefill_share=self.max_prefill_share,
             tbt_slo_s=None if self.tbt_slo_ms is None else self.tbt_slo_ms / 1000,
             enable_prefix_caching=self.enable_prefix_caching,
+            queue_timeout_s=self.queue_timeout,
             grammar_timeout_s=self.grammar_timeout,
             step_timeout_s=self.step_timeout,
             delta_interval_s=self.delta_interval_ms / 1000,

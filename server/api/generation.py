@@ -136,7 +136,7 @@ class Generation:
                     fault = delta.fault
                     if fault is not None and fault.param == "response_format":
                         fault = replace(fault, param=grammar_field(self.call.checked.body))
-                    self._fail(as_api_error(fault, choice.request.id))
+                    self._fail(self._as_api_error(fault, choice.request.id))
                     return
                 if delta.tokens:
                     now = time.monotonic()
@@ -189,6 +189,13 @@ class Generation:
             )
         )
 
+    def _as_api_error(self, fault: Fault | None, request_id: str) -> ApiError:
+        error = as_api_error(fault, request_id)
+        if error.code == "timeout" and self._failure is None:
+            self._metrics.count_abort("waiting", "timeout")
+            error.retry_after = self._services.admission.retry_after(len(self.choices))
+        return error
+
     async def _watch_client(self) -> None:
         """The body has been read, so the next message is the client's leaving."""
         while (await self._receive())["type"] != "http.disconnect":
@@ -219,6 +226,8 @@ def as_api_error(fault: Fault | None, request_id: str) -> ApiError:
     if fault.status < 500:
         retry_after = 2 if fault.status == 429 else None
         return ApiError(fault.status, fault.message, fault.param, retry_after=retry_after)
+    if fault.code == "timeout":
+        return ApiError(503, fault.message, code=fault.code)
     logger.error("request %s failed with %d: %s", request_id, fault.status, fault.message)
     if fault.status == 503:
         return ApiError(503, "the engine is not available", retry_after=2)

@@ -241,7 +241,7 @@ class EngineClient:
         process = self._process
         assert process is not None
         for flight in self._in_flight.values():
-            process.send(Add(flight.resubmission(time.monotonic())))
+            process.send(Add(flight.resubmission(time.monotonic()), is_resubmission=True))
         logger.warning("the engine is back; %d requests go on", self.num_in_flight)
 
     def _note_crash(self) -> None:

@@ -66,6 +66,7 @@ class EngineConfig:
     model ... seed           handed to the worker as they are (`server/worker/build.py`)
     max_queued_requests      None = 4 x max_seqs; max_queued_tokens: None = 8 x context
     tbt_slo_s                target of the time between two tokens of a stream; None = from the undisturbed step
+    queue_timeout_s          longest wait for a first step, then 503; None = no limit
     grammar_timeout_s        longest compilation of a structured-output constraint
     step_timeout_s           silence of the loop after which the engine is restarted; readiness fails at a quarter
     delta_interval_s         tokens of faster steps are sent together, at most this long after the last message
@@ -92,6 +93,7 @@ class EngineConfig:
     max_prefill_share: float = 0.5
     tbt_slo_s: float | None = None
     enable_prefix_caching: bool = True
+    queue_timeout_s: float | None = 30.0
     grammar_timeout_s: float = 5.0
     step_timeout_s: float = 120.0
     delta_interval_s: float = 0.01

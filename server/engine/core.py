@@ -14,6 +14,7 @@ from typing import Protocol
 
 from scheduler.types import Delta, Fault, FinishReason, Request, StepPlan, StepResult, StepStats
 from server.engine.isolation import Failure, run_isolated
+from server.engine.patience import Patience
 from server.engine.preparation import Preparation
 
 
@@ -31,7 +32,7 @@ class SchedulerLike(Protocol):
 
     @property
     def has_work(self) -> bool: ...
-    def add(self, request: Request, now: float) -> Fault | None: ...
+    def add(self, request: Request, now: float, is_resubmission: bool = False) -> Fault | None: ...
     def abort(self, request_id: str) -> None: ...
     def schedule(self, now: float) -> StepPlan | None: ...
     def update(self, plan: StepPlan, result: StepResult, now: float) -> tuple[list[Delta], StepStats]: ...
@@ -44,6 +45,7 @@ class EngineCore:
 
     clock  monotonic seconds
     wake   called from another thread when a compiled grammar is waiting to be taken up
+    queue_timeout_s  a request that no step has touched for so long fails with 503; None = it may wait for ever
     """
 
     def __init__(
@@ -53,10 +55,13 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         grammar_timeout_s: float = 5.0,
         wake: Callable[[], None] = lambda: None,
+        queue_timeout_s: float | None = None,
     ) -> None:
         self._worker, self._scheduler, self._clock = worker, scheduler, clock
         self._preparation = Preparation(worker.prepare, worker.forget, clock, grammar_timeout_s, wake)
         self._prepared: set[str] = set()
+        self._patience = Patience(queue_timeout_s)
+        self._resubmitted: set[str] = set()
         self._request_of: dict[int, str] = {}
         self._outbox: list[Delta] = []
 
@@ -76,8 +81,12 @@ class EngineCore:
         """Let the worker keep what is to outlive it. The last call."""
         self._worker.close()
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, is_resubmission: bool = False) -> None:
         """Take a request; what is wrong with it comes out as a delta."""
+        if is_resubmission:
+            self._resubmitted.add(request.id)
+        if not request.output:
+            self._patience.add(request.id, self._clock())
         if request.sampling.grammar is None:
             self._enter(request)
         elif (fault := self._preparation.add(request)) is not None:
@@ -91,7 +100,7 @@ class EngineCore:
         self._release(request_id)
 
     def plan(self) -> StepPlan | None:
-        """What the next step does, or None; compiled grammars have joined the queue."""
+        """What the next step does, or None; compiled grammars have joined the queue, the impatient have left it."""
         for request, fault in self._preparation.collect():
             if fault is None:
                 self._prepared.add(request.id)
@@ -99,6 +108,8 @@ class EngineCore:
             else:
                 self._worker.forget(request.id)
                 self._refuse(request.id, fault)
+        for request_id in self._patience.expired(self._clock()):
+            self._give_up(request_id)
         return self._scheduler.schedule(self._clock())
 
     def take_outbox(self) -> list[Delta]:
@@ -112,6 +123,7 @@ class EngineCore:
             self._request_of.pop(seq_id, None)
         for admission in plan.admitted:
             self._request_of[admission.seq_id] = admission.request.id
+            self._patience.forget(admission.request.id)
         started_at = self._clock()
         result, failures = run_isolated(self._worker.run, plan)
         if failures:
@@ -136,17 +148,31 @@ class EngineCore:
         return deltas + more, stats
 
     def _enter(self, request: Request) -> None:
-        if (fault := self._scheduler.add(request, self._clock())) is not None:
+        fault = self._scheduler.add(request, self._clock(), request.id in self._resubmitted)
+        self._resubmitted.discard(request.id)
+        if fault is not None:
             self._refuse(request.id, fault)
             self._release(request.id)
 
+    def _give_up(self, request_id: str) -> None:
+        """End a request that no step has touched; wherever it waits, for a place or for its grammar."""
+        fault = Fault(503, f"no place was free within {self._patience.timeout_s:g} s; try again later", None, "timeout")
+        if self._preparation.abort(request_id):
+            self._refuse(request_id, fault)
+        elif (delta := self._scheduler.fail(request_id, fault)) is not None:
+            self._outbox.append(delta)
+        self._release(request_id)
+
     def _refuse(self, request_id: str, fault: Fault) -> None:
+        self._patience.forget(request_id)
         self._outbox.append(Delta(request_id, finish_reason=FinishReason.ERROR, fault=fault))
 
     def _fail(self, failure: Failure) -> Delta | None:
         return self._scheduler.fail(self._request_of[failure.seq_id], failure.fault)
 
     def _release(self, request_id: str) -> None:
+        self._patience.forget(request_id)
+        self._resubmitted.discard(request_id)
         if request_id in self._prepared:
             self._prepared.discard(request_id)
             self._worker.forget(request_id)

@@ -27,7 +27,10 @@ MAX_FRAME_BYTES = 256 << 20
 
 
 class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
+    """A request; `is_resubmission`: an engine that is no more had accepted it, so a full queue refuses it no more."""
+
     request: Request
+    is_resubmission: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

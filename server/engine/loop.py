@@ -72,6 +72,7 @@ def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) ->
         time.monotonic,
         config.grammar_timeout_s,
         wake,
+        config.queue_timeout_s,
     )
     return core, describe(config, worker, tuple(phases))
 

@@ -120,8 +120,8 @@ class Loop:
             except zmq.Again:
                 return
             match self._codec.decode(frame):
-                case Add(request):
-                    core.add(request)
+                case Add(request, is_resubmission):
+                    core.add(request, is_resubmission)
                 case Abort(request_id):
                     core.abort(request_id)
                     self._outgoing.drop(request_id)

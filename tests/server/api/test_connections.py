@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.types import Delta, FinishReason, Request
+from scheduler.types import Delta, Fault, FinishReason, Request
 from server.api.middleware import GUARDED_PATHS, OPEN_PATHS
 from server.api.settings import ApiSettings, Limits, Timeouts
 from server.engine.config import EngineState
@@ -90,6 +90,30 @@ def test_a_silent_stream_is_kept_alive_with_comments_and_ends_at_its_deadline() 
         whole = server.post("/v1/completions", json=BODY)
         assert whole.status_code == 504
         assert whole.headers["x-should-retry"] == "false"
+        wait_until(lambda: server.held() == (0, 0, 0))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_waited_too_long_is_503_and_says_when_to_return(stream: bool) -> None:
+    def waits(request: Request) -> Iterator[Delta | float]:
+        yield 0.3
+        fault = Fault(503, "no place was free within 30 s; try again later", None, "timeout")
+        yield Delta(request.id, finish_reason=FinishReason.ERROR, fault=fault)
+
+    with serving(waits) as server:
+        answer = server.post("/v1/completions", json={**BODY, "stream": stream, "n": 3})
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "timeout"
+        assert 1 <= int(answer.headers["retry-after"]) <= 30
+        assert answer.headers["x-should-retry"] == "true"
+        wait_until(lambda: server.held() == (0, 0, 0))
+        assert 'cause="timeout",model_name="tiny",stage="waiting"} 1.0' in server.get("/metrics").text
+    settings = ApiSettings(("tiny",), timeouts=Timeouts(first_token_s=0.05))
+    with serving(waits, settings) as server:
+        answer = server.post("/v1/completions", json={**BODY, "stream": True})
+        assert answer.text.startswith(": keep-alive\n\n")
+        assert '"code":"timeout"' in answer.text
+        assert answer.text.endswith("data: [DONE]\n\n")
         wait_until(lambda: server.held() == (0, 0, 0))
 
 

@@ -8,7 +8,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from scheduler.scheduler import Scheduler
 from scheduler.types import Limits, Outcome, Read, Request, Sampling, StepPlan, StepResult
@@ -96,8 +95,14 @@ class FakeWorker:
 LIMITS = Limits(max_batched_tokens=256, max_seqs=32, max_model_len=512, num_pages=400, page_size=16)
 
 
-def fake_core(worker: FakeWorker, limits: Limits = LIMITS, grammar_timeout_s: float = 60.0) -> EngineCore:
-    return EngineCore(worker, Scheduler(limits), grammar_timeout_s=grammar_timeout_s)
+def fake_core(
+    worker: FakeWorker,
+    limits: Limits = LIMITS,
+    grammar_timeout_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic,
+    queue_timeout_s: float | None = None,
+) -> EngineCore:
+    return EngineCore(worker, Scheduler(limits), clock, grammar_timeout_s, queue_timeout_s=queue_timeout_s)
 
 
 def build_fake(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
@@ -127,7 +132,10 @@ def build_fake(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCo
         limits.max_batched_tokens, limits.max_seqs, limits.max_queued_requests, limits.max_queued_tokens,
         20, None, True, os.getpid(),
     )  # fmt: skip
-    return EngineCore(worker, Scheduler(replace(limits)), grammar_timeout_s=0.2, wake=wake), info
+    core = EngineCore(
+        worker, Scheduler(limits), grammar_timeout_s=60.0, wake=wake, queue_timeout_s=config.queue_timeout_s
+    )
+    return core, info
 
 
 if __name__ == "__main__":

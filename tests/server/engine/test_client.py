@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,48 @@ def test_streams_go_on_with_the_same_tokens_when_the_engine_is_killed(number: in
                 assert sum(delta.finish_reason is not None for delta in deltas) == 1
             assert client.restarts == 1
             assert client.state is EngineState.READY
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_survives_a_crash_whole() -> None:
+    """All were accepted over time; the new engine gets them at once, with nothing running yet."""
+
+    async def run() -> None:
+        config = EngineConfig(model="slow-50ms", max_seqs=4, max_batched_tokens=64, max_queued_requests=40)
+        config = replace(config, max_queued_tokens=64 * 40, queue_timeout_s=None)
+        steps: list[StepStats] = []
+        client = await EngineClient.start(config, steps.append, command=COMMAND)
+        try:
+            counts = [20] * 4 + [2] * 40
+            tasks = [asyncio.create_task(collect(client, f"r{i}", (i,) * 64, counts[i])) for i in range(4)]
+            await until(lambda: any(stats.num_running == 4 and not stats.num_waiting for stats in steps))
+            tasks += [asyncio.create_task(collect(client, f"r{i}", (i,) * 64, counts[i])) for i in range(4, 44)]
+            await until(lambda: any(stats.num_waiting > 20 for stats in steps))
+            os.kill(client.info.pid, signal.SIGKILL)
+            for i, deltas in enumerate(await asyncio.gather(*tasks)):
+                assert deltas[-1].fault is None
+                assert tokens_of(deltas) == expected((i,) * 64, counts[i])
+        finally:
+            await client.shutdown(0)
+
+    asyncio.run(run())
+
+
+def test_waiting_too_long_ends_a_stream_with_its_reason() -> None:
+    async def run() -> None:
+        config = EngineConfig(model="slow-50ms", max_seqs=1, queue_timeout_s=0.3)
+        client = await EngineClient.start(config, command=COMMAND)
+        try:
+            first = asyncio.create_task(collect(client, "first", (1,), 400))
+            await until(lambda: client.num_running == 1)
+            deltas = await collect(client, "second", (2,), 3)
+            assert deltas[-1].fault is not None
+            assert deltas[-1].fault.code == "timeout"
+            assert not first.done()
+            first.cancel()
+        finally:
+            await client.shutdown(0)
 
     asyncio.run(run())
 

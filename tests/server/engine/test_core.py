@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
 from scheduler.types import Delta, FinishReason, Grammar, GrammarKind, StepPlan
 from server.engine.core import EngineCore
-from tests.server.engine.fakes import POISON, FakeWorker, expected, fake_core, request
+from tests.server.engine.fakes import LIMITS, POISON, FakeWorker, expected, fake_core, request
 
 
 def run(core: EngineCore, timeout_s: float = 60.0) -> dict[str, list[Delta]]:
@@ -148,3 +149,104 @@ def test_closing_the_core_lets_the_worker_keep_what_it_learnt() -> None:
     worker = FakeWorker()
     fake_core(worker).close()
     assert worker.is_closed
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_request_that_no_step_touches_in_time_fails_and_the_others_do_not_notice() -> None:
+    clock = Clock()
+    core = fake_core(FakeWorker(), replace(LIMITS, max_seqs=2), clock=clock, queue_timeout_s=30.0)
+    deltas: dict[str, list[Delta]] = {}
+
+    def step() -> None:
+        for delta in core.step()[0]:
+            deltas.setdefault(delta.request_id, []).append(delta)
+
+    for name in ("a", "b", "early", "aborted"):
+        core.add(request(name, (ord(name[0]),), 40))
+    step()
+    clock.now += 20.0
+    core.add(request("late", (9,), 5))
+    core.abort("aborted")
+    clock.now += 10.0
+    step()
+    assert set(deltas) == {"a", "b"}
+    clock.now += 0.1
+    step()
+    fault = deltas["early"][-1].fault
+    assert fault is not None
+    assert (fault.status, fault.code) == (503, "timeout")
+    assert "30 s" in fault.message
+    # What runs may take as long as it likes, and "late" still has ten seconds.
+    clock.now += 9.0
+    while core.has_work:
+        step()
+    for name, count in (("a", 40), ("b", 40), ("late", 5)):
+        assert tokens_of(deltas[name]) == expected((9,) if name == "late" else (ord(name),), count)
+        assert deltas[name][-1].fault is None
+    assert "aborted" not in deltas
+    assert len(core._patience) == 0
+    assert core.stats().pages_used == 0
+
+
+def test_a_preempted_or_resubmitted_request_with_output_is_never_too_late() -> None:
+    clock = Clock()
+    limits = replace(LIMITS, max_seqs=4, num_pages=8, max_queued_requests=1)
+    core = fake_core(FakeWorker(), limits, clock=clock, queue_timeout_s=1.0)
+    for i in range(4):
+        core.add(request(f"r{i}", (i,), 60))
+    deltas = {f"r{i}": [] for i in range(4)}  # type: dict[str, list[Delta]]
+    core.step()
+    began = expected((7,), 10)
+    core.add(replace(request("again", (7,), 30), output=tuple(began)), is_resubmission=True)
+    num_preempted = 0
+    while core.has_work:
+        clock.now += 5.0
+        found, stats = core.step()
+        num_preempted += stats.num_preempted if stats is not None else 0
+        for delta in found:
+            assert delta.fault is None
+            deltas.setdefault(delta.request_id, []).append(delta)
+    assert num_preempted > 0
+    assert tokens_of(deltas["again"]) == expected((7,), 30)[10:]
+    assert len(core._patience) == 0
+
+
+def test_a_grammar_that_waits_for_its_compilation_is_waiting_too() -> None:
+    clock = Clock()
+    worker = FakeWorker()
+    core = fake_core(worker, clock=clock, grammar_timeout_s=600.0, queue_timeout_s=30.0)
+    core.add(request("g", (1,), grammar=Grammar(GrammarKind.REGEX, "slow")))
+    assert core.step() == ([], None)
+    clock.now += 31.0
+    core.plan()
+    (delta,) = core.take_outbox()
+    assert delta.fault is not None
+    assert delta.fault.code == "timeout"
+    worker.patience.set()
+    deadline = time.monotonic() + 60
+    while core.has_work or "g" not in worker.forgotten:
+        assert time.monotonic() < deadline
+        assert core.step() == ([], None)
+
+
+def test_what_an_engine_had_accepted_is_not_refused_by_the_next_one() -> None:
+    limits = replace(LIMITS, max_seqs=2, max_queued_requests=2, max_queued_tokens=20)
+    core = fake_core(FakeWorker(), limits)
+    for i in range(12):
+        core.add(request(f"r{i}", (i,) * 10, 3), is_resubmission=True)
+    core.add(request("new", (1,), 3))
+    deltas = run(core)
+    fault = deltas["new"][-1].fault
+    assert fault is not None
+    assert fault.status == 429
+    for i in range(12):
+        assert tokens_of(deltas[f"r{i}"]) == expected((i,) * 10, 3)
