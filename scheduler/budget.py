@@ -62,22 +62,33 @@ class BudgetPolicy:
         self.cost = cost
         self._limits = limits
 
-    def target_s(self, decodes: StepFeatures) -> float:
-        """Seconds that a step with these decodes may take."""
+    def target_s(self, decodes: StepFeatures, num_prompts: int) -> float:
+        """Seconds that a step with these decodes may take while so many prompts wait to become decodes."""
         if self._limits.tbt_slo_s is not None:
             return self._limits.tbt_slo_s
-        return self._limits.tbt_auto_factor * self.cost.predict(decodes)
+        return self._limits.tbt_auto_factor * self.cost.predict(self._soon(decodes, num_prompts))
+
+    def _soon(self, decodes: StepFeatures, num_prompts: int) -> StepFeatures:
+        """The decodes once all that wait have joined them, over contexts of the mean length of today's."""
+        running = decodes.decode_seqs
+        added = min(num_prompts, self._limits.max_seqs - running)
+        if added <= 0 or not running:
+            return decodes
+        context = decodes.context_tokens * (running + added) // running
+        return decodes._replace(tokens=decodes.tokens + added, decode_seqs=running + added, context_tokens=context)
 
     def _safety(self) -> float:
         fewest, most = _SAFETY
         return min(most, max(fewest, 1.0 + 3.0 * self.cost.mean_error))
 
-    def bound_s(self, decodes: StepFeatures) -> float:
+    def bound_s(self, decodes: StepFeatures, backlog: Backlog | None) -> float:
         """Longest time that may be predicted for a step with these decodes, which have no drafts yet."""
-        return self.target_s(decodes) / self._safety() if self.cost.is_ready else inf
+        if not self.cost.is_ready:
+            return inf
+        return self.target_s(decodes, backlog.num_prompts if backlog else 0) / self._safety()
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
-        self.fill(draft, backlog, self.bound_s(draft.features))
+        self.fill(draft, backlog, self.bound_s(draft.features, backlog))
 
     def fill(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
         """Set the budget: the rows of decodes and drafts, and as many prompt rows as fit next to them."""

@@ -9,10 +9,16 @@ from scheduler.types import Admission, Drafts, Read, Span, StepFeatures
 
 
 class Backlog(NamedTuple):
-    """Prompt rows that wait: about how many could be computed now, and from which KV index the first goes on."""
+    """Prompts that wait for a step.
+
+    tokens       rows that could be computed now, about
+    start        KV index from which the first prompt goes on
+    num_prompts  unfinished and queued ones: sequences that will decode soon
+    """
 
     tokens: int
     start: int
+    num_prompts: int
 
 
 class Verified(NamedTuple):
@@ -30,7 +36,7 @@ class DraftPlan:
         self.spans: list[Span] = []
         self.owners: list[Sequence] = []
         self.admitted: list[Admission] = []
-        self.new_pages: list[tuple[int, tuple[int, ...]]] = []
+        self.new_pages: dict[int, list[int]] = {}
         self.budget = 0
         self.num_decodes = 0
         self.num_prefill = 0
@@ -66,6 +72,9 @@ class DraftPlan:
         for seq_id, pages in self.new_pages:
             joined[seq_id] = joined.get(seq_id, ()) + pages
         return tuple(joined.items())
+
+    def add_page(self, seq_id: int, page: int) -> None:
+        self.new_pages.setdefault(seq_id, []).append(page)
 
     def place_prefill(self, seq: Sequence, num_tokens: int) -> None:
         """Add a chunk of at most `num_tokens` of a prompt."""

@@ -70,7 +70,7 @@ class DraftingPolicy:
         return min(highest, max(lowest, output / prompt))
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
-        bound_s = self._budget.bound_s(draft.features)
+        bound_s = self._budget.bound_s(draft.features, backlog)
         if draft.num_decodes and self.cost.is_ready:
             states = [seq.drafting or self._meet(seq) for seq in draft.owners]
             offers = self._offers(draft, states)
@@ -191,8 +191,8 @@ class DraftingPolicy:
         if missing > 0:
             reserve = self._limits.watermark_pages + 1 + num_decodes // size
             spare = min(missing, memory.pool.num_available - reserve)
-            if spare > 0:
-                draft.new_pages.append((seq.seq_id, tuple(memory.grow(seq) for _ in range(spare))))
+            for _ in range(spare):
+                draft.add_page(seq.seq_id, memory.grow(seq))
         return max(0, min(wanted, len(seq.pages) * size - known))
 
     def finish(self, draft: DraftPlan) -> None:

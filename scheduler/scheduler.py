@@ -157,7 +157,7 @@ class Scheduler:
             draft.num_preempted = self._preempt_for(len(short))
             for seq in short:
                 if seq.status is Status.RUNNING:
-                    draft.new_pages.append((seq.seq_id, (memory.grow(seq),)))
+                    draft.add_page(seq.seq_id, memory.grow(seq))
         prefills = []
         spans, owners, context = draft.spans, draft.owners, 0
         for seq in self._queues.running:
@@ -190,7 +190,8 @@ class Scheduler:
         watermark = self.limits.watermark_pages if running else 0
         if may_admit and running < self.limits.max_seqs and self._memory.fits(self._queues.waiting[0], [], watermark):
             tokens += self._queues.num_queued_tokens
-        return Backlog(tokens, prefills[0].num_committed if prefills else 0)
+        num_prompts = len(prefills) + len(self._queues.waiting)
+        return Backlog(tokens, prefills[0].num_committed if prefills else 0, num_prompts)
 
     def _place_prefills(self, draft: DraftPlan, prefills: list[Sequence], may_admit: bool) -> None:
         """Passes 2 and 3: chunks of unfinished prompts, oldest first, then of new ones, from what decodes left."""
@@ -234,7 +235,7 @@ class Scheduler:
                     draft.prefix_queries += len(seq.tokens)
                     draft.prefix_hits += seq.num_committed
             draft.admitted.append(Admission(seq.seq_id, seq.request, tuple(seq.tokens)))
-            draft.new_pages.append((seq.seq_id, tuple(seq.pages)))
+            draft.new_pages[seq.seq_id] = list(seq.pages)
             yield seq
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> tuple[list[Delta], StepStats]:

@@ -196,6 +196,6 @@ def stall(limits: Limits, machine: Machine, seed: int = 0) -> tuple[Report, Repo
     """8 streams decoding: (undisturbed, while 1,500-token prompts arrive one after another)."""
     rng = random.Random(seed)
     streams = [Arrival(0.0, request_of(f"s{n}", 64, 900, rng)) for n in range(8)]
-    prompts = [Arrival(1.0 + 0.4 * n, request_of(f"p{n}", 1500, 1, rng)) for n in range(60)]
+    prompts = [Arrival(1.0 + 0.8 * n, request_of(f"p{n}", 1500, 1, rng)) for n in range(30)]
     quiet = simulate(limits, streams, machine, seed, until_s=8.0)
     return quiet, simulate(limits, [*streams, *prompts], machine, seed, until_s=20.0)

@@ -282,5 +282,5 @@ class Limits:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
     tbt_slo_s: float | None = None
-    tbt_auto_factor: float = 2.0
+    tbt_auto_factor: float = 2.3
     enable_prefix_caching: bool = True
