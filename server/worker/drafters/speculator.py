@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from scheduler.types import Drafts, VerifyMode
 from server.worker.drafters.base import Drafter, Want
 from server.worker.drafters.soundness import flaw, legal_part
+from server.worker.drafters.track_record import TrackRecord
 from server.worker.sequences import SequenceState
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class Speculator:
         self._vocab_size, self._keep = vocab_size, keep
         self._draft_tree, self._trees_run = draft_tree, not has_window
         self._members = tuple((drafter.name, drafter.is_sequential) for drafter in drafters)
+        self._record = TrackRecord()
+        self._is_choice = len(drafters) > 1
         self.num_dropped: Counter[str] = Counter()
         """Offers dropped or cut since the start, by reason."""
         self.disabled: dict[str, str] = {}
@@ -64,6 +67,8 @@ class Speculator:
         Never raises for a drafter's fault.
         """
         wants = [self._with_tree(want) for want in wants]
+        for want in wants:
+            self._record.settle(want.seq_id, want.tokens)
         best: list[Drafts | None] = [None] * len(wants)
         for is_sequential in (False, True) if depth > 0 else (False,):
             for drafter in tuple(self._drafters):
@@ -77,7 +82,7 @@ class Speculator:
             i
             for i, want in enumerate(wants)
             if want.state.request.speculation.drafter in ("auto", drafter.name)
-            and not (drafter.is_sequential and _is_good(best[i], min(depth, want.num_drafts)))
+            and not (drafter.is_sequential and self._is_good(best[i], want, depth))
         ]
         if not chosen:
             return
@@ -91,17 +96,34 @@ class Speculator:
             if len(offers) != len(chosen):
                 raise ValueError(f"{len(offers)} offers for {len(chosen)} sequences")
             for i, offer in zip(chosen, offers, strict=True):
-                worth = _first if wants[i].state.draft_q is not None else _expected
-                # Written so that a NaN gets as far as the check that counts it.
-                if offer is not None and not worth(offer) <= worth(best[i]):
-                    sound = self._sound(offer, wants[i])
-                    if sound is not None and worth(sound) > worth(best[i]):
-                        best[i] = sound
-                        taken.add(i)
+                sound = self._sound(offer, wants[i]) if offer is not None else None
+                if sound is None:
+                    continue
+                if self._is_choice and wants[i].state.draft_q is None:
+                    self._record.remember(wants[i].seq_id, len(wants[i].tokens), sound)
+                if self._is_better(sound, best[i], wants[i]):
+                    best[i] = sound
+                    taken.add(i)
         except Exception as error:
             self._disable(drafter, error)
         for i in before.keys() - taken:
             wants[i].state.draft_q = before[i]
+
+    def _is_better(self, offer: Drafts, best: Drafts | None, want: Want) -> bool:
+        if best is None:
+            return True
+        # The chance of the first draft is all that a choice may look at where drafts were sampled: later survivals
+        # depend on which tokens came out, and choosing by those biases the text (speculative reference, 2.5).
+        if want.state.draft_q is not None:
+            return offer.survivals[0] > best.survivals[0]
+        return self._worth(offer, want) > self._worth(best, want)
+
+    def _worth(self, offer: Drafts, want: Want) -> float:
+        """Tokens that the offer will add, going by what its drafter's offers came to."""
+        return sum(offer.survivals) * self._record.trust(want.seq_id, offer.source)
+
+    def _is_good(self, offer: Drafts | None, want: Want, depth: int) -> bool:
+        return offer is not None and self._worth(offer, want) >= GOOD_SHARE * min(depth, want.num_drafts)
 
     def _with_tree(self, want: Want) -> Want:
         asked = want.state.request.speculation
@@ -124,6 +146,8 @@ class Speculator:
     def release(self, released: Iterable[tuple[int, SequenceState]]) -> None:
         """Sequences are gone (finished, aborted or preempted). Idempotent."""
         gone = list(released)
+        for seq_id, _ in gone:
+            self._record.release(seq_id)
         for drafter in tuple(self._drafters):
             try:
                 for seq_id, state in gone:
@@ -140,18 +164,3 @@ class Speculator:
         self._drafters.remove(drafter)
         self.disabled[drafter.name] = f"{type(error).__name__}: {error}"
         logger.error("drafter %s failed and is off until the next start", drafter.name, exc_info=error)
-
-
-def _expected(offer: Drafts | None) -> float:
-    """Tokens that the offer is expected to add."""
-    return sum(offer.survivals) if offer is not None else 0.0
-
-
-def _first(offer: Drafts | None) -> float:
-    """The chance of the first draft: all that a choice may look at where drafts were sampled. Later survivals depend on
-    which tokens came out, and choosing by those biases the text (speculative reference, 2.5)."""
-    return offer.survivals[0] if offer is not None and offer.survivals else 0.0
-
-
-def _is_good(offer: Drafts | None, most: int) -> bool:
-    return offer is not None and _expected(offer) >= GOOD_SHARE * most

@@ -9,7 +9,7 @@ length rule; prompts are not shared, but for their last tokens, which tell how a
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
@@ -22,8 +22,8 @@ from server.worker.drafters.stores.shared import Arrays, pack_texts, tenant_key,
 from server.worker.drafters.stores.suffix_tree import NODE_BYTES, Node, SuffixTree
 from server.worker.sequences import SequenceState
 
-TAILS = (16, 8, 5, 3, 2)
-"""Lengths of the tails that are looked for, longest first."""
+TAILS = (2, 3, 5, 8, 16)
+"""Lengths of the tails that are looked for. A tail stands in a tree only if all shorter ones do."""
 PROMPT_TAIL = 16
 WORK = 48
 """Nodes visited on behalf of finished outputs for each sequence that is asked about, some 40 us."""
@@ -65,14 +65,8 @@ class SuffixStore:
         tree = self._trees.get(tenant_key(want.state.request.cache_salt))
         if tree is None:
             return walks
-        tokens = want.tokens
-        for length in TAILS:
-            if length <= len(tokens):
-                found = tree.find(list(tokens[-length:]))
-                # A place at the end of all texts that led there has nothing to say; a shorter tail may.
-                if found is not None and (found[1] < found[0].length or found[0].children):
-                    return [*walks, Walk((*found, length), _children)]
-        return walks
+        found = longest(tree, want.tokens)
+        return walks if found is None else [*walks, Walk(found, _children)]
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         """Put the output aside to be learnt while later sequences are asked about. Requests that opted out are not."""
@@ -170,6 +164,20 @@ class SuffixStore:
     def num_bytes(self) -> int:
         """Without the sequences' own indexes, which are `history`'s."""
         return self.num_shared_bytes + TEXT_BYTES * sum(len(text.tokens) for text in self._waiting)
+
+
+def longest(tree: SuffixTree, tokens: Sequence[int]) -> tuple[Node, int, int] | None:
+    """(node, used tokens of its label, length) of the longest tail that something follows in the tree."""
+    best, low, high = None, 0, len(TAILS)
+    while low < high:
+        middle = (low + high) // 2
+        length = TAILS[middle]
+        found = tree.find(list(tokens[-length:])) if length <= len(tokens) else None
+        if found is not None and (found[1] < found[0].length or found[0].children):
+            best, low = (*found, length), middle + 1
+        else:
+            high = middle
+    return best
 
 
 def _children(place: tuple[Node, int, int]) -> list[Child]:
