@@ -52,7 +52,10 @@ class EdgeMiddleware:
             return
         started_at = time.monotonic()
         headers = dict(scope["headers"])
-        answer = _Answer(send, _request_id(headers.get(b"x-request-id", b"")))
+        method = scope["method"]
+        answer = _Answer(send, _request_id(headers.get(b"x-request-id", b"")), has_body=method != "HEAD")
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}
         try:
             self._judge(scope, headers)
             await self._app(scope, receive, answer)
@@ -63,7 +66,7 @@ class EdgeMiddleware:
             if not answer.has_started:
                 await ApiError(500, "internal error").response()(scope, receive, answer)
         finally:
-            self._note(scope, answer, time.monotonic() - started_at)
+            self._note(scope, method, answer, time.monotonic() - started_at)
 
     def _judge(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         limits = self._services.settings.limits
@@ -103,15 +106,15 @@ class EdgeMiddleware:
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY")
         return found
 
-    def _note(self, scope: Scope, answer: _Answer, seconds: float) -> None:
+    def _note(self, scope: Scope, method: str, answer: _Answer, seconds: float) -> None:
         route = scope.get("route")
         template = getattr(route, "path", "other")
         # No status: the client left before there was one (other servers write 499).
-        self._services.metrics.observe_http(template, scope["method"], answer.status or 499, seconds)
+        self._services.metrics.observe_http(template, method, answer.status or 499, seconds)
         if self._services.settings.log_requests and scope["path"] not in QUIET_PATHS:
             logger.info(
                 "%s %s status=%d seconds=%.3f request_id=%s",
-                shown(scope["method"], 10),
+                shown(method, 10),
                 shown(scope["path"], 100),
                 answer.status or 499,
                 seconds,
@@ -120,10 +123,10 @@ class EdgeMiddleware:
 
 
 class _Answer:
-    """`send` that adds x-request-id to the head and remembers the status."""
+    """`send` that adds x-request-id to the head and remembers the status; to HEAD it gives the head of GET's answer."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send = send
+    def __init__(self, send: Send, request_id: str, has_body: bool) -> None:
+        self._send, self._has_body = send, has_body
         self.request_id = request_id
         self.status = 0
 
@@ -136,6 +139,8 @@ class _Answer:
             self.status = message["status"]
             headers: list[Any] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
             message = {**message, "headers": headers}
+        elif not self._has_body and "body" in message:
+            message = {**message, "body": b""}
         await self._send(message)
 
 

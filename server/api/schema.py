@@ -6,6 +6,7 @@ Strict: `true` is not 1, `"0.5"` is not 0.5. A null means "the default". Unknown
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -223,6 +224,8 @@ def read_fields(kind: type[Body], body: dict[str, Any]) -> tuple[Body, tuple[str
         value = body.get(name)
         if value is not None and not any(type(value) is type(item) and value == item for item in harmless):
             raise ApiError(400, f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
+    for name, problem in _of_the_other_route(kind, body):
+        raise ApiError(400, problem, name, "unsupported_parameter")
     known = kind.model_fields
     for name in known.keys() - {"prompt", "tokens"}:
         # Before any entry is looked at. Prompts have a limit of their own, the context's length.
@@ -235,6 +238,22 @@ def read_fields(kind: type[Body], body: dict[str, Any]) -> tuple[Body, tuple[str
         raise _as_api_error(error) from error
     unknown = tuple(name for name in body if name not in known and name not in IGNORED and name not in REFUSED)
     return typed, unknown
+
+
+def _of_the_other_route(kind: type[BaseModel], body: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Fields that mean something on the other generation route only: to ignore max_completion_tokens would be to answer
+    another question."""
+    for mine, other, path in (
+        (CompletionBody, ChatBody, "/v1/chat/completions"),
+        (ChatBody, CompletionBody, "/v1/completions"),
+    ):
+        if kind is mine:
+            for name, field in other.model_fields.items():
+                value = body.get(name)
+                if name == "max_completion_tokens" and value == body.get("max_tokens"):
+                    continue  # load generators send both, whatever the route
+                if name not in mine.model_fields and value is not None and value != field.default:
+                    yield name, f"{name} is a field of {path}; leave it out"
 
 
 def _without_nulls(value: Any) -> Any:

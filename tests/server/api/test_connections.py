@@ -238,6 +238,27 @@ def test_every_answer_has_an_id_and_odd_ones_are_replaced(guarded: Server) -> No
         assert re.fullmatch("req-[0-9a-f]{24}", guarded.get("/nope", headers=headers).headers["x-request-id"])
 
 
+def test_head_is_get_without_the_body() -> None:
+    with serving() as server, server.client() as client:
+        for path in (
+            "/health",
+            "/health/live",
+            "/ping",
+            "/version",
+            "/v1/models",
+            "/v1/models/tiny",
+            "/nope",
+            "/metrics",
+        ):
+            head, get = client.head(path), client.get(path)
+            assert (head.status_code, head.content) == (get.status_code, b""), path
+            assert set(head.headers) == set(get.headers)
+            if path != "/metrics":
+                assert head.headers.get("content-length") == get.headers.get("content-length")
+        assert client.head("/v1/completions").status_code == 405
+        assert 'method="HEAD",status="200"' in client.get("/metrics").text
+
+
 def test_header_floods_are_refused(guarded: Server) -> None:
     headers = [(f"x-{i}", "1") for i in range(150)]
     assert guarded.get("/health", headers=headers).status_code == 431

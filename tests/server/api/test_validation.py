@@ -121,6 +121,11 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "xml"}}, "response_format"),
     ({"bad_words": ["x" * 2000]}, "bad_words"),
     ({"bad_words": ["x"] * 129}, "bad_words"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"max_completion_tokens": 5}, "max_completion_tokens"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
 ]
 
 
@@ -146,6 +151,14 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"tools": []}, "tools"),
+    ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+    ({"tools": [{"type": "function"}], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tools"),
+    ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools"),
+    ({"tools": "x"}, "tools"),
+    ({"tool_choice": 1}, "tool_choice"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"function_call": "auto"}, "function_call"),
+    ({"prompt": "hi"}, "prompt"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
@@ -161,6 +174,15 @@ def test_chat_bodies_are_refused_by_name(fields: dict[str, Any], param: str) -> 
     response, _ = ask({**CHAT, **fields}, "/v1/chat/completions")
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+def test_load_generators_may_say_the_length_twice() -> None:
+    assert accepted({**BASE, "max_tokens": 5, "max_completion_tokens": 5, "stop": None}).max_tokens == 5
+
+
+def test_tools_that_may_not_be_called_change_nothing() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert accepted({**CHAT, "tools": tools, "tool_choice": "none"}, "/v1/chat/completions")
 
 
 def test_a_model_without_a_template_says_so() -> None:
