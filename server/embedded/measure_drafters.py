@@ -168,6 +168,7 @@ def requests_of(tokenizer: Tokenizer, per_task: int, temperature: float, ends: t
 
 
 SETTINGS: dict[str, SpeculatorConfig] = {
+    "diffusion": SpeculatorConfig(("diffusion",)),
     "draft_model fixed": SpeculatorConfig(("draft_model",), draft_stop="fixed"),
     "draft_model confidence": SpeculatorConfig(("draft_model",), draft_stop="confidence"),
     "draft_model acc_head": SpeculatorConfig(("draft_model",), draft_stop="acc_head"),

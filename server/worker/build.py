@@ -22,6 +22,7 @@ from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
 from server.worker.config import WorkerConfig
 from server.worker.drafters.build import build_speculator
+from server.worker.drafters.diffusion import make_prober
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
 from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
@@ -91,6 +92,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         device,
         speculator=speculator,
         profile_memory=_profile_memory(config, model, info, num_threads),
+        prober=make_prober(info),
     )
 
 

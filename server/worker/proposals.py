@@ -6,12 +6,17 @@ Without a speculator, or in a step whose plan wants no drafts, nothing here runs
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
+
+from torch import Tensor
 
 from scheduler.types import Drafts, Span
 from server.worker.drafters.base import Want
 from server.worker.sampling import Reading
 from server.worker.sequences import SequenceState
+
+NOTHING_PROBED: Mapping[int, Tensor] = MappingProxyType({})
 
 
 class Proposer(Protocol):
@@ -46,15 +51,18 @@ def propose(
     states: Sequence[SequenceState],
     readings: Mapping[int, Reading],
     depth: int,
+    probed: Mapping[int, Tensor] = NOTHING_PROBED,
 ) -> dict[int, Drafts]:
     """{index of a span: drafts for its sequence's next one}. depth: as `StepPlan.draft_depth`.
+
+    probed: {index of a span: hidden states of the rows that a prober appended to it}
 
     The drafters see a history that ends in the token just chosen. It is taken back afterwards: in a history for good
     is only what a plan has confirmed, so that a step may be run again.
     """
     wants = {}
     for index, reading in readings.items():
-        want = _want(spans[index], states[index], reading)
+        want = _want(spans[index], states[index], reading, probed.get(index))
         if want is not None:
             wants[index] = want
     if not wants:
@@ -72,7 +80,7 @@ def propose(
     return {index: offer for index, offer in zip(wants, offers, strict=True) if offer is not None}
 
 
-def _want(span: Span, state: SequenceState, reading: Reading) -> Want | None:
+def _want(span: Span, state: SequenceState, reading: Reading, probed: Tensor | None) -> Want | None:
     """None where no draft can be of use: the output ends with this step."""
     if span.num_drafts < 1 or not reading.tokens:
         return None
@@ -80,4 +88,6 @@ def _want(span: Span, state: SequenceState, reading: Reading) -> Want | None:
     num_drafts = min(span.num_drafts, left)
     if num_drafts < 1 or not set(reading.tokens).isdisjoint(state.recipe.stop_ids):
         return None
-    return Want(span.seq_id, state, state.history, num_drafts, reading.tops)
+    # The rows behind a rejected draft were asked about another text.
+    is_whole = len(state.history) == span.start + len(span.tokens)
+    return Want(span.seq_id, state, state.history, num_drafts, reading.tops, probed=probed if is_whole else None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,8 +29,10 @@ from scheduler.types import (
 )
 from server.worker.batch import Batch, build_batch
 from server.worker.grammar import GrammarCompiler
+from server.worker.info import WorkerInfo as WorkerInfo
 from server.worker.judged import Judged, check_drafts, in_vocabulary, judge
 from server.worker.kv_pool import KVPool
+from server.worker.probes import Prober, beside, states_of
 from server.worker.profile import ProfileMemory, measure_steps
 from server.worker.prompt_logprobs import read_prompts
 from server.worker.proposals import Proposer, propose
@@ -57,31 +58,6 @@ class ForwardModel(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerInfo:
-    """The facts of a built worker. Lengths in tokens, sizes in bytes.
-
-    model_len             longest sequence, prompt and output
-    block_size, mask_id   of a block-diffusion model, else None
-    drafters              (name, whether it runs a model step by step) of each drafter
-    """
-
-    model_len: int
-    vocab_size: int
-    num_pages: int
-    page_size: int
-    weight_bytes: int
-    kv_bytes: int
-    dtype: str
-    device: str
-    ops: str
-    eos_ids: tuple[int, ...]
-    block_size: int | None
-    mask_id: int | None
-    num_parameters: int
-    drafters: tuple[tuple[str, bool], ...] = ()
-
-
 class Worker:
     """Runs steps of one model on one device."""
 
@@ -99,8 +75,9 @@ class Worker:
         logits_bytes: int = LOGITS_BYTES,
         speculator: Proposer | None = None,
         profile_memory: ProfileMemory | None = None,
+        prober: Prober | None = None,
     ) -> None:
-        self.info = info
+        self.info, self._prober = info, prober
         self._sequences, self._speculator, self._profile_memory = sequences, speculator, profile_memory
         self._model, self._ops, self._pool, self._grammars, self._device = model, ops, pool, grammars, device
         self._max_seqs, self._max_batched_tokens = max_seqs, max_batched_tokens
@@ -167,9 +144,10 @@ class Worker:
         states = [self._sequences[span.seq_id] for span in spans]
         for span, state in zip(spans, states, strict=True):
             state.put(span)
+        probes = self._prober.probes(spans, states) if self._prober is not None else ()
         batch = build_batch(
-            _embedded(spans, self.info.vocab_size),
-            states,
+            beside(_embedded(spans, self.info.vocab_size), probes),
+            states_of(states, probes),
             self._sequences.page_table,
             self.info.page_size,
             self._device,
@@ -186,7 +164,8 @@ class Worker:
         errors.update(dict.fromkeys(broken, NOT_FINITE))
         readings = self._read_tokens(logits_of, spans, states, batch, errors)
         self._accept(spans, states, batch, readings)
-        drafts, draft_s = self._propose(plan, states, readings)
+        probed = {probe.at: hidden_TH[probe.rows(batch.first_rows, len(spans) + i)] for i, probe in enumerate(probes)}
+        drafts, draft_s = self._propose(plan, states, readings, probed)
         return [
             _outcome(span.seq_id, readings.get(index), errors.get(index), prompts.get(index, ()), drafts.get(index))
             for index, span in enumerate(spans)
@@ -250,12 +229,16 @@ class Worker:
                 self._ops.move_kv(k_pages, v_pages, from_slots, to_slots)
 
     def _propose(
-        self, plan: StepPlan, states: Sequence[SequenceState], readings: Mapping[int, Reading]
+        self,
+        plan: StepPlan,
+        states: Sequence[SequenceState],
+        readings: Mapping[int, Reading],
+        probed: Mapping[int, Tensor],
     ) -> tuple[dict[int, Drafts], float]:
         if self._speculator is None or not any(span.num_drafts for span in plan.spans):
             return {}, 0.0
         started_at = time.perf_counter()
-        drafts = propose(self._speculator, plan.spans, states, readings, plan.draft_depth)
+        drafts = propose(self._speculator, plan.spans, states, readings, plan.draft_depth, probed)
         return drafts, time.perf_counter() - started_at
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scheduler.types import Drafts
 from server.worker.sequences import SequenceState
@@ -36,6 +37,7 @@ class Want(NamedTuple):
     num_drafts  most drafts that are of use
     tops        there if the drafter's `needs_top` asked and the sequence was judged in this step
     tree        whether the drafts may branch; set by the `Speculator`, which knows what request and model allow
+    probed      hidden states of the rows that a prober appended to the step (probes.py), if its drafts were all right
     """
 
     seq_id: int
@@ -44,6 +46,7 @@ class Want(NamedTuple):
     num_drafts: int
     tops: RowTops | None = None
     tree: bool = False
+    probed: Tensor | None = None
 
     @property
     def num_output(self) -> int:

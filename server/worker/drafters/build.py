@@ -11,6 +11,7 @@ from kernels.ops import Ops
 from server.models.registry import Model
 from server.worker.drafters.base import Drafter
 from server.worker.drafters.config import SpeculatorConfig
+from server.worker.drafters.diffusion import build_diffusion
 from server.worker.drafters.draft_model import DraftModel, build_draft_model
 from server.worker.drafters.layer_subset import build_layer_subset
 from server.worker.drafters.lookup import LookupDrafter, Store
@@ -24,9 +25,9 @@ from server.worker.drafters.stores.prediction import PredictionStore
 from server.worker.drafters.stores.suffix import SuffixStore
 from server.worker.drafters.stores.trigram import TrigramStore
 from server.worker.drafters.synthetic import SyntheticDrafter
+from server.worker.info import WorkerInfo
 from server.worker.kv_pool import KVPool
 from server.worker.sequences import SequenceTable
-from server.worker.worker import WorkerInfo
 
 
 class Parts(NamedTuple):
@@ -60,6 +61,7 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "trigram": lambda parts: _shared(parts, TrigramStore(parts.shared_bytes)),
     "draft_model": lambda parts: _draft_model(parts),
     "layer_subset": lambda parts: _layer_subset(parts),
+    "diffusion": lambda parts: build_diffusion(parts.model, parts.ops, parts.info),
     "synthetic": lambda parts: _synthetic(parts),
 }
 
