@@ -8,6 +8,7 @@ No token is ever drawn from a row that is not finite: such a row answers with an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,15 +16,15 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from scheduler.types import TokenLogprob
+from scheduler.types import TokenLogprob, VerifyMode
 from server.worker.drafters.base import RowTops
 from server.worker.judged import Judged
 from server.worker.logprobs import token_logprobs
 from server.worker.process_logits import JudgedRow, process_logits
-from server.worker.verification import verify_coupled
+from server.worker.verification import Judgement, Verdict, verify_coupled, verify_sampled
 
 NOT_FINITE = "the model's logits are not finite (NaN or infinite); no token can be chosen from them"
-FAILED = -2
+FAILED = -1
 """Stands for the token of a row that none can be drawn from; no draft equals it."""
 _PLAIN_PATH = (0,)
 
@@ -60,10 +61,15 @@ def read_tokens(
     samples = _sample(ops, logits_JV, rows).tolist()
     for index in errors:
         samples[index] = FAILED
-    firsts, readings = [0], list[Reading]()
+    firsts = [0]
     for one in judged:
-        readings.append(_read(one, samples, firsts[-1], errors))
         firsts.append(firsts[-1] + len(one.rows))
+    rejecting = [index for index, one in enumerate(judged) if one.drafts and one.mode is not VerifyMode.COUPLED]
+    verdicts = _verify_sampled(ops, logits_JV, judged, rejecting, firsts, errors) if rejecting else {}
+    readings = [
+        _read(one, samples, first, errors, verdicts.get(index))
+        for index, (one, first) in enumerate(zip(judged, firsts, strict=False))
+    ]
     if raw is not None:
         _add_logprobs(readings, judged, firsts, raw, wanted)
     if num_top:
@@ -71,8 +77,8 @@ def read_tokens(
     return readings
 
 
-def _read(judged: Judged, samples: list[int], first: int, errors: dict[int, str]) -> Reading:
-    """The tokens of one span, whose rows begin at `first`.
+def _read(judged: Judged, samples: list[int], first: int, errors: dict[int, str], verdict: Verdict | None) -> Reading:
+    """The tokens of one span, whose rows begin at `first`. verdict: where that is not the coupled one.
 
     A row that fails ends the path before it, as if its draft had not been there: the next step begins with that row and
     reports what is wrong, as a step without drafts would have done. Only the first row fails its sequence.
@@ -81,16 +87,33 @@ def _read(judged: Judged, samples: list[int], first: int, errors: dict[int, str]
         return Reading(error=errors[first])
     if not judged.drafts:
         return Reading((samples[first],), _PLAIN_PATH)
-    tokens, path = verify_coupled(samples[first : first + len(judged.rows)], judged.drafts, judged.parents)
+    tokens, path = verdict or verify_coupled(samples[first : first + len(judged.rows)], judged.drafts, judged.parents)
     if tokens[-1] == FAILED:
         tokens, path = tokens[:-1], path[:-1]
     return Reading(tokens, path)
 
 
+def _verify_sampled(
+    ops: Ops,
+    logits_JV: Tensor,
+    judged: Sequence[Judged],
+    rejecting: list[int],
+    firsts: list[int],
+    errors: dict[int, str],
+) -> dict[int, Verdict]:
+    """{index of a span: its verdict} of the spans `rejecting`, which ask for a rejection mode."""
+    rows = [row for index in rejecting for row in range(firsts[index], firsts[index + 1])]
+    failed = [place for place, row in enumerate(rows) if row in errors]
+    judgements = [
+        Judgement(one.drafts, one.mode, one.rows[0].recipe, one.rows[0].num_output, one.parents, one.draft_q)
+        for one in (judged[index] for index in rejecting)
+    ]
+    return dict(zip(rejecting, verify_sampled(ops, _take(logits_JV, rows), judgements, failed), strict=True))
+
+
 def not_finite(logits_JV: Tensor) -> list[int]:
     """Rows with a NaN or a plus infinity, or with nothing above minus infinity: one reduction over the logits."""
-    is_bad = ~torch.isfinite(logits_JV.amax(dim=1))
-    return is_bad.nonzero().squeeze(1).tolist() if bool(is_bad.any()) else []
+    return [row for row, peak in enumerate(logits_JV.amax(dim=1).tolist()) if not math.isfinite(peak)]
 
 
 def _log_softmax(logits_JV: Tensor, at: list[int]) -> Tensor:
@@ -107,11 +130,17 @@ def _take(values_JV: Tensor, at: Sequence[int]) -> Tensor:
 
 def _sample(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> Tensor:
     device = logits_JV.device
-    seeds = torch.tensor([row.recipe.seed for row in rows], dtype=torch.int64, device=device)
-    indices = torch.tensor([row.recipe.sampling.sample_index for row in rows], dtype=torch.int64, device=device)
-    positions = torch.tensor([row.num_output for row in rows], dtype=torch.int64, device=device)
+    keys = torch.tensor(
+        [
+            [row.recipe.seed for row in rows],
+            [row.recipe.sampling.sample_index for row in rows],
+            [row.num_output for row in rows],
+        ],
+        dtype=torch.int64,
+        device=device,
+    )
     greedy = torch.tensor([row.recipe.is_greedy for row in rows], dtype=torch.bool, device=device)
-    return ops.sample(logits_JV, seeds, indices, positions, greedy)
+    return ops.sample(logits_JV, keys[0], keys[1], keys[2], greedy)
 
 
 def _add_logprobs(
