@@ -88,3 +88,22 @@ def test_a_certain_token_wins_every_row_of_a_large_vocabulary(num_rows: int) -> 
     for first in range(0, num_rows, part):
         got = ops.sample(logits, seeds, zeros, zeros + first // part, zeros.bool())
         assert (got == 77_777).all()
+
+
+@pytest.mark.parametrize(
+    ("position", "token", "noise"),
+    [pytest.param(26, 138, 16.635532, id="largest"), pytest.param(9, 81_087, -2.811541, id="smallest")],
+)
+def test_the_extreme_uniforms_give_the_extreme_finite_noise(ops: Ops, position: int, token: int, noise: float) -> None:
+    """Seed 1 draws 1 - 2^-24 and 2^-24 here, the ends of the range (found by search)."""
+    rival = token - 7
+    assert uniform(1, 0, position, 0, token) == (1 - 2**-24 if noise > 0 else 2**-24)
+    assert gumbel(1, 0, position, np.array([token]))[0] == pytest.approx(noise, abs=1e-5)
+    logits = torch.full((3, token + 9), float("-inf"))
+    logits[:, token] = 0.0
+    # A rival just below, just above, and none: where the noise were infinite, one of the three would go wrong.
+    behind = noise - float(gumbel(1, 0, position, np.array([rival]))[0])
+    logits[0, rival], logits[1, rival] = behind - 1e-3, behind + 1e-3
+    zeros = torch.zeros(3, dtype=torch.int64)
+    got = ops.sample(logits, zeros + 1, zeros, zeros + position, zeros.bool())
+    assert got.tolist() == [token, rival, token]

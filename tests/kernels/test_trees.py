@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,15 @@ from kernels.reference import ReferenceOps
 from tests.kernels.cpu.worlds import Shape
 
 MASK_ALL = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Hundreds of tiny tensors: torch's threads would cost more than they give, most on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["reference", "compiled", "generic"])
@@ -127,7 +137,7 @@ class World:
 
     def _write(self, qkv: Tensor, rows: AttentionRows) -> Tensor:
         s = self.shape
-        half = torch.ones(4096, s.head_dim // 2)
+        half = torch.ones(512, s.head_dim // 2)
         unturned = torch.cat((half, half * 0), dim=1)
         args = (s.num_q, s.num_kv, s.head_dim, unturned, None, None, 1e-6, self.k, self.v, rows)
         return self.ops.qkv_rope_write(qkv, *args)
@@ -273,7 +283,7 @@ def test_moves_copy_slots_in_order_and_touch_nothing_else(ops: Ops, shape: Shape
             holds[target] = holds[source]
         for world, content in zip(worlds, (list(range(count)), holds), strict=True):
             rows, s = world.rows([0]), shape
-            table = torch.ones(4096, s.head_dim // 2 * 2) * (torch.arange(s.head_dim // 2 * 2) < s.head_dim // 2)
+            table = torch.ones(512, s.head_dim // 2 * 2) * (torch.arange(s.head_dim // 2 * 2) < s.head_dim // 2)
             args = (s.num_q, s.num_kv, s.head_dim, table, None, None, 1e-6, world.k, world.v, rows)
             ops.qkv_rope_write(world.qkv[0][content], *args)
         moved, want = worlds
