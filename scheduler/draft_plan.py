@@ -66,15 +66,12 @@ class DraftPlan:
             self.draft_context,
         )
 
-    def joined_pages(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """New pages, one entry per sequence: a worker takes them in once a step, so that it can repeat the step."""
-        joined: dict[int, tuple[int, ...]] = {}
-        for seq_id, pages in self.new_pages:
-            joined[seq_id] = joined.get(seq_id, ()) + pages
-        return tuple(joined.items())
-
     def add_page(self, seq_id: int, page: int) -> None:
+        """One entry per sequence: a worker takes them in once a step, so that it can repeat the step."""
         self.new_pages.setdefault(seq_id, []).append(page)
+
+    def take_pages(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        return tuple([(seq_id, tuple(pages)) for seq_id, pages in self.new_pages.items()])
 
     def place_prefill(self, seq: Sequence, num_tokens: int) -> None:
         """Add a chunk of at most `num_tokens` of a prompt."""

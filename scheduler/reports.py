@@ -14,7 +14,9 @@ _NO_NEWS = News()
 
 
 def make_delta(seq: Sequence, now: float, news: News = _NO_NEWS, fault: Fault | None = None) -> Delta:
-    """A delta with all that the first (cached_tokens) and the last (finish reason, times, drafts) one carry."""
+    """A delta with all that the first (cached_tokens) and the last (finish reason, times) one carry."""
+    if seq.has_sent and seq.finish_reason is None and fault is None:
+        return Delta(seq.request.id, news.tokens, news.logprobs, news.prompt_logprobs, speculation=news.speculation)
     is_first, seq.has_sent = not seq.has_sent, True
     return Delta(
         request_id=seq.request.id,
@@ -26,7 +28,7 @@ def make_delta(seq: Sequence, now: float, news: News = _NO_NEWS, fault: Fault | 
         cached_tokens=seq.cached_tokens if is_first else None,
         times=None if seq.finish_reason is None else _times(seq, now),
         fault=fault,
-        speculation=None if seq.finish_reason is None else seq.decoding.usage,
+        speculation=news.speculation,
     )
 
 
@@ -59,6 +61,7 @@ def step_stats(
         prefix_queries=draft.prefix_queries,
         prefix_hits=draft.prefix_hits,
         accepted_tokens=report.num_accepted,
+        drafted_seqs=len(draft.verified),
         draft_s=result.draft_s,
         drafts=tuple(report.tallies),
         goodput_predicted=draft.goodput,

@@ -140,7 +140,7 @@ class Scheduler:
             step=self._step,
             spans=tuple(draft.spans),
             admitted=tuple(draft.admitted),
-            new_pages=draft.joined_pages(),
+            new_pages=draft.take_pages(),
             released=self._queues.take_released(),
             budget=draft.budget,
             predicted_s=self._policy.predict(draft),
@@ -277,8 +277,6 @@ class Scheduler:
             return None
         if news.tokens and seq.first_token_s is None:
             seq.first_token_s = self._now
-        if seq.finish_reason is None and seq.has_sent:
-            return Delta(seq.request.id, *news)
         if seq.finish_reason is not None:
             self._queues.end(seq)
         return make_delta(seq, self._now, news)

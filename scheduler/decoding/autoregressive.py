@@ -27,7 +27,6 @@ class Autoregressive:
         "_stop_ids",
         "_wants_logprobs",
         "drafts",
-        "usage",
     )
 
     def __init__(self, seq: Sequence, max_model_len: int) -> None:
@@ -42,7 +41,6 @@ class Autoregressive:
         self._num_logprobs_sent = 0
         self._wants_logprobs = request.sampling.logprobs is not None
         self.drafts: Drafts | None = None
-        self.usage: SpeculationUsage | None = None
 
     @property
     def judges_prompt(self) -> bool:
@@ -130,11 +128,13 @@ class Autoregressive:
                 break
         # The KV of the token that was sampled last is not written yet, unless the text ended before it.
         seq.num_committed = min(span.start + len(outcome.tokens), len(seq.tokens))
+        usage = self._usage(len(span.tokens) - 1, min(len(path), num_new))
         self.drafts = outcome.drafts
-        used = self.usage or SpeculationUsage()
-        drafted, accepted = used.drafted + len(span.tokens) - 1, used.accepted + min(len(path), num_new)
-        self.usage = SpeculationUsage(drafted, accepted, used.steps + 1)
-        return News(outcome.tokens[:num_new], outcome.logprobs[:num_new])
+        return News(outcome.tokens[:num_new], outcome.logprobs[:num_new], speculation=usage)
+
+    def _usage(self, drafted: int, accepted: int) -> SpeculationUsage:
+        is_predicted = self.drafts is not None and self.drafts.source == "prediction"
+        return SpeculationUsage(drafted, accepted, 1, drafted * is_predicted, accepted * is_predicted)
 
     def _new_prompt_logprobs(self, span: Span, outcome: Outcome) -> tuple[TokenLogprob, ...]:
         """Those not sent before a preemption. `outcome.prompt_logprobs` are for positions span.start + 1 and on."""

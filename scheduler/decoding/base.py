@@ -15,11 +15,15 @@ class BadOutcome(Exception):
 
 
 class News(NamedTuple):
-    """What an outcome told: output tokens that can no longer change (R8) and logprobs, each once."""
+    """What an outcome told: output tokens that can no longer change (R8) and logprobs, each once.
+
+    speculation   what the drafts verified for these tokens came to, if there were any
+    """
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    speculation: SpeculationUsage | None = None
 
 
 class Decoding(Protocol):
@@ -38,11 +42,6 @@ class Decoding(Protocol):
     @property
     def most_drafts(self) -> int:
         """Most drafts that the next decode span can use: after them and one more token the sequence is full."""
-        ...
-
-    @property
-    def usage(self) -> SpeculationUsage | None:
-        """What drafts came to so far; None if none was ever verified."""
         ...
 
     def next_span(self, budget: int, num_drafts: int = 0) -> Span:

@@ -48,6 +48,7 @@ def _check_usage(world: World) -> None:
     if not any(story.is_aborted for story in world.stories.values()):
         assert sum(usage.drafted for usage in usages) == drafted
         assert sum(usage.accepted for usage in usages) == accepted
+        assert sum(usage.steps for usage in usages) == sum(stats.drafted_seqs for stats in world.stats)
 
 
 def _find_a_failing_world(patience: int = 60) -> str | None:

@@ -171,7 +171,9 @@ class World:
         assert not story.deltas or story.deltas[-1].finish_reason is None, "a delta after the end"
         assert (delta.cached_tokens is not None) == (not story.deltas), "cached_tokens belongs to the first delta"
         assert (delta.times is not None) == (delta.finish_reason is not None), "times belong to the last delta"
-        assert delta.speculation is None or delta.finish_reason is not None, "draft counts belong to the last delta"
+        if delta.speculation is not None:
+            assert delta.speculation.accepted <= len(delta.tokens), "drafts were accepted that gave no token"
+            assert delta.speculation.drafted >= delta.speculation.accepted
         story.deltas.append(delta)
 
     def run(self) -> None:
