@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DEFAULT_DRAFTERS = ("prediction", "grammar", "suffix", "history")
+DEFAULT_DRAFTERS = ("prediction", "grammar", "suffix")
+"""`suffix` looks into the sequence's own text as well, so `history` beside it would only cost time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ class Store(Protocol):
         """Take in at most `most` of the sequence's tokens that are new, by position. Returns how many."""
         ...
 
-    def begin(self, want: Want) -> list[Walk]:
-        """Where drafts may begin; of several walks the one that expects most tokens is offered. Changes nothing."""
+    def begin(self, want: Want) -> Walk | None:
+        """Where drafts of the sequence begin; None = it has nothing. Changes nothing."""
         ...
 
     def release(self, seq_id: int, state: SequenceState) -> None:
@@ -58,22 +58,20 @@ class LookupDrafter:
 
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         """See `Drafter.propose`; `depth` is of no interest here."""
-        allowance = LEARN_MOST
+        allowance, store = LEARN_MOST, self.store
+        offers: list[Drafts | None] = []
         for want in wants:
             if allowance > 0:
-                allowance -= self.store.learn(want, allowance)
-        return [self._offer(want) for want in wants]
-
-    def _offer(self, want: Want) -> Drafts | None:
-        most, width = want.num_drafts, 1
-        if want.tree:
-            most, width = min(most, MAX_TREE_NODES - 1), TREE_WIDTH
-        best: Drafts | None = None
-        for walk in self.store.begin(want):
-            drafts = best_first(walk, most, width, FLOOR, self.name)
-            if drafts is not None and (best is None or sum(drafts.survivals) > sum(best.survivals)):
-                best = drafts
-        return best
+                allowance -= store.learn(want, allowance)
+            walk = store.begin(want)
+            if walk is None:
+                offers.append(None)
+            elif want.tree:
+                most = min(want.num_drafts, MAX_TREE_NODES - 1)
+                offers.append(best_first(walk, most, TREE_WIDTH, FLOOR, self.name))
+            else:
+                offers.append(best_first(walk, want.num_drafts, 1, FLOOR, self.name))
+        return offers
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         self.store.release(seq_id, state)

@@ -78,12 +78,10 @@ class Speculator:
 
     def _ask(self, drafter: Drafter, wants: Sequence[Want], depth: int, best: list[Drafts | None]) -> None:
         """Put the drafter's offers in `best` where they beat what is there."""
-        chosen = [
-            i
-            for i, want in enumerate(wants)
-            if want.state.request.speculation.drafter in ("auto", drafter.name)
-            and not (drafter.is_sequential and self._is_good(best[i], want, depth))
-        ]
+        allowed = ("auto", drafter.name)
+        chosen = [i for i, want in enumerate(wants) if want.state.request.speculation.drafter in allowed]
+        if drafter.is_sequential:
+            chosen = [i for i in chosen if not self._is_good(best[i], wants[i], depth)]
         if not chosen:
             return
         # What a sampled offer was drawn from stays with its sequence only if the offer is taken.
@@ -128,7 +126,7 @@ class Speculator:
     def _with_tree(self, want: Want) -> Want:
         asked = want.state.request.speculation
         wished = self._draft_tree if asked.tree is None else asked.tree
-        return want._replace(tree=wished and self._trees_run and asked.verify is VerifyMode.COUPLED)
+        return want._replace(tree=True) if wished and self._trees_run and asked.verify is VerifyMode.COUPLED else want
 
     def _sound(self, offer: Drafts, want: Want) -> Drafts | None:
         """The offer if it keeps the protocol, cut to what the request's grammar allows; None = nothing is left."""

@@ -73,10 +73,10 @@ class AdjacencyStore:
         if token in candidates:
             self._hits[candidates.index(token)] += 1
 
-    def begin(self, want: Want) -> list[Walk]:
+    def begin(self, want: Want) -> Walk | None:
         table = self.tables.get(want.state.request.cache_salt)
         if table is None or want.tokens[-1] not in table:
-            return []
+            return None
         # A candidate never passes one of a better rank: the order within an entry is the target's.
         rates, least = [], 1.0
         for hits in self._hits:
@@ -86,7 +86,7 @@ class AdjacencyStore:
         def children(token: int) -> list[Child]:
             return [(rate, child, child) for rate, child in zip(rates, table.get(token, ()), strict=False)]
 
-        return [Walk(want.tokens[-1], children)]
+        return Walk(want.tokens[-1], children)
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         self._num_seen.pop(seq_id, None)

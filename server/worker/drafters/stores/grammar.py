@@ -17,14 +17,14 @@ class GrammarStore:
     def learn(self, want: Want, most: int) -> int:
         return 0
 
-    def begin(self, want: Want) -> list[Walk]:
+    def begin(self, want: Want) -> Walk | None:
         matcher = want.state.matcher
         tokens = matcher.forced(want.tokens) if matcher is not None else []
 
         def children(place: int) -> list[Child]:
             return [(1.0, tokens[place], place + 1)] if place < len(tokens) else []
 
-        return [Walk(0, children)] if tokens else []
+        return Walk(0, children) if tokens else None
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         pass

@@ -30,10 +30,14 @@ class HistoryStore:
         # The n-gram that ends at the last token has no continuation yet.
         return index.learn(want.tokens, len(want.tokens) - 1, most)
 
-    def begin(self, want: Want) -> list[Walk]:
+    def begin(self, want: Want) -> Walk | None:
+        spots = self.find(want)
+        return continuations(want.tokens, spots) if spots else None
+
+    def find(self, want: Want) -> list[Spot]:
+        """Where the sequence's latest tokens stood before, the longest match first."""
         index = self._indexes.get(want.seq_id)
-        spots = index.find(want.tokens, want.tokens) if index is not None else []
-        return [continuations(want.tokens, spots)] if spots else []
+        return index.find(want.tokens, want.tokens) if index is not None else []
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         self._indexes.pop(seq_id, None)

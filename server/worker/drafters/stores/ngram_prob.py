@@ -70,10 +70,10 @@ class NgramProbStore:
         self.tables.written(len(table) - before)
         return taken
 
-    def begin(self, want: Want) -> list[Walk]:
+    def begin(self, want: Want) -> Walk | None:
         table = self.tables.get(want.state.request.cache_salt)
         if table is None:
-            return []
+            return None
         request, first = want.state.request, want.num_output
         seed, sample_index = request.sampling.seed, request.sampling.sample_index
         is_coupled = not want.state.recipe.is_greedy and request.speculation.verify is VerifyMode.COUPLED
@@ -91,7 +91,7 @@ class NgramProbStore:
             ranked = sorted(zip(shares, guess.ids, strict=True), reverse=True)
             return [(trust * share, token, (depth + 1, (*tail[-3:], token))) for share, token in ranked]
 
-        return [Walk((0, tuple(want.tokens[-ORDERS[0] :])), children)]
+        return Walk((0, tuple(want.tokens[-ORDERS[0] :])), children)
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         self._num_seen.pop(seq_id, None)

@@ -74,10 +74,10 @@ class PredictionStore:
             reader = self._readers[want.seq_id] = _Reader(text, want.state.num_prompt)
         return reader.learn(want.tokens, most)
 
-    def begin(self, want: Want) -> list[Walk]:
+    def begin(self, want: Want) -> Walk | None:
         reader = self._readers.get(want.seq_id)
         if reader is None or reader.missed > MAX_MISSED or reader.num_seen < len(want.tokens):
-            return []
+            return None
         text = reader.text
 
         def children(place: tuple[int, float]) -> list[Child]:
@@ -86,7 +86,7 @@ class PredictionStore:
 
         # One miss in `odds` tokens is expected: few after a long agreement, most right after departures.
         odds = 2.0 + reader.match if reader.match else 1.0 + 1.0 / (1 + reader.missed)
-        return [Walk((reader.at, odds), children)]
+        return Walk((reader.at, odds), children)
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         self._readers.pop(seq_id, None)

@@ -1,9 +1,10 @@
 """`suffix` (SuffixDecoding): what followed these tokens, in the sequence itself and in all finished outputs.
 
-Source: Oliaro et al., "SuffixDecoding" (2024): counts give the probabilities, the better sum of survivals wins.
-Departures: a sequence's own text is searched by the index of `history` (no second structure for it); of the shared
-outputs the longest known tail is continued; long drafts from short matches are held back by `certainty`, not by a
-length rule; prompts are not shared, but for their last tokens, which tell how answers begin.
+Source: Oliaro et al., "SuffixDecoding" (2024): counts give the probabilities.
+Departures: a sequence's own text is searched by the index of `history` (no second structure for it); the longest match
+is continued, the sequence's own before a shared one, instead of scoring a draft for every length: one expansion, not
+ten; long drafts from short matches are held back by `certainty`, not by a length rule; prompts are not shared, but for
+their last tokens, which tell how answers begin.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from numpy.typing import NDArray
 from scheduler.types import SpeculationMode
 from server.worker.drafters.base import Want
 from server.worker.drafters.expansion import Child, Walk
-from server.worker.drafters.stores.history import CERTAINTY, HistoryStore
+from server.worker.drafters.stores.history import CERTAINTY, HistoryStore, continuations
 from server.worker.drafters.stores.shared import Arrays, pack_texts, tenant_key, unpack_texts
 from server.worker.drafters.stores.suffix_tree import NODE_BYTES, Node, SuffixTree
 from server.worker.sequences import SequenceState
 
-TAILS = (2, 3, 5, 8, 16)
+TAILS = (2, 4, 8, 16)
 """Lengths of the tails that are looked for. A tail stands in a tree only if all shorter ones do."""
 PROMPT_TAIL = 16
 WORK = 48
@@ -60,13 +61,15 @@ class SuffixStore:
     def learn(self, want: Want, most: int) -> int:
         return self._history.learn(want, most) + self.work(WORK)
 
-    def begin(self, want: Want) -> list[Walk]:
-        walks = self._history.begin(want)
+    def begin(self, want: Want) -> Walk | None:
+        spots = self._history.find(want)
+        match = spots[0].match if spots else 0
         tree = self._trees.get(tenant_key(want.state.request.cache_salt))
-        if tree is None:
-            return walks
-        found = longest(tree, want.tokens)
-        return walks if found is None else [*walks, Walk(found, _children)]
+        if tree is not None and match < TAILS[-1]:
+            found = longest(tree, want.tokens)
+            if found is not None and found[2] > match:
+                return Walk(found, _children)
+        return continuations(want.tokens, spots) if spots else None
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         """Put the output aside to be learnt while later sequences are asked about. Requests that opted out are not."""
@@ -168,15 +171,12 @@ class SuffixStore:
 
 def longest(tree: SuffixTree, tokens: Sequence[int]) -> tuple[Node, int, int] | None:
     """(node, used tokens of its label, length) of the longest tail that something follows in the tree."""
-    best, low, high = None, 0, len(TAILS)
-    while low < high:
-        middle = (low + high) // 2
-        length = TAILS[middle]
-        found = tree.find(list(tokens[-length:])) if length <= len(tokens) else None
-        if found is not None and (found[1] < found[0].length or found[0].children):
-            best, low = (*found, length), middle + 1
-        else:
-            high = middle
+    best = None
+    for length in TAILS:
+        found = tree.find(tokens[-length:]) if length <= len(tokens) else None
+        if found is None or (found[1] == found[0].length and not found[0].children):
+            break
+        best = (*found, length)
     return best
 
 

@@ -7,7 +7,7 @@ Source: the trees of Oliaro et al., "SuffixDecoding" (2024).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 MAX_DEPTH = 32
 """Tokens of a suffix that are inserted: context and continuation together. It bounds the work of an insert, which
@@ -102,7 +102,7 @@ class SuffixTree:
             node.children = child.children
             self.num_nodes -= 1
 
-    def find(self, tail: list[int]) -> tuple[Node, int] | None:
+    def find(self, tail: Sequence[int]) -> tuple[Node, int] | None:
         """Where `tail` ends in the tree: the node and how much of its label is used; None = it stands in no text."""
         node, used, at, end = self.root, 0, 0, len(tail)
         while at < end:

@@ -56,16 +56,16 @@ class TrigramStore:
         self.tables.written(len(table) - before)
         return end - start
 
-    def begin(self, want: Want) -> list[Walk]:
+    def begin(self, want: Want) -> Walk | None:
         table = self.tables.get(want.state.request.cache_salt)
         if table is None or len(want.tokens) < 2:
-            return []
+            return None
 
         def children(place: int) -> list[Child]:
             counts = table.get(place)
             return self._children(counts, (place & 0xFFFFFFFF) << 32) if counts else []
 
-        return [Walk(want.tokens[-2] << 32 | want.tokens[-1], children)]
+        return Walk(want.tokens[-2] << 32 | want.tokens[-1], children)
 
     def _children(self, counts: Mapping[int, int], context: int) -> list[Child]:
         total = sum(counts.values())

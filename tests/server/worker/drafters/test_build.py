@@ -26,7 +26,7 @@ def build(windows: tuple[int | None, ...] = (None,), **fields: Any) -> Speculato
 
 def test_the_default_drafters_are_lookups_that_need_no_logits() -> None:
     speculator = build()
-    assert speculator.drafters == (("prediction", False), ("grammar", False), ("suffix", False), ("history", False))
+    assert speculator.drafters == (("prediction", False), ("grammar", False), ("suffix", False))
     assert speculator.needs_top == 0
 
 
