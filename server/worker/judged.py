@@ -15,7 +15,7 @@ from server.worker.grammar import GrammarMask
 from server.worker.process_logits import JudgedRow
 from server.worker.sequences import SequenceState
 
-NO_TOKEN = -1
+NO_TOKEN = -2
 """Stands for a draft that no row can ever sample: an id outside the vocabulary."""
 
 
@@ -62,7 +62,12 @@ def judge(span: Span, state: SequenceState, vocab_size: int) -> Judged | str | N
 
 
 def _verified(span: Span, state: SequenceState, vocab_size: int) -> Judged:
-    paths = draft_paths(span)
+    mode, draft_q = state.request.speculation.verify, state.draft_q_at.get(span.start)
+    drafts = tuple(draft if 0 <= draft < vocab_size else NO_TOKEN for draft in span.tokens[1:])
+    if mode is not VerifyMode.COUPLED and NO_TOKEN in drafts:
+        # Rejection looks drafts up in distributions; that one is no token was known before any noise was drawn.
+        drafts, draft_q = drafts[: drafts.index(NO_TOKEN)], None
+    paths = draft_paths(span, 1 + len(drafts))
     masks: Sequence[GrammarMask | None] = [None] * len(paths)
     if state.matcher is not None:
         masks = state.matcher.masks(paths)
@@ -73,15 +78,14 @@ def _verified(span: Span, state: SequenceState, vocab_size: int) -> Judged:
         path = tuple(min(max(draft, 0), vocab_size - 1) for draft in path)
         counts = None if state.counts is None else state.counts.after(path)
         rows.append(JudgedRow(state.recipe, state.history, num_output + len(path), counts, mask, path))
-    drafts = tuple(draft if 0 <= draft < vocab_size else NO_TOKEN for draft in span.tokens[1:])
-    mode, draft_q = state.request.speculation.verify, state.draft_q_at.get(span.start)
-    return Judged(rows, 0, drafts, span.parents, mode, draft_q)
+    draft_q = None if draft_q is None else draft_q[: len(drafts)]
+    return Judged(rows, 0, drafts, span.parents[: len(paths)], mode, draft_q)
 
 
-def draft_paths(span: Span) -> list[tuple[int, ...]]:
-    """For each token of a VERIFY span the drafts from the last known token to it, itself included."""
+def draft_paths(span: Span, num_rows: int) -> list[tuple[int, ...]]:
+    """For each of the first tokens of a VERIFY span the drafts from the last known token to it, itself included."""
     paths: list[tuple[int, ...]] = [()]
-    for offset in range(1, len(span.tokens)):
+    for offset in range(1, num_rows):
         parent = span.parents[offset] if span.parents else offset - 1
         paths.append((*paths[parent], span.tokens[offset]))
     return paths

@@ -121,7 +121,11 @@ class SequenceState:
     def keep_draft_q(self) -> None:
         """File `draft_q` under the span that will verify it. `history` ends in that span's first token."""
         if self.draft_q is not None:
-            self.draft_q_at = {**dict(list(self.draft_q_at.items())[-1:]), len(self.history) - 1: self.draft_q}
+            start = len(self.history) - 1
+            # By place, not by age: a step that runs again files its offer again and needs what it was verified with.
+            last = max((at for at in self.draft_q_at if at < start), default=None)
+            kept = {} if last is None else {last: self.draft_q_at[last]}
+            self.draft_q_at = {**kept, start: self.draft_q}
             self.draft_q = None
 
 
