@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.ops import Ops
 from scheduler.types import Drafts, Read, Span, VerifyMode
 from server.worker.drafters.base import Want
-from server.worker.drafters.drawing import COUPLED_STREAM, DRAFT_STREAM, draw
+from server.worker.drafters.drawing import draw, draw_apart
 from server.worker.drafters.lane import LEAST_SURVIVAL
 from server.worker.drafters.paged_forward import DraftingModel
 from server.worker.info import WorkerInfo
@@ -125,7 +125,10 @@ class DiffusionDrafter:
         consistency: float,
     ) -> Drafts:
         is_coupled = want.state.request.speculation.verify is VerifyMode.COUPLED
-        tokens = draw(self._ops, logits_JV, rows, COUPLED_STREAM if is_coupled else DRAFT_STREAM).tolist()
+        if is_coupled:
+            tokens = draw(self._ops, logits_JV, rows).tolist()
+        else:
+            tokens = draw_apart(self._ops, logits_JV, rows, range(len(rows))).tolist()
         if not is_coupled and not want.state.recipe.is_greedy:
             want.state.draft_q = probs_RV[1 : len(rows) + 1].clone()
         survivals, survival = [], consistency

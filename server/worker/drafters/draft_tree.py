@@ -21,7 +21,7 @@ from kernels.ops import Ops
 from kernels.philox import gumbel
 from scheduler.types import MAX_TREE_NODES, Drafts
 from server.worker.drafters.base import Want
-from server.worker.drafters.drawing import COUPLED_STREAM, draw
+from server.worker.drafters.drawing import draw
 from server.worker.drafters.lane import LEAST_SURVIVAL, row_after
 from server.worker.drafters.paged_forward import PagedForward, TreeFeed
 from server.worker.process_logits import JudgedRow, process_logits
@@ -133,7 +133,7 @@ def _branch(ops: Ops, heads: Sequence[tuple[Tree, int]], logits_JV: Tensor) -> N
     rows = [row_after(tree.want, path) for (tree, _), path in zip(heads, paths, strict=True)]
     bad |= process_logits(logits_JV, rows).keys()
     # The noise may lift any token to the top: the very best is drawn from all, the next from the likeliest.
-    drawn_J1 = draw(ops, logits_JV, rows, COUPLED_STREAM).unsqueeze(1)
+    drawn_J1 = draw(ops, logits_JV, rows).unsqueeze(1)
     logq_JV = torch.log_softmax(logits_JV, dim=1)
     best = logq_JV.topk(min(NUM_RANKED, logits_JV.shape[1]), dim=1)
     ids_JR = torch.cat((drawn_J1, best.indices.masked_fill(best.indices == drawn_J1, NOT_TWICE)), dim=1).cpu().numpy()

@@ -7,7 +7,7 @@ rules it is drawn with noise of its own, and the distribution it came from is ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from kernels.ops import Ops
 from scheduler.types import Drafts
 from server.worker.drafters.base import Want
 from server.worker.drafters.draft_tree import MOST_NODES, Tree, grow
-from server.worker.drafters.drawing import COUPLED_STREAM, DRAFT_STREAM, draw
+from server.worker.drafters.drawing import draw, draw_apart
 from server.worker.drafters.lane import Lane
 from server.worker.drafters.paged_forward import Feed, PagedForward
 from server.worker.drafters.stopping import StopRule
@@ -148,10 +148,16 @@ class SequentialDrafter:
 
     def _drawn(self, lanes: Sequence[Lane], logits_JV: Tensor, rows: Sequence[JudgedRow]) -> list[int]:
         tokens = [0] * len(lanes)
-        for stream, at in _by_stream(lanes):
-            whole = len(at) == len(lanes)
-            part = logits_JV if whole else logits_JV[torch.tensor(at, device=logits_JV.device)]
-            for index, token in zip(at, draw(self._ops, part, [rows[i] for i in at], stream).tolist(), strict=True):
+        for keeps_q in (False, True):
+            at = [index for index, lane in enumerate(lanes) if lane.keeps_q == keeps_q]
+            if not at:
+                continue
+            part, chosen = _rows(logits_JV, at), [rows[i] for i in at]
+            if keeps_q:
+                drawn = draw_apart(self._ops, part, chosen, [len(lanes[i].drafts) for i in at])
+            else:
+                drawn = draw(self._ops, part, chosen)
+            for index, token in zip(at, drawn.tolist(), strict=True):
                 tokens[index] = token
         return tokens
 
@@ -169,10 +175,3 @@ def _feed(want: Want, start: int, size: int) -> Feed:
 def _last_draft(lane: Lane) -> Feed:
     want = lane.want
     return Feed(want.seq_id, want.state, lane.drafts[-1:], len(want.tokens) + len(lane.drafts) - 1)
-
-
-def _by_stream(lanes: Sequence[Lane]) -> Iterator[tuple[int, list[int]]]:
-    for stream, keeps_q in ((COUPLED_STREAM, False), (DRAFT_STREAM, True)):
-        at = [index for index, lane in enumerate(lanes) if lane.keeps_q == keeps_q]
-        if at:
-            yield stream, at

@@ -12,7 +12,7 @@ import torch
 
 from scheduler.types import Admission, Drafts, Request, StepPlan
 from server.worker.drafters.base import Want
-from server.worker.drafters.drawing import COUPLED_STREAM, draw
+from server.worker.drafters.drawing import draw
 from server.worker.drafters.paged_forward import PagedForward
 from server.worker.drafters.sequential import Reach, SequentialDrafter
 from server.worker.drafters.stopping import StopRule
@@ -85,7 +85,7 @@ class TargetText:
             counts = state.counts.beyond(tokens, ())
         row = JudgedRow(state.recipe, tokens, num_output, counts)
         assert not process_logits(logits_JV, [row])
-        return int(draw(self._model.ops, logits_JV, [row], COUPLED_STREAM))
+        return int(draw(self._model.ops, logits_JV, [row]))
 
     def extended(self, state: SequenceState, tokens: Sequence[int], count: int) -> list[int]:
         found = list(tokens)
