@@ -59,19 +59,19 @@ class LookupDrafter:
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         """See `Drafter.propose`; `depth` is of no interest here."""
         allowance, store = LEARN_MOST, self.store
-        offers: list[Drafts | None] = []
+        # All are learnt from before any is offered: a step that is run again offers the same again.
         for want in wants:
             if allowance > 0:
                 allowance -= store.learn(want, allowance)
-            walk = store.begin(want)
-            if walk is None:
-                offers.append(None)
-            elif want.tree:
-                most = min(want.num_drafts, MAX_TREE_NODES - 1)
-                offers.append(best_first(walk, most, TREE_WIDTH, FLOOR, self.name))
-            else:
-                offers.append(best_first(walk, want.num_drafts, 1, FLOOR, self.name))
-        return offers
+        return [self._offer(want) for want in wants]
+
+    def _offer(self, want: Want) -> Drafts | None:
+        walk = self.store.begin(want)
+        if walk is None:
+            return None
+        if want.tree:
+            return best_first(walk, min(want.num_drafts, MAX_TREE_NODES - 1), TREE_WIDTH, FLOOR, self.name)
+        return best_first(walk, want.num_drafts, 1, FLOOR, self.name)
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         self.store.release(seq_id, state)

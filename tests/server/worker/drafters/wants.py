@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 from scheduler.types import Drafts, Request, Sampling, Speculation
 from server.worker.drafters.base import Drafter, RowTops, Want
+from server.worker.drafters.build import build_speculator
+from server.worker.drafters.config import SpeculatorConfig
+from server.worker.drafters.speculator import Speculator
 from server.worker.recipe import make_recipe
 from server.worker.sequences import SequenceState
 
@@ -68,3 +73,10 @@ def replay(
         emitted.append(step)
         length += step
     return emitted
+
+
+def build_lookups(vocab_size: int = VOCAB, windows: tuple[int | None, ...] = (None,), **fields: Any) -> Speculator:
+    """A real composite; lookup drafters need nothing of the model but its windows and its vocabulary."""
+    model = SimpleNamespace(config=SimpleNamespace(windows=windows))
+    parts = cast(Any, (model, None, None, None, SimpleNamespace(vocab_size=vocab_size)))
+    return build_speculator(SpeculatorConfig(**fields), *parts)
