@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scheduler.types import FinishReason, Speculation, VerifyMode
+from scheduler.types import FinishReason, Speculation, SpeculationMode, VerifyMode
+from server.engine.config import SpeculationConfig
 from server.engine.offline import Engine, GenerationError
 from tests.tiny import write_tiny_checkpoint
 
@@ -43,6 +45,19 @@ def test_a_batch_gives_what_each_prompt_gives_alone(engine: Engine) -> None:
 def test_speculation_that_cannot_be_had_is_refused(engine: Engine, asked: Speculation, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine.generate(["hello"], speculation=asked)
+
+
+def test_synthetic_drafts_are_right_as_often_as_asked_and_change_no_token() -> None:
+    shape = "hidden=64,layers=2,heads=4,kv_heads=2,mlp=128,vocab=4096"
+    config = SpeculationConfig(synthetic_acceptance=0.8, max_drafts=4)
+    prompts = [[5 + i] * 20 + [i] for i in range(8)]
+    options: dict[str, Any] = {"max_tokens": 100, "stop_ids": (), "speculation": Speculation(SpeculationMode.ON)}
+    with Engine(random_weights=shape, dtype="float32", num_threads=1, speculation=config) as engine:
+        first, again = (engine.generate(prompts, **options) for _ in range(2))
+    assert [one.tokens for one in first] == [one.tokens for one in again]
+    assert not any(one.speculation.drafted for one in first)
+    accepted, steps = (sum(getattr(one.speculation, name) for one in again) for name in ("accepted", "steps"))
+    assert 1 + accepted / steps == pytest.approx(sum(0.8**i for i in range(5)), rel=0.1)
 
 
 def test_a_stream_is_the_completion_in_pieces(engine: Engine) -> None:
