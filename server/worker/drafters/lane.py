@@ -48,12 +48,22 @@ class Lane:
         if q_V is not None:
             self.q.append(q_V)
         # The draft itself is offered, however unlikely: its forward is paid, and the planner decides.
-        # Under the rejection rules nothing may depend on which token was drawn (speculative reference, 2.5).
-        is_end = not self.keeps_q and token in self.want.state.request.stop_ids
-        self.is_over = is_end or len(self.drafts) >= self.most or self.survival < stop_below
+        is_end = token in self.want.state.request.stop_ids or self.survival < stop_below
+        self.is_over = len(self.drafts) >= self.most or (is_end and not self.keeps_q)
 
     def offer(self, source: str) -> Drafts | None:
-        return Drafts(tuple(self.drafts), tuple(self.survivals), source) if self.drafts else None
+        """Under the rejection rules neither its length nor its survivals tell what was drawn.
+
+        Whoever cuts or refuses an offer looks at all of it, and a first draft that is dropped because of what came
+        after it biases the text (speculative reference, 2.5). So such a lane never stops early, and its later survivals
+        go by its first one, which was known before anything was drawn.
+        """
+        if not self.drafts:
+            return None
+        survivals = self.survivals
+        if self.keeps_q:
+            survivals = [max(LEAST_SURVIVAL, survivals[0] ** depth) for depth in range(1, len(survivals) + 1)]
+        return Drafts(tuple(self.drafts), tuple(survivals), source)
 
 
 def row_after(want: Want, drafts: tuple[int, ...]) -> JudgedRow:

@@ -135,12 +135,15 @@ class SequentialDrafter:
             logits_JV[index].zero_()
         rows = [lane.row() for lane in lanes]
         bad |= process_logits(logits_JV, rows).keys()
+        for index in bad:
+            logits_JV[index].zero_()
         probs_JV = torch.softmax(logits_JV, dim=1)
         is_greedy = [row.recipe.is_greedy for row in rows]
         chances = self._stop.estimate(hidden_JH, probs_JV.amax(dim=1), is_greedy)
         tokens = self._drawn(lanes, logits_JV, rows)
         for index, lane in enumerate(lanes):
-            if index in bad:
+            # Where offers must not tell what was drawn, a lane at its end (an empty mask behind EOS) draws any token.
+            if index in bad and not lane.keeps_q:
                 lane.is_over = True
             else:
                 q_V = probs_JV[index].clone() if lane.keeps_q else None

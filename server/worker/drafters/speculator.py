@@ -134,7 +134,8 @@ class Speculator:
         if reason is not None:
             self.num_dropped[reason] += 1
             return None
-        if want.state.matcher is None:
+        # Drafts that were drawn stay whole: their distribution knows what is illegal, and a cut would bias the text.
+        if want.state.matcher is None or want.state.draft_q is not None:
             return offer
         legal = legal_part(offer, want)
         if legal is None or len(legal.tokens) < len(offer.tokens):

@@ -264,6 +264,23 @@ def test_under_the_rejection_rules_drafts_have_noise_of_their_own_and_keep_their
     assert equal < 25
 
 
+def test_under_the_rejection_rules_an_offer_does_not_tell_what_was_drawn(target: TinyModel) -> None:
+    sequences = Sequences(num_pages=256)
+    survivals = set()
+    for seed in range(8):
+        asked = request("x", 9, VerifyMode.REJECTION, temperature=1.5, seed=seed)
+        asked = Request(
+            "x", asked.prompt, 100, asked.sampling, tuple(range(0, VOCAB, 2)), speculation=asked.speculation
+        )
+        state = sequences.admit(seed, asked, num_tokens=16)
+        drafter = drafter_of(target, sequences, DraftKV(256, NEAR), stop_rule("confidence"))
+        offer = drafter.propose([want(seed, state, asked.prompt, 5)], 5)[0]
+        assert offer is not None
+        assert len(offer.tokens) == 5, "neither an unlikely draft nor a stop token ends it"
+        survivals.add(offer.survivals)
+    assert len(survivals) == 1, "eight different chains look alike to whoever cuts them"
+
+
 def test_greedy_drafts_were_not_drawn_so_no_distribution_is_kept(target: TinyModel) -> None:
     sequences = Sequences()
     state = sequences.admit(1, request("x", 9, VerifyMode.REJECTION, temperature=0.0))

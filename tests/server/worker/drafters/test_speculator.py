@@ -277,3 +277,12 @@ def test_sampled_drafts_are_chosen_by_what_was_known_before_they_were_drawn() ->
     (best,) = speculator(Member("lookup", chain("lookup", 0.6)), long).propose([make_want([1])], 4)
     assert best is not None
     assert best.source == "lookup"
+
+
+def test_sampled_drafts_are_not_cut_where_the_grammar_forbids_one() -> None:
+    offer, q = Drafts((2, 3, 4), (0.5, 0.4, 0.3), "x"), torch.full((3, VOCAB), 1 / VOCAB)
+    state = even_state()
+    (whole,) = speculator(Member("x", sampled(offer, q))).propose([make_want([2], state=state)], 0)
+    assert whole == offer, "whether a drawn draft is submitted must not depend on which token it is"
+    (cut,) = speculator(Member("x", lambda _: offer)).propose([make_want([2], state=even_state())], 0)
+    assert cut == Drafts((2,), (0.5,), "x")
