@@ -39,7 +39,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(engine: Engine) -> None:
         (Speculation(drafter="eagle"), "speculation.drafter is eagle, but this server has prediction, grammar"),
         (Speculation(max_tokens=9), "speculation.max_tokens is 9, but must be between 1 and 8"),
         (Speculation(tree=True, verify=VerifyMode.BLOCK), "trees are verified coupled only"),
-        (Speculation(drafter="history", prediction=(1,)), "speculation.drafter is history, which does not read it"),
+        (Speculation(drafter="suffix", prediction=(1,)), "speculation.drafter is suffix, which does not read it"),
     ],
 )
 def test_speculation_that_cannot_be_had_is_refused(engine: Engine, asked: Speculation, message: str) -> None:
