@@ -168,6 +168,8 @@ def requests_of(tokenizer: Tokenizer, per_task: int, temperature: float, ends: t
 
 
 SETTINGS: dict[str, SpeculatorConfig] = {
+    **{name: SpeculatorConfig((name,)) for name in ("history", "suffix", "adjacency", "ngram_prob", "trigram")},
+    "lookup trees": SpeculatorConfig(("suffix", "adjacency", "ngram_prob", "trigram"), draft_tree=True),
     "diffusion": SpeculatorConfig(("diffusion",)),
     "draft_model fixed": SpeculatorConfig(("draft_model",), draft_stop="fixed"),
     "draft_model confidence": SpeculatorConfig(("draft_model",), draft_stop="confidence"),

@@ -8,14 +8,19 @@ import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from scheduler.types import Request, Sampling, Speculation
-from server.worker.drafters.base import Want
+from server.worker.drafters.base import RowTops, Want
 from server.worker.drafters.lookup import LookupDrafter, Store
 from server.worker.drafters.speculator import Speculator
+from server.worker.drafters.stores.adjacency import AdjacencyStore
 from server.worker.drafters.stores.grammar import GrammarStore
 from server.worker.drafters.stores.history import HistoryStore
+from server.worker.drafters.stores.ngram_prob import NgramProbStore
 from server.worker.drafters.stores.prediction import PredictionStore
 from server.worker.drafters.stores.suffix import SuffixStore
+from server.worker.drafters.stores.trigram import TrigramStore
 from server.worker.recipe import make_recipe
 from server.worker.sequences import SequenceState
 
@@ -36,12 +41,19 @@ def code_like(num_tokens: int, seed: int) -> list[int]:
 
 
 def make_want(text: list[int], end: int, seq_id: int, state: SequenceState, tree: bool) -> Want:
-    return Want(seq_id, state, text[:end], 16 if tree else 8, None, tree)
+    return Want(seq_id, state, text[:end], 16 if tree else 8, _tops(text, end - 2, end), tree)
 
 
-def make_state(text: list[int], num_prompt: int, seq_id: int) -> SequenceState:
+def _tops(text: list[int], start: int, end: int) -> RowTops:
+    """Rows that gave text[start:end]: the right token first, nine others behind it."""
+    ids = np.array([[(text[at] + i * at) % VOCAB for i in range(10)] for at in range(start, end)], dtype=np.int32)
+    row = np.log([0.55, *([0.05] * 9)]).astype(np.float32)
+    return RowTops(tuple(range(start, end)), ids, np.tile(row, (end - start, 1)))
+
+
+def make_state(text: list[int], num_prompt: int, seq_id: int, temperature: float = 0.7) -> SequenceState:
     speculation = Speculation(prediction=tuple(text[num_prompt:]))
-    request = Request(str(seq_id), tuple(text[:num_prompt]), 4096, Sampling(temperature=0.0), speculation=speculation)
+    request = Request(str(seq_id), tuple(text[:num_prompt]), 4096, Sampling(temperature), speculation=speculation)
     return SequenceState(request, make_recipe(request, ()), 0, list(text), 0)
 
 
@@ -62,8 +74,7 @@ def microseconds(make_store: Callable[[], Store], text: list[int], num_prompt: i
 
 def composite_microseconds(suffix: SuffixStore, text: list[int], num_seqs: int) -> float:
     """Median cost per sequence of a `Speculator` of the default drafters in steps of 2 tokens."""
-    history = HistoryStore()
-    stores: list[Store] = [PredictionStore(), GrammarStore(), suffix, history]
+    stores: list[Store] = [PredictionStore(), GrammarStore(), suffix]
     speculator = Speculator([LookupDrafter(store) for store in stores], VOCAB, False, False)
     states = [make_state(text, 1000, 10**7 + seq_id) for seq_id in range(num_seqs)]
     times = []
@@ -100,6 +111,17 @@ def per_token(store: SuffixStore, text: list[int]) -> tuple[float, float]:
     return 1e6 * (time.thread_time() - started_at) / len(text), size
 
 
+def bytes_held(store: Store, text: list[int]) -> tuple[float, float]:
+    """(measured, as the store says) bytes per token of a text of its own."""
+    want = make_want(text, len(text), 1, make_state(text, 1, 1), False)._replace(tops=_tops(text, 1, len(text)))
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    store.learn(want, 1 << 20)
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    return held / len(text), store.num_bytes / len(text)
+
+
 def main() -> None:
     texts = [code_like(1500, seed) for seed in range(20)]
     shared = warm_suffix(texts)
@@ -107,6 +129,9 @@ def main() -> None:
         "prediction": PredictionStore,
         "history": HistoryStore,
         "suffix, 30,000 tokens": lambda: shared,
+        "adjacency": lambda: AdjacencyStore(64 << 20),
+        "trigram": lambda: TrigramStore(64 << 20),
+        "ngram_prob": lambda: NgramProbStore(64 << 20),
     }
     out = sys.stdout.write
     out("| store | first call, 1,000 tokens | chain of 8 | tree of 16 |\n| --- | --- | --- | --- |\n")
@@ -115,11 +140,14 @@ def main() -> None:
         out(f"| `{name}` | {cells[0][0]:.0f} us | {cells[0][1]:.1f} us | {cells[1][1]:.1f} us |\n")
     rng = random.Random(99)
     composite = [composite_microseconds(shared, texts[0], num) for num in (1, 8, 32)]
-    out(f"all four, a sequence of 1, 8, 32 together: {', '.join(f'{cost:.1f} us' for cost in composite)}\n")
+    out(f"the default drafters, a sequence of 1, 8, 32 together: {', '.join(f'{cost:.1f} us' for cost in composite)}\n")
     fresh = [rng.randrange(VOCAB) for _ in range(1500)]
     for name, text in (("new", fresh), ("familiar", code_like(1500, 3)), ("monotonous", [5] * 1500)):
         cost, size = per_token(warm_suffix(texts), text)
         out(f"suffix tree, {name} text: {cost:.2f} us and {size:.0f} bytes a token learnt\n")
+    for name in ("history", "adjacency", "trigram", "ngram_prob"):
+        real, told = bytes_held(stores[name](), fresh)
+        out(f"`{name}`: holds {real:.0f} bytes for each token of a new text, says {told:.0f}\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from server.worker.sequences import SequenceState
 NUM_CANDIDATES = 10
 ORDERS = (4, 3, 2)
 """Lengths of the contexts, longest first."""
-ENTRY_BYTES = 1000
+ENTRY_BYTES = 800
 """A context with its candidates; measured with tracemalloc."""
 LEAST = 0.005
 """Candidates less likely than this are not kept (the best one always is): each costs 3 us of noise when it is drawn."""
