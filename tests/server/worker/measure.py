@@ -80,16 +80,27 @@ def measure_steps() -> None:
     admitted = tuple(Admission(i, request, request.prompt) for i, request in enumerate(requests))
     pages = tuple((i, tuple(range(7 * i, 7 * i + 7))) for i in range(512))
     worker.run(StepPlan(0, (), admitted, pages))
-    print(f"\n{'decode step, us':<24}" + "".join(f"{size:>8} seqs" for size in sizes))
-    totals, batches = [], []
+    print(f"\n{'step without a forward, us':<32}" + "".join(f"{size:>5} seqs" for size in sizes))
     table, device = worker._sequences.page_table, torch.device("cpu")
-    for size in sizes:
-        spans = tuple(Span(i, (7,), 199, 200, judged=(0,), read=Read.SAMPLE) for i in range(size))
-        states: list[SequenceState] = [worker._sequences[i] for i in range(size)]
-        batches.append(best_us(lambda s=spans, a=states: build_batch(s, a, table, 32, device)))  # type: ignore[misc]
-        totals.append(best_us(lambda s=spans: worker.run(StepPlan(1, s))))  # type: ignore[misc]
-    for name, figures in (("build_batch", batches), ("run, no forward", totals)):
-        print(f"{name:<24}" + "".join(f"{figure:>13.0f}" for figure in figures))
+
+    def decode(i: int) -> Span:
+        return Span(i, (7,), 199, 200, judged=(0,), read=Read.SAMPLE)
+
+    def verify(i: int) -> Span:
+        return Span(i, (7, 8, 9, 10, 11), 199, 204, judged=(0, 1, 2, 3, 4), read=Read.VERIFY)
+
+    def branching(i: int) -> Span:
+        return verify(i)._replace(parents=(-1, 0, 0, 1, 2))
+
+    for name, span in (("decode", decode), ("verify, 4 drafts", verify), ("tree of 4 drafts", branching)):
+        totals, batches = [], []
+        for size in sizes:
+            spans = tuple(span(i) for i in range(size))
+            states: list[SequenceState] = [worker._sequences[i] for i in range(size)]
+            batches.append(best_us(lambda s=spans, a=states: build_batch(s, a, table, 32, device)))  # type: ignore[misc]
+            totals.append(best_us(lambda s=spans: worker.run(StepPlan(1, s))))  # type: ignore[misc]
+        for part, figures in (("build_batch", batches), ("run", totals)):
+            print(f"{name + ': ' + part:<32}" + "".join(f"{figure:>10.0f}" for figure in figures))
 
 
 if __name__ == "__main__":
