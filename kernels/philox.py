@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MASK = 0xFFFFFFFF
+_FEW = 24
+"""Up to this many tokens plain integers are faster than arrays: 5 us each against 130 us for any number."""
 _Word = int | NDArray[Any]
 """32 bits, as an integer or as uint64."""
 
@@ -30,10 +32,14 @@ def gumbel(
 
     seed      64 bits, signed or not; position counts the sequence's output tokens; stream as in `Ops.sample`
     """
-    ids = token_ids.astype(np.uint64)
-    words = _words(ids >> 2, seed, sample_index, position, stream)
-    bits = np.choose((ids & 3).astype(np.intp), np.broadcast_arrays(*words))
-    uniforms = ((bits >> 9).astype(np.float64) + 0.5) * 2.0**-23
+    if token_ids.size <= _FEW:
+        drawn = [uniform(seed, sample_index, position, stream, token) for token in token_ids.ravel().tolist()]
+        uniforms = np.array(drawn, dtype=np.float64).reshape(token_ids.shape)
+    else:
+        ids = token_ids.astype(np.uint64)
+        words = _words(ids >> 2, seed, sample_index, position, stream)
+        bits = np.choose((ids & 3).astype(np.intp), np.broadcast_arrays(*words))
+        uniforms = ((bits >> 9).astype(np.float64) + 0.5) * 2.0**-23
     noise: NDArray[np.float32] = (-np.log(-np.log(uniforms))).astype(np.float32)
     return noise
 

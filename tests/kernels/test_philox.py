@@ -39,6 +39,7 @@ def test_the_host_draws_the_same_integers_as_the_reference(key: tuple[int, int, 
     assert got.dtype == np.float32
     # Equal integers give equal uniforms; torch and numpy may round the second logarithm differently by one step.
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+    assert np.array_equal(gumbel(seed, sample_index, position, np.arange(20, dtype=np.uint32), stream), got[:20])
     scattered = np.array([[1002, 5], [0, 777]], dtype=np.int32)
     assert np.array_equal(gumbel(seed, sample_index, position, scattered, stream), got[scattered])
     for index in (0, 1, 2, 3, 4, 1002):
