@@ -16,8 +16,11 @@ from scheduler.types import (
     Speculation,
     SpeculationMode,
     SpeculationUsage,
+    StepStats,
     VerifyMode,
 )
+from server.api.monitor import status_line
+from server.metrics import StepTotals
 from tests.server.api.fake_engine import MODEL_LEN
 from tests.server.api.running import Server, serving
 
@@ -190,3 +193,26 @@ def test_a_server_without_drafters_takes_hints_and_refuses_orders() -> None:
         assert refused.status_code == 400
         assert "this server runs without speculation" in refused.json()["error"]["message"]
         assert ask(server, speculation={"drafter": "suffix"}).status_code == 400
+
+
+def test_a_server_whose_speed_is_made_up_says_so() -> None:
+    with serving() as server:
+        assert server.get("/version").json() == {"version": server.app.services.settings.version}
+        server.engine.info = replace(server.engine.info, synthetic_acceptance=0.8)
+        assert server.get("/version").json()["synthetic_acceptance"] == 0.8
+
+
+def test_the_status_line_tells_of_drafts_where_there_were_any() -> None:
+    before, after = StepTotals(), StepTotals(generated=100, drafted=40, accepted=30)
+    assert "drafts=4/s accepted=75%" in (status_line(before, after, 10.0, StepStats()) or "")
+    assert "drafts" not in (status_line(before, StepTotals(generated=100), 10.0, StepStats()) or "drafts")
+
+
+def test_requests_that_get_no_drafts_are_counted_by_who_wanted_none(server: Server) -> None:
+    def counted(reason: str) -> float:
+        labels = {"model_name": "tiny", "reason": reason}
+        return server.app.services.metrics.registry.get_sample_value("braid_spec_disabled_total", labels) or 0.0
+
+    before = counted("request")
+    assert ask(server).status_code == ask(server, speculation={"mode": "off"}).status_code == 200
+    assert (counted("request") - before, counted("server")) == (1, 0)

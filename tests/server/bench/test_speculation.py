@@ -11,7 +11,7 @@ import pytest
 from server.bench.cli import main
 from server.bench.client import BenchError, Sample
 from server.bench.speculation import OFF, read_policies, read_policy, rotated
-from server.bench.speculation_report import Point, Round, as_table, verdict
+from server.bench.speculation_report import Point, Round, as_table, draw, verdict
 from server.bench.speculation_work import WORKLOADS
 
 
@@ -101,6 +101,19 @@ def test_the_verdict_names_the_worst_place_and_the_best_fixed() -> None:
     assert "best  2.00 (list, T=0, 1 streams)" in text
     assert "every fixed: worst 0.75 (list, T=0, 8 streams)" in text
     assert "DIFFER" not in as_table(points)
+
+
+def test_the_plot_has_a_line_for_each_policy(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    off = [one_round(100)]
+    points = [
+        Point.of(workload, 0.0, streams, policy, [one_round(speed)], off)
+        for workload in ("list", "free")
+        for streams in (1, 8)
+        for policy, speed in (("off", 100.0), ("auto", 150.0))
+    ]
+    draw(tmp_path / "plots" / "s.png", points)
+    assert (tmp_path / "plots" / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_text_that_differs_is_shown() -> None:
