@@ -6,7 +6,8 @@ p exactly. The rules only decide: the same lines run on float32 rows here and un
 
 What a caller must not do (speculative reference, 2.5). These rules are exact only if
 - each draft really was drawn from the q it is verified with, with noise that nothing else has used; a draft that was
-  not drawn at all (looked up, or the best of q) goes without q;
+  not drawn at all (looked up, or the best of q) goes without q. A drawn one may go without, too: then all of this does
+  not apply to it, and it is accepted less often;
 - whether a draft is submitted was decided without looking at which token it is: by anything known before it was drawn,
   or by the shape of its q, but never by q(draft), nor by a grammar that forbids it (p is 0 there and the rule copes);
 - siblings come in the order in which they were drawn.
