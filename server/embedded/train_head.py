@@ -33,6 +33,7 @@ PAGE_SIZE = 32
 HELD_OUT = 0.1
 FUNCTION_SHARE = 0.15
 MAX_TOKENS = 256
+RATE = 1e-2
 
 
 class Reader:
@@ -83,7 +84,7 @@ def train(states_NH: Tensor, labels_N2: Tensor, steps: int, seed: int) -> dict[s
     tensors["block.weight"] = torch.randn(tensors["block.weight"].shape, generator=generator) * 1e-2
     for tensor in tensors.values():
         tensor.requires_grad_()
-    optimizer = torch.optim.AdamW(tensors.values(), lr=2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(tensors.values(), lr=RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(steps), desc="head", unit="step"):
         at = torch.randint(states_NH.shape[0], (512,), generator=generator)
@@ -117,6 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     device = torch.device("cpu")
+    # The products are tiny: a second thread would cost more in barriers than it computes.
+    torch.set_num_threads(1)
     ops = select_ops(device, torch.float32)
     target_folder, folder = resolve_model(arguments.target), resolve_model(arguments.draft)
     readers = [Reader(load_model(path, ops, torch.float32, device), ops) for path in (target_folder, folder)]
