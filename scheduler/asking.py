@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from scheduler.acceptance import RequestCounts
 from scheduler.goodput import Outlook
@@ -18,7 +19,7 @@ from scheduler.types import Speculation, SpeculationMode, SpeculationSettings
 
 _SPARE = 0.01
 """Share of a step's time for proposals that have not paid lately."""
-_GAIN_DECAY = 0.2
+_GAIN_DECAY = 0.3
 _DEPTHS = (0, 1, 2, 3, 5, 8)
 _HYSTERESIS = 1.02
 _DEPTH_EVERY = 4
@@ -33,7 +34,7 @@ class DraftState:
     limit       most drafts in one step; 0 = never
     is_forced   drafts are verified as offered, whatever they pay (SpeculationMode.ON)
     survivals   estimates for the offer that waits for the next span
-    gain_s      seconds that an offer saved lately; it rises at once and falls slowly
+    gain_s      seconds that an offer saved lately, inf = unknown; it rises at once and falls slowly
     num_quiet   steps since drafts were asked for; num_unverified since one was verified although some were offered
     source      name of the drafter of the last offer
     """
@@ -41,7 +42,7 @@ class DraftState:
     limit: int
     is_forced: bool = False
     takes_trees: bool = True
-    gain_s: float = 0.0
+    gain_s: float = inf
     counts: RequestCounts = field(default_factory=RequestCounts)
     survivals: list[float] = field(default_factory=list)
     num_quiet: int = 0
@@ -49,6 +50,8 @@ class DraftState:
     source: str = ""
 
     def gained(self, seconds: float) -> None:
+        if self.gain_s == inf:
+            self.gain_s = seconds
         self.gain_s = max(seconds, self.gain_s + _GAIN_DECAY * (seconds - self.gain_s))
 
 

@@ -8,6 +8,7 @@ never take a page that a decode or an admission may need soon, and nobody is pre
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from math import inf
 from typing import NamedTuple
 
 from scheduler.acceptance import Acceptance
@@ -24,6 +25,8 @@ from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettin
 _PRICE_BOUNDS = (0.05, 1.0)
 _FIRST_PRICE = 0.3
 _PRICE_RATE = 0.05
+_DRAFT_LEEWAY = 2.0
+"""Without an explicit target a step may take so much longer for drafts than for prompts: drafts pay in tokens."""
 _PROBE_SHARE = 64
 """One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
 
@@ -56,7 +59,7 @@ class DraftingPolicy:
         self._settings = settings
         self._policy = make_policy(settings)
         self._asking = Asking(settings, self._policy.is_selective)
-        self._gain_s: float | None = None
+        self._gain_s = inf
         self._price = (_FIRST_PRICE, 1.0)
         self._draft_s = 0.0
 
@@ -86,7 +89,7 @@ class DraftingPolicy:
         self._budget.fill(draft, backlog, bound_s)
 
     def _meet(self, seq: Sequence) -> DraftState:
-        seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._gain_s or 1.0)
+        seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._gain_s)
         return seq.drafting
 
     def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:
@@ -131,6 +134,7 @@ class DraftingPolicy:
             seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
             bound_s=bound_s,
             fewest=min(waiting, MIN_CHUNK),
+            draft_bound_s=bound_s if self._limits.tbt_slo_s is not None else _DRAFT_LEEWAY * bound_s,
         )
 
     def _note_gains(self, offers: Many[_Offer], allocation: Allocation) -> None:
@@ -142,7 +146,7 @@ class DraftingPolicy:
 
     def _gained(self, state: DraftState, seconds: float) -> None:
         state.gained(seconds)
-        self._gain_s = seconds if self._gain_s is None else self._gain_s + 0.02 * (seconds - self._gain_s)
+        self._gain_s = seconds if self._gain_s == inf else self._gain_s + 0.02 * (seconds - self._gain_s)
 
     def _probe(self, offers: Many[_Offer], lengths: list[int], outlook: Outlook) -> list[int]:
         """Let a few of those at k = 0 verify one draft: without trials an estimate could never recover."""

@@ -30,7 +30,8 @@ class Outlook(NamedTuple):
     backlog      prompt rows that wait for a step; the first `fewest` of them go before any draft
     price        of a prompt row, in output tokens
     seconds      predicted time of the step with (drafts, prompt rows)
-    bound_s      longest it may take; without drafts it may take any time
+    bound_s      longest it may take with prompt rows beyond the first `fewest`
+    draft_bound_s   longest it may take with drafts
     """
 
     value: float
@@ -40,6 +41,7 @@ class Outlook(NamedTuple):
     seconds: Callable[[int, int], float]
     bound_s: float = inf
     fewest: int = 0
+    draft_bound_s: float = inf
 
 
 class Allocation(NamedTuple):
@@ -118,7 +120,7 @@ class Uniform:
             value = outlook.value + sum(sum(offer[:k]) for offer in offers)
             prefill, seconds = _prefill(outlook, count, outlook.backlog)
             goodput = _ratio(value + outlook.price * prefill, seconds)
-            if (count == 0 or seconds <= outlook.bound_s) and goodput > best.goodput:
+            if (count == 0 or seconds <= outlook.draft_bound_s) and goodput > best.goodput:
                 best = Allocation(lengths, prefill, goodput, _cutoff(outlook, count, value, goodput))
         return best
 
@@ -195,7 +197,7 @@ class _Search:
 
     def _scan(self, low: int, high: int, step: int) -> None:
         outlook = self._outlook
-        values, seconds, price, bound_s = self._values, outlook.seconds, outlook.price, outlook.bound_s
+        values, seconds, price, bound_s = self._values, outlook.seconds, outlook.price, outlook.draft_bound_s
         most_prefill = outlook.backlog
         for count in [*range(low, high, step), high]:
             if most_prefill:
@@ -231,7 +233,7 @@ def _cutoff(outlook: Outlook, count: int, value: float, goodput: float) -> float
     if count + 1 > outlook.room - outlook.fewest:
         return 1.0
     prefill, seconds = _prefill(outlook, count + 1, outlook.backlog)
-    if seconds > outlook.bound_s:
+    if seconds > outlook.draft_bound_s:
         return 1.0
     return min(1.0, max(0.0, goodput * seconds - value - outlook.price * prefill))
 

@@ -75,6 +75,7 @@ class World:
         self.scheduler = Scheduler(limits, root=bytes(32)) if scheduler is None else scheduler
         self.worker = FakeWorker(limits.num_pages, limits.page_size, VOCAB, drafter)
         self.rng = random.Random(seed)
+        self.elapsed_of: Callable[[int], float] = lambda rows: 0.01 + 0.0001 * rows
         self.now = 0.0
         self.stories: dict[str, Story] = {}
         self.plans: list[StepPlan] = []
@@ -113,7 +114,7 @@ class World:
         self.is_flying = False
         if spoil is not None:
             outcomes = tuple(self._spoiled(outcome, spoil) for outcome in outcomes)
-        elapsed = 0.01 + 0.0001 * features_of(plan).tokens
+        elapsed = self.elapsed_of(features_of(plan).tokens)
         self.now += elapsed
         draft_s = 1e-4 * sum(span.num_drafts > 0 for span in plan.spans) + 1e-3 * plan.draft_depth
         result = StepResult(plan.step, outcomes, elapsed + draft_s, draft_s)
