@@ -33,7 +33,7 @@ PAGE_SIZE = 32
 HELD_OUT = 0.1
 FUNCTION_SHARE = 0.15
 MAX_TOKENS = 256
-RATE = 1e-2
+RATE, DECAY = 3e-3, 0.3
 
 
 class Reader:
@@ -77,18 +77,19 @@ def examples(target: Reader, draft: Reader, tokenizer: Tokenizer, count: int, se
     return torch.cat(states), torch.cat(labels), torch.cat(confidence)
 
 
-def train(states_NH: Tensor, labels_N2: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
-    """Fit a head; the residual block starts at nothing, so training starts from a linear one."""
+def train(states_NH: Tensor, labels_N2: Tensor, confidence_N: Tensor, steps: int, seed: int) -> dict[str, Tensor]:
+    """Fit a head; it starts as the confidence itself."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.zeros(shape) for name, shape in head_shapes(states_NH.shape[1]).items()}
     tensors["block.weight"] = torch.randn(tensors["block.weight"].shape, generator=generator) * 1e-2
+    tensors["confidence.weight"] += 1
     for tensor in tensors.values():
         tensor.requires_grad_()
-    optimizer = torch.optim.AdamW(tensors.values(), lr=RATE, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(tensors.values(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(steps), desc="head", unit="step"):
         at = torch.randint(states_NH.shape[0], (512,), generator=generator)
-        loss = F.binary_cross_entropy_with_logits(head_logits(tensors, states_NH[at]), labels_N2[at])
+        loss = F.binary_cross_entropy_with_logits(head_logits(tensors, states_NH[at], confidence_N[at]), labels_N2[at])
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -98,7 +99,7 @@ def train(states_NH: Tensor, labels_N2: Tensor, steps: int, seed: int) -> dict[s
 
 def report(tensors: dict[str, Tensor], states_NH: Tensor, labels_N2: Tensor, confidence_N: Tensor) -> str:
     """Cross-entropy in nats of head and confidence on texts that training has not seen."""
-    head_N2 = torch.sigmoid(head_logits(tensors, states_NH)).clamp(1e-4, 1 - 1e-4)
+    head_N2 = torch.sigmoid(head_logits(tensors, states_NH, confidence_N)).clamp(1e-4, 1 - 1e-4)
     lines = ["| temperature | accepted | head | confidence |", "| --- | --- | --- | --- |"]
     for column, name in enumerate(("0", "1")):
         label = labels_N2[:, column]
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     # Inference tensors cannot be trained on.
     states, labels, confidence = (tensor.clone() for tensor in found)
     num_held = int(HELD_OUT * len(states))
-    tensors = train(states[num_held:], labels[num_held:], arguments.steps, arguments.seed)
+    tensors = train(states[num_held:], labels[num_held:], confidence[num_held:], arguments.steps, arguments.seed)
     print(report(tensors, states[:num_held], labels[:num_held], confidence[:num_held]))
     path = arguments.output or folder / HEAD_FILE
     save_file(tensors, path, metadata={"format": "pt"})
