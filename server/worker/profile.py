@@ -6,6 +6,7 @@ telling to less telling and stop when the time is up, so that a slow machine or 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ from scheduler.types import (
 
 PROFILE_S = 1.5
 """The profile starts no step that should end later than this many seconds after its own start."""
-REPEATS = 2
+REPEATS, MOST_REPEATS, REPEAT_S = 2, 8, 0.03
+"""A shape runs twice, and on while it took less than this many seconds in all: a short step is easily disturbed."""
+RECHECKED = 4
+"""The first so many shapes are timed at every start."""
 SAME_PACE = 1.5
 """A remembered profile is used if its first step, timed again, is within this factor of what it was."""
 
@@ -100,37 +104,42 @@ def measure_steps(
     max_batched_tokens: int,
     memory: ProfileMemory | None = None,
 ) -> list[StepSample]:
-    """Time the shapes that fit the limits, the better of `REPEATS` runs each; the very first run is not counted.
+    """Time the shapes that fit the limits, the best of a few runs each; the very first run is not counted.
 
-    memory  of an earlier start: if the first shape takes now what it took then, the others are believed
-    Returns one sample per shape that there was time for, at least one.
+    memory  of earlier starts: if the first shape takes now what it took then, the others are believed. The first few
+            are timed again in any case and the better time stays: a neighbour may have been busy then
+    Returns one sample per shape that is remembered or that there was time for, at least one.
     """
     shapes = [shape for shape in SHAPES if _fits(shape, pool, max_seqs, max_batched_tokens)]
     started_at = time.perf_counter()
-    _time(run, shapes[0], pool, first_step=-1, repeats=1)
+    _time(run, shapes[0], pool, first_step=-3)
     samples: list[StepSample] = []
+    known: dict[StepFeatures, float] = {}
     slowest_s, most_tokens = 0.0, 1
     for number, shape in enumerate(shapes):
         # A step's time grows much slower than its rows until arithmetic costs more than reading the weights.
         expected_s = REPEATS * slowest_s * max(1.0, shape.tokens / most_tokens) ** 0.5
-        if samples and time.perf_counter() - started_at + expected_s > PROFILE_S:
-            continue
-        seconds = _time(run, shape, pool, first_step=-(number + 1) * (REPEATS + 2), repeats=REPEATS)
-        slowest_s, most_tokens = max(slowest_s, seconds), max(most_tokens, shape.tokens)
-        samples.append(StepSample(shape.features, seconds))
-        if number == 0 and memory is not None and (remembered := _believed(memory.load(), samples[0])):
-            return [*samples, *remembered]
+        is_late = bool(samples) and time.perf_counter() - started_at + expected_s > PROFILE_S
+        seconds = known.get(shape.features, math.inf)
+        if not is_late and (number < RECHECKED or seconds == math.inf):
+            measured_s = _time(run, shape, pool, first_step=-3 * (number + 2))
+            slowest_s, most_tokens = max(slowest_s, measured_s), max(most_tokens, shape.tokens)
+            if number == 0 and memory is not None:
+                known = _believed(memory.load(), shape.features, measured_s)
+                seconds = known.get(shape.features, math.inf)
+            seconds = min(seconds, measured_s)
+        if seconds < math.inf:
+            samples.append(StepSample(shape.features, seconds))
     if memory is not None:
         memory.save(samples)
     return samples
 
 
-def _believed(remembered: list[StepSample], first: StepSample) -> list[StepSample]:
-    """The remembered samples after the first, if that one agrees with what was measured now; else none."""
-    if not remembered or remembered[0].features != first.features:
-        return []
-    pace = first.seconds / remembered[0].seconds
-    return remembered[1:] if 1 / SAME_PACE <= pace <= SAME_PACE else []
+def _believed(remembered: list[StepSample], features: StepFeatures, seconds: float) -> dict[StepFeatures, float]:
+    """The remembered samples, if what they say of `features` agrees with what was measured now; else none."""
+    known = {sample.features: sample.seconds for sample in remembered}
+    then = known.get(features, math.inf)
+    return known if 1 / SAME_PACE <= seconds / then <= SAME_PACE else {}
 
 
 def _fits(shape: Shape, pool: PoolShape, max_seqs: int, max_batched_tokens: int) -> bool:
@@ -143,8 +152,8 @@ def _fits(shape: Shape, pool: PoolShape, max_seqs: int, max_batched_tokens: int)
     )
 
 
-def _time(run: Callable[[StepPlan], StepResult], shape: Shape, pool: PoolShape, first_step: int, repeats: int) -> float:
-    """Seconds of one step of the shape, the best of `repeats`; its sequences are admitted before and released after."""
+def _time(run: Callable[[StepPlan], StepResult], shape: Shape, pool: PoolShape, first_step: int) -> float:
+    """Seconds of the shape's best step; its sequences are admitted before and released after."""
     ids = tuple(-1 - i for i in range(shape.num_seqs))
     length = shape.context + shape.num_rows
     per_seq = -(-length // pool.page_size)
@@ -158,6 +167,10 @@ def _time(run: Callable[[StepPlan], StepResult], shape: Shape, pool: PoolShape, 
     pages = tuple((seq_id, tuple(range(i * per_seq, (i + 1) * per_seq))) for i, seq_id in enumerate(ids))
     try:
         run(StepPlan(first_step, (), admitted, pages))
-        return min(run(StepPlan(first_step + repeat + 1, spans)).elapsed_s for repeat in range(repeats))
+        step = StepPlan(first_step + 1, spans)
+        times = [run(step).elapsed_s for _ in range(REPEATS)]
+        while len(times) < MOST_REPEATS and sum(times) < REPEAT_S:
+            times.append(run(step).elapsed_s)
+        return min(times)
     finally:
-        run(StepPlan(first_step + repeats + 1, (), released=ids))
+        run(StepPlan(first_step + 2, (), released=ids))

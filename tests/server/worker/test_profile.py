@@ -11,7 +11,7 @@ import pytest
 
 from scheduler.fake_worker import features_of
 from scheduler.types import Request, Sampling, StepPlan, StepResult
-from server.worker.profile import SHAPES, measure_steps
+from server.worker.profile import RECHECKED, SHAPES, measure_steps
 from server.worker.profile_memory import MAX_FILES, DiskMemory, default_folder
 from tests.server.worker.tiny_model import Driver, TinyModel, make_worker
 
@@ -64,14 +64,25 @@ def test_shapes_beyond_the_limits_are_left_out() -> None:
     assert all(sample.features.tokens <= 64 and sample.features.decode_seqs <= 8 for sample in samples)
 
 
-def test_a_second_start_measures_the_first_shape_and_remembers_the_rest(memory: DiskMemory) -> None:
+def test_a_second_start_measures_a_few_shapes_and_remembers_the_rest(memory: DiskMemory) -> None:
     first, second = Clock(0.010), Clock(0.012)
     measured = measure_steps(first.run, first, 512, 4096, memory)
     again = measure_steps(second.run, second, 512, 4096, memory)
-    assert again[1:] == measured[1:]
-    assert again[0].seconds == pytest.approx(1.2 * measured[0].seconds)
-    assert len(second.plans) < len(first.plans) / 4
+    assert again == measured
+    assert shapes_of(first) == len(SHAPES)
+    assert shapes_of(second) == RECHECKED
     assert stat.S_IMODE(memory.path.parent.stat().st_mode) == 0o700
+
+
+def test_a_better_time_than_the_remembered_one_stays(memory: DiskMemory) -> None:
+    first, second = Clock(0.012), Clock(0.010)
+    measured = measure_steps(first.run, first, 512, 4096, memory)
+    again = measure_steps(second.run, second, 512, 4096, memory)
+    assert again[RECHECKED:] == measured[RECHECKED:]
+    assert [sample.seconds for sample in again[:RECHECKED]] == pytest.approx(
+        [sample.seconds / 1.2 for sample in measured[:RECHECKED]]
+    )
+    assert memory.load() == again
 
 
 @pytest.mark.parametrize("seconds", [0.004, 0.03])
@@ -79,8 +90,13 @@ def test_a_machine_of_another_pace_is_measured_anew(memory: DiskMemory, seconds:
     first, second = Clock(0.01), Clock(seconds)
     measure_steps(first.run, first, 512, 4096, memory)
     samples = measure_steps(second.run, second, 512, 4096, memory)
-    assert len(second.plans) == len(first.plans)
+    assert shapes_of(second) == len(SHAPES)
+    assert samples[0].seconds == pytest.approx(1.01 * seconds)
     assert memory.load() == samples
+
+
+def shapes_of(clock: Clock) -> int:
+    return len({plan.spans for plan in clock.plans})
 
 
 def test_what_cannot_be_read_is_as_if_it_were_not_there(memory: DiskMemory) -> None:
