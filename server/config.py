@@ -107,6 +107,9 @@ class ServerConfig(BaseModel):
 
     max_output_tokens: AutoCount = _limits(None, "cap of max_tokens; auto = what the context leaves")
     max_logprobs: int = _limits(20, "cap of logprobs, top_logprobs and prompt_logprobs", ge=0, le=1000)
+    max_logprob_entries: Count = _limits(
+        1 << 20, "log-probabilities a call may ask for: tokens x samples x (1 + logprobs)"
+    )
     max_prompts: Count = _limits(128, "prompts in a call")
     max_n: Count = _limits(128, "samples of a prompt")
     max_choices: Count = _limits(256, "prompts x n")
@@ -256,6 +259,7 @@ class ServerConfig(BaseModel):
             max_choices=self.max_choices,
             max_output_tokens=self.max_output_tokens,
             max_logprobs=self.max_logprobs,
+            max_logprob_entries=self.max_logprob_entries,
             max_stop_strings=self.max_stop_strings,
             max_stop_chars=self.max_stop_chars,
             max_stop_token_ids=self.max_stop_token_ids,

@@ -29,6 +29,8 @@ ERRORS = {
     503: ("server_error", "too many connections are open; try again shortly", "too_many_connections"),
 }
 
+REASONS = {400: b"Bad Request", 413: b"Content Too Large", 431: b"Request Header Fields Too Large"}
+
 
 class BoundedConnection(h11.Connection):
     """h11's state machine, which remembers why it failed and counts the pieces of a body."""
@@ -100,7 +102,11 @@ class PatientProtocol(H11Protocol):
             status = self.conn.status if isinstance(self.conn, BoundedConnection) else 400
             body = error_body(status)
             headers = [*error_headers(body), ("x-should-retry", "false")]
-            for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            for event in (
+                h11.Response(status_code=status, headers=headers, reason=REASONS[status]),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None and not self.cycle.response_complete:
             # Its handler still reads the body: there is nobody any more.

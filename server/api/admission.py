@@ -18,6 +18,8 @@ from server.metrics import Metrics
 
 MIN_RETRY_S, MAX_RETRY_S = 1, 30
 RATE_WINDOW_S = 30.0
+CALLS_OF_LOGPROBS = 4
+"""Log-probabilities held at once, in calls that ask for as many as one may."""
 
 
 class Sized(Protocol):
@@ -34,6 +36,7 @@ class Permit:
         self._admission = admission
         self.num_requests = num_requests
         self.num_tokens = num_tokens
+        self.num_logprobs = 0
         self._is_released = False
 
     def settle(self, num_tokens: int) -> None:
@@ -44,9 +47,15 @@ class Permit:
     def started(self) -> None:
         self.settle(0)
 
+    def hold_logprobs(self, count: int) -> None:
+        """Raises ApiError 429 with Retry-After where all calls together would hold too many."""
+        self._admission.admit_logprobs(count)
+        self.num_logprobs += count
+
     def release(self) -> None:
         if not self._is_released:
             self._is_released = True
+            self._admission.num_logprobs -= self.num_logprobs
             self._admission._change(-self.num_requests, -self.num_tokens)
             self._admission._count_end(self.num_requests)
 
@@ -56,7 +65,7 @@ class Admission:
 
     def __init__(self, settings: ApiSettings, engine: Sized, metrics: Metrics) -> None:
         self._settings, self._engine = settings, engine
-        self.num_requests = self.num_tokens = 0
+        self.num_requests = self.num_tokens = self.num_logprobs = 0
         self._metrics = metrics
         self._ends: list[tuple[float, int]] = []
 
@@ -80,6 +89,12 @@ class Admission:
             raise self._refusal("max_num_queued_tokens", f"{self.num_tokens} prompt tokens are waiting", num_requests)
         self._change(num_requests, num_tokens)
         return Permit(self, num_requests, num_tokens)
+
+    def admit_logprobs(self, count: int) -> None:
+        """Raises ApiError 429; the caller counts them back."""
+        if count and self.num_logprobs + count > CALLS_OF_LOGPROBS * self._settings.limits.max_logprob_entries:
+            raise self._refusal("max_logprob_entries", f"{self.num_logprobs} log-probabilities may be due", 1)
+        self.num_logprobs += count
 
     def _refusal(self, reason: str, state: str, excess: int) -> ApiError:
         self._metrics.count_rejection(reason)

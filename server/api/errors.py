@@ -81,7 +81,9 @@ def shown(value: object, max_chars: int = 80) -> str:
     """A client's value, fit to be quoted in a message: short, printable, one line."""
     text = str(value) if isinstance(value, str | int | float) else type(value).__name__
     text = text[:max_chars] + ("..." if len(text) > max_chars else "")
-    return text.encode("ascii", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+    text = text.encode("ascii", "backslashreplace").decode()
+    # Control characters are ASCII too: a terminal that shows the log must not obey them (S-80).
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class JsonResponse(Response):

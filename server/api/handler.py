@@ -93,6 +93,7 @@ class GenerationResponse(Response):
         size += sum(len(word) * 2 for word in checked.body.bad_words) + len(checked.prediction)
         call = await services.pool.run(size, lambda: prepare(checked, facts, limits, services.tokenizer, call_id, salt))
         permit.settle(call.num_prompt_tokens)
+        permit.hold_logprobs(call.num_logprobs)
         return call
 
     async def _answer(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> None:

@@ -159,6 +159,7 @@ class TextRoutes:
 class ServerRoutes:
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._page: asyncio.Task[bytes] | None = None
 
     async def version(self) -> Response:
         services = self._services
@@ -171,4 +172,7 @@ class ServerRoutes:
     async def metrics(self) -> Response:
         services = self._services
         services.metrics.observe_engine(services.engine.state is EngineState.READY, services.engine.restarts)
-        return Response(services.metrics.render(), media_type=METRICS_TYPE)
+        if self._page is None or self._page.done():
+            # Some milliseconds, for whoever asks however often: off the loop, and once at a time.
+            self._page = asyncio.create_task(asyncio.to_thread(services.metrics.render))
+        return Response(await asyncio.shield(self._page), media_type=METRICS_TYPE)

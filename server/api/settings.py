@@ -16,6 +16,7 @@ class Limits:
     """Upper bounds of what one request may ask for (robustness.md 0.1). Counts, characters, or as the name says.
 
     max_items          lists, objects and names in a body, all fields together
+    max_logprob_entries  log-probabilities that one call may ask for, and a quarter of what all calls together may
     max_output_tokens  cap of max_tokens; None = what the context leaves
     """
 
@@ -29,6 +30,7 @@ class Limits:
     max_choices: int = 256
     max_output_tokens: int | None = None
     max_logprobs: int = 20
+    max_logprob_entries: int = 1 << 20
     max_stop_strings: int = 4
     max_stop_chars: int = 256
     max_stop_token_ids: int = 128

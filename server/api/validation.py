@@ -80,6 +80,12 @@ class Call:
     def num_prompt_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.prompts)
 
+    @property
+    def num_logprobs(self) -> int:
+        """Most log-probabilities the answer can hold, each about 300 bytes of memory until it is written."""
+        output, prompt = (0 if k is None else 1 + k for k in (self.checked.logprobs, self.checked.prompt_logprobs))
+        return sum(output * request.max_tokens + prompt * len(request.prompt) for request in self.requests)
+
 
 def check_model(name: str | None, facts: ModelFacts) -> None:
     if name is not None and name not in facts.names:
@@ -225,7 +231,15 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
     total = sum(len(prompt.ids) for prompt in prompts)
     if total > facts.max_queued_tokens:
         raise invalid("prompt", f"the prompts have {total} tokens together, the limit is {facts.max_queued_tokens}")
-    return Call(checked, tuple(prompts), tuple(requests), _stop_conditions(checked))
+    call = Call(checked, tuple(prompts), tuple(requests), _stop_conditions(checked))
+    if call.num_logprobs > limits.max_logprob_entries:
+        name = "logprobs" if checked.logprobs is not None else "prompt_logprobs"
+        raise invalid(
+            name,
+            f"this call could give {call.num_logprobs} log-probabilities (tokens x samples x alternatives), the limit "
+            f"is {limits.max_logprob_entries}; reduce max_tokens, n or {name}",
+        )
+    return call
 
 
 def _stop_conditions(checked: Checked) -> StopConditions:

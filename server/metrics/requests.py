@@ -36,7 +36,7 @@ HANDLERS = (
     *("/health", "/health/live", "/health/generate", "/ping", "/version", "/metrics", "/openapi.json", "other"),
 )
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "other")
-REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens", "unavailable", "text_queue")
+REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens", "max_logprob_entries", "unavailable", "text_queue")
 ABORT_CAUSES = ("client", "timeout", "slow_reader", "shutdown")
 ABORT_STAGES = ("waiting", "running")
 
