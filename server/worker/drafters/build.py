@@ -130,7 +130,7 @@ def build_speculator(
     """
     check_names(config.drafters)
     shared_bytes = config.store_bytes // max(1, sum(name in SHARED for name in config.drafters))
-    parts = Parts(config, model, ops, pool, sequences, info, HistoryStore(), shared_bytes, [], draft)
+    parts = Parts(config, model, ops, pool, sequences, info, HistoryStore(config.store_bytes), shared_bytes, [], draft)
     drafters = [DRAFTERS[name](parts) for name in config.drafters]
     has_window = any(window is not None for window in model.config.windows)
     keep = None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from scheduler.types import MAX_TREE_NODES
 from server.worker.drafters.base import Want
 from server.worker.drafters.expansion import Child, Walk
-from server.worker.drafters.stores.ngram_index import MAX_MATCH, NgramIndex, Spot
+from server.worker.drafters.stores.ngram_index import BYTES_PER_TOKEN, MAX_MATCH, NgramIndex, Spot
 from server.worker.sequences import SequenceState
 
 
@@ -20,15 +20,19 @@ class HistoryStore:
     name = "history"
     needs_top = 0
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = 256 << 20) -> None:
+        """max_bytes: of all sequences' indexes together; beyond it no more of any text is taken in until some go."""
         self._indexes: dict[int, NgramIndex] = {}
+        self._max_tokens, self._num_tokens = max_bytes // BYTES_PER_TOKEN, 0
 
     def learn(self, want: Want, most: int) -> int:
         index = self._indexes.get(want.seq_id)
         if index is None:
             index = self._indexes[want.seq_id] = NgramIndex()
         # The n-gram that ends at the last token has no continuation yet.
-        return index.learn(want.tokens, len(want.tokens) - 1, most)
+        taken = index.learn(want.tokens, len(want.tokens) - 1, min(most, self._max_tokens - self._num_tokens))
+        self._num_tokens += taken
+        return taken
 
     def begin(self, want: Want) -> Walk | None:
         spots = self.find(want)
@@ -40,11 +44,13 @@ class HistoryStore:
         return index.find(want.tokens, want.tokens) if index is not None else []
 
     def release(self, seq_id: int, state: SequenceState) -> None:
-        self._indexes.pop(seq_id, None)
+        index = self._indexes.pop(seq_id, None)
+        if index is not None:
+            self._num_tokens -= index.num_indexed
 
     @property
     def num_bytes(self) -> int:
-        return sum(index.num_bytes for index in self._indexes.values())
+        return BYTES_PER_TOKEN * self._num_tokens
 
 
 def continuations(text: Sequence[int], spots: Sequence[Spot]) -> Walk:

@@ -165,8 +165,9 @@ class SuffixStore:
 
     @property
     def num_bytes(self) -> int:
-        """Without the sequences' own indexes, which are `history`'s."""
-        return self.num_shared_bytes + TEXT_BYTES * sum(len(text.tokens) for text in self._waiting)
+        """With the sequences' own indexes, which `history` counts too where both are loaded."""
+        waiting = TEXT_BYTES * sum(len(text.tokens) for text in self._waiting)
+        return self.num_shared_bytes + waiting + self._history.num_bytes
 
 
 def longest(tree: SuffixTree, tokens: Sequence[int]) -> tuple[Node, int, int] | None:

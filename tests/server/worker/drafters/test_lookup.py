@@ -114,6 +114,20 @@ def test_a_long_prompt_is_taken_in_over_several_steps(monkeypatch: pytest.Monkey
     assert drafter.num_bytes == 549 * BYTES_PER_TOKEN
 
 
+def test_the_indexes_of_all_sequences_are_bounded_together() -> None:
+    store = HistoryStore(max_bytes=100 * BYTES_PER_TOKEN)
+    drafter, wants = LookupDrafter(store), [make_want([i, 5, 6, 7] * 20, seq_id=i) for i in range(3)]
+    drafter.propose(wants, 0)
+    assert store.num_bytes == 100 * BYTES_PER_TOKEN
+    assert drafter.propose([wants[2]], 0) == [None]
+    drafter.release(0, wants[0].state)
+    (drafts,) = drafter.propose([wants[2]], 0)
+    assert drafts is not None
+    for want in wants:
+        drafter.release(want.seq_id, want.state)
+    assert store.num_bytes == 0
+
+
 def test_a_released_sequence_leaves_nothing_behind() -> None:
     drafter = history()
     want = make_want([1, 2, 3] * 10)

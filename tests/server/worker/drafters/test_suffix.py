@@ -104,7 +104,7 @@ def test_a_finished_output_is_drafted_for_the_next_request() -> None:
     assert offer(store, ANSWER[:12]) == []
     finish(store, ANSWER)
     assert offer(store, ANSWER[:12]) == ANSWER[12:20]
-    assert offer(store, [950, 951, *ANSWER[20:23]]) == ANSWER[23:31]
+    assert offer(store, [950, 951, *ANSWER[20:23]], num_drafts=4) == ANSWER[23:27]
     assert offer(store, [950, 951, 952]) == []
     store.check()
 
