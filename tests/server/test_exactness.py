@@ -1,5 +1,6 @@
-"""The signature, in one place: 32 seeded requests give the same tokens alone, in a crowd, cut into chunks of 16,
-preempted, and with the engine killed midway. Real engine processes, the embedded model, float32 on a CPU (R4, R5)."""
+"""The signature, in one place: 32 seeded requests give the same tokens alone and without drafts as with drafts in a
+crowd, cut into chunks of 16, preempted, and with the engine killed midway. Real engine processes, the embedded model,
+float32 on a CPU (R4, R5)."""
 
 from __future__ import annotations
 
@@ -15,9 +16,17 @@ import pytest
 
 from scheduler.types import Request, Sampling, StepStats
 from server.engine.client import EngineClient
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, SpeculationConfig
 
-CONFIG = EngineConfig(model="braid-tiny", dtype="float32", max_model_len=256, max_seqs=32, progress=False)
+CONFIG = EngineConfig(
+    model="braid-tiny",
+    dtype="float32",
+    max_model_len=256,
+    max_seqs=32,
+    progress=False,
+    speculation=SpeculationConfig(mode="on"),
+)
+PLAIN = replace(CONFIG, enable_prefix_caching=False, speculation=SpeculationConfig(mode="off"))
 NUM_OUT = 40
 BYTES_PER_PAGE = 4 * 2 * 2 * 64 * 4 * 32  # layers x (K and V) x KV heads x head_dim x float32 x tokens of a page
 
@@ -65,7 +74,7 @@ async def crowd(client: EngineClient, run: str) -> list[tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def alone() -> list[tuple[int, ...]]:
     async def run() -> list[tuple[int, ...]]:
-        async with engine(replace(CONFIG, enable_prefix_caching=False)) as (client, _):
+        async with engine(PLAIN) as (client, _):
             return [await tokens(client, request, "alone") for request in requests()]
 
     found = asyncio.run(run())
@@ -80,6 +89,7 @@ def test_a_crowd_changes_no_token_and_neither_does_an_engine_killed_midway(alone
         async with engine(replace(CONFIG, tbt_slo_s=5.0)) as (client, steps):
             assert await crowd(client, "crowd") == alone
             assert max(stats.num_running for stats in steps) == 32
+            assert sum(stats.accepted_tokens for stats in steps) > 0
             assert await crowd(client, "hits") == alone
             assert sum(stats.prefix_hits for stats in steps) > 0
             before = client.stats.step
@@ -99,6 +109,7 @@ def test_chunks_of_16_change_no_token(alone: list[tuple[int, ...]]) -> None:
         async with engine(replace(CONFIG, max_seqs=8, max_batched_tokens=16)) as (client, steps):
             assert await crowd(client, "chunks") == alone
             assert max(stats.prefill_tokens for stats in steps) <= 16
+            assert sum(stats.accepted_tokens for stats in steps) > 0
 
     asyncio.run(run())
 
