@@ -81,7 +81,7 @@ class GrammarMatcher:
         found, followed, num_seen = [], list[int](), self._num_seen
         for path in paths:
             followed = self._follow(followed, path) if self._num_seen == num_seen else []
-            if len(followed) < len(path):
+            if len(followed) < len(path) or self._num_seen != num_seen:
                 found.append(GrammarMask(self._no_bits(), error="a draft before this row is not the grammar's"))
             else:
                 found.append(self._mask())

@@ -9,12 +9,13 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
 from scheduler.types import Grammar, GrammarKind, Request, Sampling
-from server.worker.grammar import GrammarCompiler, compile_grammar, depth
+from server.worker.grammar import GrammarCompiler, GrammarMask, GrammarMatcher, compile_grammar, depth
 from tests.server.worker.tiny_model import EOS, Driver, TinyModel, make_worker
 
 VOCAB = 320
@@ -198,3 +199,82 @@ def test_models_without_a_tokenizer_file_or_an_end_refuse_grammars_with_the_reas
 def test_depth_counts_levels_without_recursion() -> None:
     assert depth(1) == 1
     assert depth({"a": [1, {"b": 2}]}) == 4
+
+
+def matcher_of(tokenizer_file: Path, kind: GrammarKind, source: str) -> GrammarMatcher:
+    compiler = GrammarCompiler(tokenizer_file, VOCAB, (EOS,))
+    found = compiler.matcher(asked(kind, source))
+    assert found is not None
+    return found
+
+
+def allowed(mask: GrammarMask) -> set[int]:
+    bits = mask.bits.view(np.uint32)
+    return {token for token in range(VOCAB) if bits[token // 32] >> (token % 32) & 1}
+
+
+def ids(tokenizer_file: Path, words: str) -> list[int]:
+    """One token per character."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    vocab = tokenizer.get_vocab()
+    return [vocab[character] for character in words]
+
+
+def test_masks_along_a_tree_of_drafts_are_those_of_following_each_path(tokenizer_file: Path) -> None:
+    matcher = matcher_of(tokenizer_file, GrammarKind.REGEX, CASES[GrammarKind.REGEX])
+    prompt = [5, 6, 7]
+    words = ["", "a", "ab", "abc", "abcd", "abcd-", "abcd-1", "c", "cd", "ad", "ada", "", "abcdab"]
+    paths = [tuple(ids(tokenizer_file, word)) for word in words]
+    history = [*prompt, *ids(tokenizer_file, "ab")]
+    for known in (prompt, history):
+        assert matcher.catch_up(known) is None
+        for path, mask in zip(paths, matcher.masks(paths), strict=True):
+            alone = matcher_of(tokenizer_file, GrammarKind.REGEX, CASES[GrammarKind.REGEX])
+            error = alone.catch_up([*known, *path])
+            assert (mask.error is None) == (error is None), (known, path)
+            if error is None:
+                assert allowed(mask) == allowed(alone.masks([()])[0])
+            assert matcher.num_legal(known, path) == len(path) or error is not None
+    behind = matcher_of(tokenizer_file, GrammarKind.REGEX, CASES[GrammarKind.REGEX])
+    for path in paths:
+        near, far = matcher.mask_after(history, path), behind.mask_after(history, path)
+        assert (near.error, allowed(near)) == (far.error, allowed(far))
+
+
+def test_drafts_beyond_an_end_or_the_vocabulary_are_illegal_and_leave_the_matcher_as_it_was(
+    tokenizer_file: Path,
+) -> None:
+    matcher = matcher_of(tokenizer_file, GrammarKind.REGEX, "ab?")
+    prompt, (a, b) = [5, 6, 7], ids(tokenizer_file, "ab")
+    before = allowed(matcher.masks([()])[0])
+    masks = matcher.masks([(), (a,), (a, EOS), (a, EOS, a), (VOCAB + 7,), (-1,), (1 << 40,), (a, b), (a, b, a)])
+    assert [mask.error is None for mask in masks] == [True, True, False, False, False, False, False, True, False]
+    assert masks[7].is_complete
+    assert allowed(masks[1]) == {b, EOS}
+    for drafts, count in (((a, VOCAB + 7), 1), ((-1,), 0), ((a, b, EOS), 3), ((a, a), 1), ((), 0)):
+        assert matcher.num_legal(prompt, drafts) == count
+    assert allowed(matcher.masks([()])[0]) == before == {a}
+
+
+def test_a_matcher_that_a_draft_broke_begins_anew_with_the_history(tokenizer_file: Path) -> None:
+    matcher = matcher_of(tokenizer_file, GrammarKind.REGEX, CASES[GrammarKind.REGEX])
+    history = [5, 6, 7, *ids(tokenizer_file, "abcd")]
+    assert matcher.catch_up(history) is None
+    before = allowed(matcher.masks([()])[0])
+    # An id that the tokenizer does not have is an error that llguidance does not survive.
+    assert matcher._matcher.validate_tokens([1 << 19]) == 0
+    assert all(mask.error is not None for mask in matcher.masks([(), tuple(ids(tokenizer_file, "ab"))]))
+    assert matcher.catch_up(history) is None
+    assert allowed(matcher.masks([()])[0]) == before
+
+
+def test_what_a_grammar_leaves_no_choice_about_is_known_beyond_the_history(tokenizer_file: Path) -> None:
+    matcher = matcher_of(tokenizer_file, GrammarKind.CHOICE, '["maybe not", "maybe so"]')
+    prompt = [5, 6, 7]
+    forced = matcher.forced(prompt)
+    assert "maybe ".startswith(text(tokenizer_file, forced))
+    assert forced
+    assert matcher.forced([*prompt, *ids(tokenizer_file, "x")]) == []
+    ahead = [*prompt, *ids(tokenizer_file, "maybe")]
+    assert matcher.num_legal(ahead, ids(tokenizer_file, "x")) == 0
+    assert matcher.forced(prompt) == forced
