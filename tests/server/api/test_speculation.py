@@ -23,6 +23,7 @@ from server.api.monitor import status_line
 from server.metrics import StepTotals
 from tests.server.api.fake_engine import MODEL_LEN
 from tests.server.api.running import Server, serving
+from tests.server.api.test_body import WRONG
 
 DRAFTERS = (("prediction", False), ("suffix", False), ("draft_model", True))
 
@@ -133,6 +134,28 @@ def test_what_cannot_be_had_is_refused_by_name(server: Server, fields: Any, para
         error = response.json()["error"]
         assert error["param"] == param
         assert message in error["message"]
+
+
+LEGAL_INSIDE: dict[str, dict[str, list[Any]]] = {
+    "speculation": {"mode": [], "max_tokens": [], "drafter": [], "verify": [], "tree": [True], "quality": []},
+    "prediction": {"type": [], "content": ["", "x", []]},
+}
+
+
+def test_every_wrong_value_inside_is_refused_by_the_name_of_the_field(server: Server) -> None:
+    with server.client() as client:
+        for param, fields in LEGAL_INSIDE.items():
+            for name, legal in fields.items():
+                for value in WRONG:
+                    inside = {"type": "content", "content": "x"} if param == "prediction" else {}
+                    body = {"model": "tiny", "prompt": "hi", "max_tokens": 2, param: {**inside, name: value}}
+                    answer = client.post("/v1/completions", json=body)
+                    is_legal = any(type(value) is type(item) and value == item for item in legal)
+                    assert answer.status_code == (200 if is_legal else 400), (param, name, value, answer.text)
+                    if not is_legal:
+                        error = answer.json()["error"]
+                        assert error["param"] == param
+                        assert f"{param}.{name}" in error["message"]
 
 
 @pytest.mark.parametrize("content", ["ab", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]])
