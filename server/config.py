@@ -100,6 +100,7 @@ class ServerConfig(BaseModel):
     max_header_size: Count = _http(64 << 10, "bytes of a request's header block")
     max_headers: Count = _http(100, "headers of a request")
     max_body_size: Count = _http(2 << 20, "bytes of a request's body (2MiB)", le=32 << 20)
+    max_body_memory: Count = _http(64 << 20, "bytes of all bodies on their way in")
     body_timeout: Seconds = _http(30.0, "seconds to receive a body")
     write_timeout: Seconds = _http(30.0, "seconds a reader may take nothing before its request is aborted")
     header_timeout: Seconds = _http(10.0, "seconds to receive a request's head")
@@ -275,6 +276,7 @@ class ServerConfig(BaseModel):
             served_model_names=self.model_names(),
             api_keys=self.api_keys(),
             allowed_hosts=self.host_names(),
+            max_body_memory=self.max_body_memory,
             metrics_need_key=self.metrics_need_key,
             chat_template=None if self.chat_template is None else self.chat_template.read_text(),
             version=VERSION,

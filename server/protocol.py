@@ -22,6 +22,8 @@ FREE_PIECES, MIN_PIECE_BYTES = 1024, 64
 """A body may come in this many pieces of any size, and beyond them in pieces of this mean size: each costs the loop
 about 15 us, so that 2 MiB in chunks of one byte would cost it half a minute."""
 
+MAX_PIPELINED_BYTES = 1 << 16
+
 ERRORS = {
     400: ("invalid_request_error", "this is not a valid HTTP/1.1 request", "invalid_http"),
     413: ("invalid_request_error", "the body comes in too many small pieces", "request_too_large"),
@@ -95,6 +97,13 @@ class PatientProtocol(H11Protocol):
         if self._tick is not None:
             self._tick.cancel()
         super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """As uvicorn's, but a next request on the wire does not end the reading: the client's leaving would go unseen."""
+        super().handle_events()
+        waits = self.flow.read_paused and self.conn.their_state is h11.DONE
+        if waits and len(self.conn.trailing_data[0]) <= MAX_PIPELINED_BYTES:
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, if there is still an answer to give; close in any case."""

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.admission import Admission
+from server.api.body import BodyMemory
 from server.api.chat import ChatForm
 from server.api.completions import CompletionForm
 from server.api.errors import ApiError, shown
@@ -58,6 +59,7 @@ def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metr
         metrics=metrics,
         admission=Admission(settings, client, metrics),
         pool=TextPool(settings.text_threads, settings.text_queue, metrics),
+        bodies=BodyMemory(settings.max_body_memory),
         chat_template=template,
         model_names=settings.served_model_names,
         created=int(time.time()),

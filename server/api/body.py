@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.types import Receive, Scope
 
-from server.api.errors import ApiError, shown
+from server.api.errors import ApiError, overloaded, shown
 from server.api.settings import ApiSettings
 
 CONTENT_TYPE_HINT = "send JSON with the right header (curl: -H 'Content-Type: application/json')"
@@ -16,8 +16,22 @@ class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
-async def read_body(scope: Scope, receive: Receive, settings: ApiSettings) -> bytes:
-    """The raw body. Raises ApiError 413, 415 or 408, or ClientGone."""
+class BodyMemory:
+    """Bytes of all bodies that are on their way in. A thousand slow clients must not fill the memory with halves."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+
+    def take(self, size: int) -> None:
+        """Raises ApiError 429 beyond the limit; what was taken before stays taken."""
+        if self.held_bytes + size > self.max_bytes:
+            raise overloaded("too many large bodies are being received; try again shortly", 1)
+        self.held_bytes += size
+
+
+async def read_body(scope: Scope, receive: Receive, settings: ApiSettings, memory: BodyMemory) -> bytes:
+    """The raw body. Raises ApiError 413, 415, 408 or 429, or ClientGone."""
     headers = dict(scope["headers"])
     content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if content_type != b"application/json" and not (
@@ -33,7 +47,7 @@ async def read_body(scope: Scope, receive: Receive, settings: ApiSettings) -> by
     if declared.isdigit() and int(declared[:20]) > limit:
         raise too_large
     chunks: list[bytes] = []
-    size = 0
+    size = taken = 0
     try:
         async with asyncio.timeout(settings.timeouts.body_s):
             while True:
@@ -45,8 +59,12 @@ async def read_body(scope: Scope, receive: Receive, settings: ApiSettings) -> by
                 if size > limit:
                     raise too_large
                 if chunk:
+                    memory.take(len(chunk))
+                    taken += len(chunk)
                     chunks.append(chunk)
                 if not message.get("more_body", False):
                     return b"".join(chunks)
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {settings.timeouts.body_s:g} s") from error
+    finally:
+        memory.held_bytes -= taken

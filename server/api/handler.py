@@ -58,7 +58,7 @@ class GenerationResponse(Response):
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_at = time.monotonic()
         services = self._services
-        raw = await read_body(scope, receive, services.settings)
+        raw = await read_body(scope, receive, services.settings, services.bodies)
         facts = services.facts()
         checked = await services.pool.run(len(raw), lambda: self._check(raw, facts))
         permit = services.admission.admit(checked.num_choices, checked.cost_tokens)

@@ -106,7 +106,7 @@ class TextRoutes:
         self._services = services
 
     async def tokenize(self, request: HttpRequest) -> Response:
-        raw = await read_body(request.scope, request.receive, self._services.settings)
+        raw = await read_body(request.scope, request.receive, self._services.settings, self._services.bodies)
         return await self._services.pool.run(len(raw) * 4, lambda: self._tokenize(raw))
 
     def _tokenize(self, raw: bytes) -> Response:
@@ -135,7 +135,7 @@ class TextRoutes:
         return JsonResponse(answer)
 
     async def detokenize(self, request: HttpRequest) -> Response:
-        raw = await read_body(request.scope, request.receive, self._services.settings)
+        raw = await read_body(request.scope, request.receive, self._services.settings, self._services.bodies)
         return await self._services.pool.run(len(raw) * 4, lambda: self._detokenize(raw))
 
     def _detokenize(self, raw: bytes) -> Response:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from scheduler.types import Delta, Request, SpeculationMode, StepStats
 from server.api.admission import Admission
+from server.api.body import BodyMemory
 from server.api.errors import ApiError, shown
 from server.api.pool import TextPool
 from server.api.settings import ApiSettings
@@ -53,6 +54,7 @@ class Services:
     metrics: Metrics
     admission: Admission
     pool: TextPool
+    bodies: BodyMemory
     chat_template: ChatTemplate | None
     model_names: tuple[str, ...]
     created: int

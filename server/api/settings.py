@@ -68,6 +68,7 @@ class ApiSettings:
     max_requests         requests held at once, running and queued; a call with n samples of p prompts holds n * p;
                          None = what the engine runs and queues
     max_queued_tokens    prompt tokens of calls that have no output yet; None = the engine's own limit
+    max_body_memory      bytes of all bodies on their way in
     text_threads, text_queue   workers and waiting jobs for tokenizing and rendering
     """
 
@@ -77,6 +78,7 @@ class ApiSettings:
     metrics_need_key: bool = False
     max_requests: int | None = None
     max_queued_tokens: int | None = None
+    max_body_memory: int = 64 << 20
     text_threads: int = 2
     text_queue: int = 64
     chat_template: str | None = None

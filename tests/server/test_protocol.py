@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import select
 import socket
 import threading
 import time
@@ -91,6 +92,25 @@ def test_bodies_that_do_not_come_are_408_and_hold_nothing() -> None:
         for sock in socks:
             assert error_of(read_answer(sock))[0] == 408
         assert server.held() == (0, 0, 0)
+        assert server.post("/v1/completions", json=BODY).status_code == 200
+
+
+def test_bodies_that_stop_halfway_cannot_fill_the_memory() -> None:
+    settings = ApiSettings(("tiny",), max_body_memory=1 << 20, timeouts=Timeouts(body_s=PATIENCE_S))
+    half = b"x" * 100_000
+    with serving(settings=settings) as server:
+        socks = [server.connect() for _ in range(20)]
+        for sock in socks:
+            sock.sendall(f"{HEAD}Content-Length: 200000\r\n\r\n".encode() + half)
+        bodies = server.app.services.bodies
+        wait_until(lambda: len(select.select(socks, [], [], 0)[0]) >= 9)
+        assert bodies.held_bytes <= 1 << 20
+        for sock in select.select(socks, [], [], 0)[0]:
+            status, error = error_of(read_answer(sock))
+            assert (status, error["code"]) == (429, "rate_limit_exceeded")
+        for sock in socks:
+            sock.close()
+        wait_until(lambda: bodies.held_bytes == 0)
         assert server.post("/v1/completions", json=BODY).status_code == 200
 
 
@@ -200,6 +220,29 @@ def test_pipelined_requests_are_answered_in_order(odd: Server) -> None:
     answer = read_all(sock)
     assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", answer)] == [200] * 22
     assert answer.index(b"text_completion") < answer.index(b'{"version"')
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_client_that_pipelines_and_leaves_is_seen_to_leave(stream: bool) -> None:
+    with serving(silent) as server:
+        sock = server.post_and_keep("/v1/completions", {**BODY, "stream": stream})
+        sock.sendall(GET * 3)
+        wait_until(lambda: len(server.engine.in_flight) == 1)
+        sock.close()
+        wait_until(lambda: server.held() == (0, 0, 0))
+        assert len(server.engine.aborted) == 1
+
+
+def test_what_a_client_pipelines_does_not_pile_up() -> None:
+    with serving(silent) as server:
+        sock = server.post_and_keep("/v1/completions", BODY)
+        wait_until(lambda: len(server.engine.in_flight) == 1)
+        sock.settimeout(2.0)
+        with pytest.raises(TimeoutError):  # the server has stopped reading, and the sockets are full
+            sock.sendall(GET * 1_000_000)
+        (connection,) = server.connections
+        assert len(connection.conn.trailing_data[0]) < 1 << 20
+        sock.close()
 
 
 def test_a_connection_is_kept_after_an_error(odd: Server) -> None:
