@@ -99,7 +99,7 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
-        """As uvicorn's, but a next request on the wire does not end the reading: the client's leaving would go unseen."""
+        """As uvicorn's, but a next request on the wire does not end the reading: its client may leave."""
         super().handle_events()
         waits = self.flow.read_paused and self.conn.their_state is h11.DONE
         if waits and len(self.conn.trailing_data[0]) <= MAX_PIPELINED_BYTES:
