@@ -120,13 +120,16 @@ class SequenceState:
 
     def keep_draft_q(self) -> None:
         """File `draft_q` under the span that will verify it. `history` ends in that span's first token."""
-        if self.draft_q is not None:
-            start = len(self.history) - 1
-            # By place, not by age: a step that runs again files its offer again and needs what it was verified with.
-            last = max((at for at in self.draft_q_at if at < start), default=None)
-            kept = {} if last is None else {last: self.draft_q_at[last]}
-            self.draft_q_at = {**kept, start: self.draft_q}
-            self.draft_q = None
+        start = len(self.history) - 1
+        if self.draft_q is None:
+            # The step may have run before and offered others.
+            self.draft_q_at.pop(start, None)
+            return
+        # By place, not by age: a step that runs again files its offer again and needs what it was verified with.
+        last = max((at for at in self.draft_q_at if at < start), default=None)
+        kept = {} if last is None else {last: self.draft_q_at[last]}
+        self.draft_q_at = {**kept, start: self.draft_q}
+        self.draft_q = None
 
 
 class SequenceTable:
