@@ -173,7 +173,8 @@ class DraftingPolicy:
         wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s)
         if self._settings.has_sequential:
             rates = [self.acceptance.mean_rate(state.source, state.counts) for state in states if state.limit]
-            draft.draft_depth = self._asking.choose_depth(rates, outlook, prefill, allocation.cutoff)
+            forced = [state.limit for state in states if state.is_forced]
+            draft.draft_depth = max(self._asking.choose_depth(rates, outlook, prefill, allocation.cutoff), *forced, 0)
         return wishes
 
     def _place(self, draft: DraftPlan, lengths: dict[int, int], wishes: list[int]) -> None:
@@ -216,6 +217,8 @@ class DraftingPolicy:
             if wish > 0:
                 draft.spans[index] = span._replace(num_drafts=wish)
                 draft.num_asked += 1
+        if not draft.num_asked:
+            draft.draft_depth = 0
 
     def predict(self, draft: DraftPlan) -> float:
         target_s = self._budget.predict(draft)

@@ -99,6 +99,17 @@ def test_on_verifies_what_is_offered_up_to_its_own_limit() -> None:
     assert set(verified) == {3}
 
 
+def test_on_makes_a_model_drafter_run_and_nobody_asking_lets_it_rest() -> None:
+    running = world(settings=SpeculationSettings(has_sequential=True), drafter=ScriptedDrafter(alpha=(1.0, 500.0)))
+    running.add(make_request("a", 5, max_tokens=40, speculation=Speculation(SpeculationMode.ON, max_tokens=3)))
+    running.finish()
+    for plan in running.plans:
+        is_asked = any(span.num_drafts for span in plan.spans)
+        assert is_asked or plan.draft_depth == 0
+        if is_asked and plan.step > 1:
+            assert plan.draft_depth >= 3
+
+
 def test_drafts_count_in_the_budget_and_never_push_out_a_decode() -> None:
     running = world(make_limits(max_batched_tokens=10, max_seqs=8))
     for number in range(8):

@@ -132,3 +132,43 @@ def test_a_clock_that_stood_still_teaches_nothing() -> None:
     cost.observe(StepFeatures(1, 0, 1, 1), 0.0)
     assert not cost.is_ready
     assert cost.predict(StepFeatures(1, 0, 1, 1)) == 0.0
+
+
+def verifying(seqs: int, drafts: int, context: int) -> StepFeatures:
+    """`seqs` sequences with `drafts` drafts each, over `context` keys."""
+    keys, count = context + drafts, seqs * drafts
+    return StepFeatures(seqs + count, 0, seqs, seqs * keys, 0, count, count * keys)
+
+
+def test_what_a_verified_row_costs_beyond_a_prompt_row_is_learned() -> None:
+    """Its logits are read, its draft is judged, its keys were read by the row before it."""
+
+    def exact(features: StepFeatures) -> float:
+        return Machine(noise=0.0, outlier_rate=0.0).seconds(features, None) + 2e-4 * features.judged
+
+    rng = random.Random(13)
+    cost = StepCost()
+    for _ in range(800):
+        features = verifying(rng.choice((1, 4, 16)), rng.randrange(9), rng.randrange(2000))
+        if rng.random() < 0.3:
+            features = with_prefill(features, rng.randrange(1000), rng.choice((16, 100, 300)))
+        cost.observe(features, exact(features) * math.exp(rng.gauss(0.0, 0.03)))
+    errors = []
+    for _ in range(100):
+        features = verifying(rng.choice((1, 4, 16)), rng.randrange(9), rng.randrange(2000))
+        errors.append(abs(cost.predict(features) / exact(features) - 1.0))
+    assert sum(errors) / len(errors) < 0.05
+    extra = cost.predict(verifying(8, 8, 500)) - cost.predict(with_prefill(verifying(8, 0, 508), 0, 64))
+    assert extra > 0.5 * 64 * 2e-4
+
+
+def test_the_curve_of_a_step_is_its_prediction() -> None:
+    cost = trained(Machine(outlier_rate=0.0), 14)
+    decodes = verifying(12, 0, 700)
+    curve = cost.curve(decodes, 300)
+    for drafts in (0, 5, 40, 200):
+        for rows in (0, 16, 500):
+            context = drafts * 700
+            features = with_prefill(decodes, 300, rows)
+            features = features._replace(tokens=features.tokens + drafts, judged=drafts, draft_context=context)
+            assert curve(drafts, rows) == pytest.approx(cost.predict(features), rel=1e-9)
