@@ -198,7 +198,9 @@ class ReferenceOps:
         noisy = (~greedy_J).nonzero().squeeze(1)
         if noisy.numel() == 0:
             return logits_JV.argmax(dim=-1)
-        noise = gumbel_noise(logits_JV.shape[1], seeds_J[noisy], sample_index_J[noisy], positions_J[noisy], stream)
+        noise = gumbel_noise(
+            logits_JV.shape[1], seeds_J[noisy], sample_index_J[noisy], positions_J[noisy], stream=stream
+        )
         return logits_JV.index_add(0, noisy, noise).argmax(dim=-1)
 
     def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
@@ -305,7 +307,7 @@ def _seen_in_trees(rows: AttentionRows, tiles: Tensor, index: Tensor, window: in
 
 
 def gumbel_noise(
-    vocab_size: int, seeds_J: Tensor, sample_index_J: Tensor, positions_J: Tensor, stream: int = 0
+    vocab_size: int, seeds_J: Tensor, sample_index_J: Tensor, positions_J: Tensor, *, stream: int = 0
 ) -> Tensor:
     """Standard Gumbel noise, float32 [J, V], as `Ops.sample` defines it; the logarithms are taken in float64."""
     quads = torch.arange(-(-vocab_size // 4), device=seeds_J.device).expand(seeds_J.shape[0], -1)  # [J, V/4]

@@ -33,7 +33,9 @@ def back_end(name: str) -> Ops:
 @pytest.mark.parametrize("key", KEYS)
 def test_the_host_draws_the_same_integers_as_the_reference(key: tuple[int, int, int, int]) -> None:
     seed, sample_index, position, stream = key
-    noise = gumbel_noise(1003, torch.tensor([seed]), torch.tensor([sample_index]), torch.tensor([position]), stream)
+    noise = gumbel_noise(
+        1003, torch.tensor([seed]), torch.tensor([sample_index]), torch.tensor([position]), stream=stream
+    )
     want = noise[0].numpy()
     got = gumbel(seed, sample_index, position, np.arange(1003), stream)
     assert got.dtype == np.float32

@@ -15,7 +15,7 @@ RECIPE = make_recipe(Request("r", (0,), 8, Sampling(seed=3, sample_index=2)), ()
 
 
 def noise(position: int, stream: int) -> torch.Tensor:
-    return gumbel_noise(50, torch.tensor([3]), torch.tensor([2]), torch.tensor([position]), stream)[0]
+    return gumbel_noise(50, torch.tensor([3]), torch.tensor([2]), torch.tensor([position]), stream=stream)[0]
 
 
 def test_coupled_drafts_take_the_noise_of_their_output_position() -> None:
