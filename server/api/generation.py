@@ -226,8 +226,8 @@ def as_api_error(fault: Fault | None, request_id: str) -> ApiError:
     if fault.status < 500:
         retry_after = 2 if fault.status == 429 else None
         return ApiError(fault.status, fault.message, fault.param, retry_after=retry_after)
-    if fault.code == "timeout":
-        return ApiError(503, fault.message, code=fault.code)
+    if fault.status == 503 and fault.code is not None:
+        return ApiError(503, fault.message, fault.param, fault.code, retry_after=2)
     logger.error("request %s failed with %d: %s", request_id, fault.status, fault.message)
     if fault.status == 503:
         return ApiError(503, "the engine is not available", retry_after=2)

@@ -58,7 +58,8 @@ class Preparation:
     def add(self, request: Request) -> Fault | None:
         with self._lock:
             if self._num_abandoned >= MAX_ABANDONED:
-                return Fault(503, "structured output is busy with constraints that take too long; retry later")
+                message = "structured output is busy with constraints that take too long; retry later"
+                return Fault(503, message, "response_format", "grammar_busy")
         self._queued.append(_Job(request))
         self._start()
         return None

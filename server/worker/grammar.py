@@ -32,6 +32,8 @@ MAX_DEPTH = 32
 """Nesting of a JSON schema: real ones stay below ten, bombs do not."""
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Between JSON tokens. Bounded: without a bound, a model that likes white space writes it until max_tokens."""
+LEXER_FUEL = 200_000
+"""Work of preparing a lexer, a fifth of the library's default: `(a{900}){1000}` took 3 s of a core, now 0.3 s."""
 MAX_CACHED = 64
 """Compiled grammars kept for requests to come, least recently used out first."""
 
@@ -225,7 +227,7 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     name, size, most = grammar.kind.value, len(grammar.source.encode()), MAX_SOURCE_BYTES[grammar.kind]
     if size > most:
         raise ValueError(f"the {name} grammar is {size} bytes long; at most {most} are accepted")
-    limits = LLParserLimits(verbose_errors=False)
+    limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=LEXER_FUEL)
     matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
     if matcher.is_error():
         raise ValueError(f"the {name} grammar cannot be used: {_one_line(matcher.get_error())}")
