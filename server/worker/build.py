@@ -58,7 +58,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     _return_free_memory()
     draft = _load_draft(config, model, folder, ops, dtype, device, progress)
     page_size = config.page_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
-    draft_bytes = draft.page_bytes(page_size, dtype) if draft is not None else 0
+    draft_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
     num_pages, model_len = size_pool(
         model.config,
         dtype,

@@ -24,7 +24,7 @@ from server.worker.drafters.draft_kv import DraftKV
 from server.worker.drafters.paged_forward import PagedForward
 from server.worker.drafters.sequential import SequentialDrafter
 from server.worker.drafters.stopping import AcceptanceEstimate, stop_rule
-from server.worker.kv_pool import KVPool, page_bytes
+from server.worker.kv_pool import KVPool
 from server.worker.sequences import SequenceTable
 
 CATCH_UP_TOKENS = 256
@@ -39,9 +39,9 @@ class DraftModel:
     folder: Path
     max_len: int
 
-    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
-        """What its KV adds to every page of the pool."""
-        return page_bytes(self.model.config, page_size, dtype)
+    def page_bytes(self, ops: Ops, page_size: int, dtype: torch.dtype, device: torch.device) -> int:
+        """What its KV adds to every page of the pool, the back end's padding included: small heads are padded."""
+        return KVPool(ops, self.model.config, 4, page_size, dtype, device).num_bytes // 4
 
 
 def load_draft_model(

@@ -75,11 +75,18 @@ def test_beside_a_target_without_tokenizer_only_the_number_of_tokens_can_be_comp
 def test_pages_of_the_draft_are_paid_from_the_same_memory(target: Path) -> None:
     draft = load(target, target)
     own = page_bytes(draft.model.config, 16, torch.float32)
-    assert draft.page_bytes(16, torch.float32) == own
+    assert draft.page_bytes(ReferenceOps(), 16, torch.float32, CPU) == own
     shape, budget = draft.model.config, 40 * own
     alone, _ = size_pool(shape, torch.float32, CPU, 16, 8, None, budget)
     both, _ = size_pool(
-        shape, torch.float32, CPU, 16, 8, None, budget, extra_page_bytes=draft.page_bytes(16, torch.float32)
+        shape,
+        torch.float32,
+        CPU,
+        16,
+        8,
+        None,
+        budget,
+        extra_page_bytes=draft.page_bytes(ReferenceOps(), 16, torch.float32, CPU),
     )
     assert (alone, both) == (40, 20)
 
@@ -123,7 +130,7 @@ def test_beyond_the_draft_s_own_positions_nothing_is_offered(target: Path, tmp_p
 
 def test_the_drafter_counts_its_weights_and_its_pages(target: Path) -> None:
     draft, sequences = load(target, target), Sequences()
-    pages = sequences.num_pages * draft.page_bytes(sequences.page_size, torch.float32)
+    pages = sequences.num_pages * draft.page_bytes(ReferenceOps(), sequences.page_size, torch.float32, CPU)
     assert build(draft, sequences).num_bytes == draft.model.num_weight_bytes + pages
 
 
