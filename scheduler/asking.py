@@ -25,6 +25,7 @@ _HYSTERESIS = 1.02
 _DEPTH_EVERY = 4
 _UNIT_S = 1e-3
 _SWEEPS = 8
+_NUM_EARLY, _CLIP, _FLOOR_S = 8, 2.0, 2e-5
 
 
 @dataclass(slots=True)
@@ -66,9 +67,14 @@ class DraftCost:
     """Seconds that proposing takes: (1 + sequences) for lookups, depth x (1 + sequences) for model drafters."""
 
     def __init__(self) -> None:
-        self._model = NonNegativeRidge((1.0, 0.1, 0.2, 0.02))
+        self._model = NonNegativeRidge((1.0, 0.1, 0.2, 0.02), forgetting=0.97)
+        self._num_observed = 0
 
     def observe(self, num_asked: int, depth: int, seconds: float) -> None:
+        """Learn from a step. What is far above the expected (a neighbour took the core) is clipped."""
+        self._num_observed += 1
+        if self._num_observed > _NUM_EARLY:
+            seconds = min(seconds, _CLIP * max(self.predict(num_asked, depth), _FLOOR_S))
         self._model.accumulate(_terms(num_asked, depth), seconds, _UNIT_S)
         self._model.fit(_SWEEPS)
 

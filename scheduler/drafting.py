@@ -79,10 +79,10 @@ class DraftingPolicy:
             offers = self._offers(draft, states)
             free = [offer for offer in offers if not offer.state.is_forced]
             forced = [offer for offer in offers if offer.state.is_forced]
-            lengths = self._force(draft, forced)
+            lengths = self._force(draft, forced, backlog)
             outlook = self._outlook(draft, backlog, bound_s, forced, lengths)
             allocation = self._policy.allocate([offer.survivals for offer in free], outlook)
-            self._note_gains(free, allocation)
+            self._note_gains(free, allocation, outlook)
             lengths |= zip((offer.row for offer in free), self._probe(free, allocation.lengths, outlook), strict=True)
             wishes = self._ask(draft, states, allocation, outlook)
             self._place(draft, lengths, wishes)
@@ -106,9 +106,10 @@ class DraftingPolicy:
                 offers.append(_Offer(row, state, state.survivals[:most]))
         return offers
 
-    def _force(self, draft: DraftPlan, forced: Many[_Offer]) -> dict[int, int]:
+    def _force(self, draft: DraftPlan, forced: Many[_Offer], backlog: Backlog | None) -> dict[int, int]:
         """Drafts of requests that want all that are offered, as far as the budget goes (R1)."""
         room = self._limits.max_batched_tokens - draft.num_decodes
+        room = max(0, room - min(backlog.tokens, MIN_CHUNK)) if backlog else room
         lengths = {}
         for offer in forced:
             lengths[offer.row] = min(room, len(offer.survivals))
@@ -137,12 +138,15 @@ class DraftingPolicy:
             draft_bound_s=bound_s if self._limits.tbt_slo_s is not None else _DRAFT_LEEWAY * bound_s,
         )
 
-    def _note_gains(self, offers: Many[_Offer], allocation: Allocation) -> None:
-        """What each offer saves: its expected tokens above what its rows cost, as time."""
-        goodput, cutoff = allocation.goodput, allocation.cutoff
-        for offer, length in zip(offers, allocation.lengths, strict=True):
-            tokens = sum(offer.survivals[:length]) - length * cutoff
-            self._gained(offer.state, max(0.0, tokens) / goodput if goodput > 0.0 else 0.0)
+    def _note_gains(self, offers: Many[_Offer], allocation: Allocation, outlook: Outlook) -> None:
+        """What each offer saves: its share, by expected tokens, of the time that the step saves over plain decoding."""
+        tokens = [sum(offer.survivals[:n]) for offer, n in zip(offers, allocation.lengths, strict=True)]
+        saved_s, total = 0.0, sum(tokens)
+        if total > 0.0 and allocation.plain > 0.0:
+            step_s = outlook.seconds(sum(allocation.lengths), allocation.prefill)
+            saved_s = step_s * max(0.0, allocation.goodput / allocation.plain - 1.0)
+        for offer, expected in zip(offers, tokens, strict=True):
+            self._gained(offer.state, saved_s * expected / total if saved_s else 0.0)
 
     def _gained(self, state: DraftState, seconds: float) -> None:
         state.gained(seconds)

@@ -51,12 +51,14 @@ class Allocation(NamedTuple):
     prefill   prompt rows planned next to them
     goodput   tokens per second, prompt rows at their price
     cutoff    survival at which one draft more would just pay; 1 where none can be had
+    plain     goodput without any of the offers
     """
 
     lengths: list[int]
     prefill: int
     goodput: float
     cutoff: float = 1.0
+    plain: float = 0.0
 
 
 Offers = Sequence[Sequence[float]]
@@ -96,7 +98,7 @@ class Marginal:
         search = _Search(values, outlook)
         count = search.best(most)
         cutoff = _cutoff(outlook, count, values[count], search.goodput)
-        return Allocation(_lengths(offers, slots, count), search.prefill, search.goodput, cutoff)
+        return Allocation(_lengths(offers, slots, count), search.prefill, search.goodput, cutoff, search.plain)
 
 
 class Uniform:
@@ -111,7 +113,7 @@ class Uniform:
         return self._max_drafts
 
     def allocate(self, offers: Offers, outlook: Outlook) -> Allocation:
-        best = Allocation([0] * len(offers), 0, -inf)
+        best, plain = Allocation([0] * len(offers), 0, -inf), 0.0
         for k in range(1 + max((len(offer) for offer in offers), default=0)):
             lengths = [min(k, len(offer)) for offer in offers]
             count = sum(lengths)
@@ -120,8 +122,9 @@ class Uniform:
             value = outlook.value + sum(sum(offer[:k]) for offer in offers)
             prefill, seconds = _prefill(outlook, count, outlook.backlog)
             goodput = _ratio(value + outlook.price * prefill, seconds)
+            plain = plain if k else goodput
             if (count == 0 or seconds <= outlook.draft_bound_s) and goodput > best.goodput:
-                best = Allocation(lengths, prefill, goodput, _cutoff(outlook, count, value, goodput))
+                best = Allocation(lengths, prefill, goodput, _cutoff(outlook, count, value, goodput), plain)
         return best
 
 
@@ -179,6 +182,7 @@ class _Search:
         self._values = values
         self._outlook = outlook
         self.goodput = -inf
+        self.plain = 0.0
         self.prefill = 0
         self._count = 0
 
@@ -207,6 +211,8 @@ class _Search:
             if time_s > bound_s and count:
                 break
             goodput = _ratio(values[count] + price * most_prefill, time_s)
+            if count == 0:
+                self.plain = goodput
             if goodput > self.goodput:
                 self.goodput, self.prefill, self._count = goodput, most_prefill, count
 

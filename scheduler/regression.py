@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_FORGETTING = 0.99
 _RIDGE = 1e-4
 
 
 class NonNegativeRidge:
     """value = sum of coefficients x terms, all coefficients >= 0.
 
-    scale   per term, about the inverse of its usual size: one ridge constant then fits all
+    scale       per term, about the inverse of its usual size: one ridge constant then fits all
+    forgetting  weight of a sample when the next one of its stratum arrives
     """
 
-    def __init__(self, scale: Sequence[float], num_strata: int = 1) -> None:
+    def __init__(self, scale: Sequence[float], num_strata: int = 1, forgetting: float = 0.99) -> None:
         size = len(scale)
         self._scale = tuple(scale)
+        self._forgetting = forgetting
         self._gram = [[[0.0] * size for _ in range(size)] for _ in range(num_strata)]
         self._moment = [[0.0] * size for _ in range(num_strata)]
         self.coefficients = [0.0] * size
@@ -33,13 +34,13 @@ class NonNegativeRidge:
 
         (Dividing by the measured value would favour the small ones of noisy data.)
         """
-        gram, moment = self._gram[stratum], self._moment[stratum]
+        gram, moment, kept = self._gram[stratum], self._moment[stratum], self._forgetting
         row = [x * s / unit for x, s in zip(terms, self._scale, strict=True)]
         target = value / unit
         for i, left in enumerate(row):
-            moment[i] = moment[i] * _FORGETTING + left * target
+            moment[i] = moment[i] * kept + left * target
             line = gram[i]
-            gram[i] = [old * _FORGETTING + left * right for old, right in zip(line, row, strict=True)]
+            gram[i] = [old * kept + left * right for old, right in zip(line, row, strict=True)]
 
     def multiply(self, factor: float) -> None:
         """Everything takes `factor` times as long, also what has not been seen lately."""

@@ -30,6 +30,8 @@ MACHINE_8B = Machine(
 )
 LIMITS_8B = Limits(512, 256, 2048, 65536, 16, max_queued_requests=1 << 20, max_queued_tokens=1 << 40, tbt_slo_s=10.0)
 PROMPT, OUTPUT = 800, 256
+MACHINE_CPU = Machine(draft_s=6e-5)
+STREAM_ALPHAS = {"wrong": (2.0, 60.0), "even": (8.0, 8.0), "right": (60.0, 4.0), "mixed": (1.2, 1.2)}
 ALPHA = (1.2, 1.2)
 
 SETTINGS: dict[str, SpeculationSettings | None] = {
@@ -84,6 +86,27 @@ def compare(rates: Iterable[float], num_requests: int, seed: int = 0) -> Iterabl
     for rate in rates:
         reports = [run(name, rate, num_requests, seed) for name in SETTINGS]
         yield f"{rate:>12.0f} req/s " + "".join(f"{fmean(report.latency_s):14.2f}" for report in reports)
+
+
+def stream(
+    alpha: tuple[float, float], count: int, settings: SpeculationSettings | None, until_s: float = 3.0
+) -> Report:
+    """`count` streams that do not end, with acceptance rates from Beta(alpha), on the imagined 2-core machine."""
+    rng = random.Random(0)
+    arrivals = [Arrival(0.0, request_of(f"s{n}", 64, 3500, rng)) for n in range(count)]
+    limits = Limits(2048, 64, 4096, 16384, 16)
+    return simulate(limits, arrivals, MACHINE_CPU, 0, until_s, settings, ScriptedDrafter(alpha))
+
+
+def compare_streams(counts: Iterable[int] = (1, 4, 8, 16, 32)) -> Iterable[str]:
+    """Lines of a table: output of every policy over that of k = 0, for streams that never end."""
+    policies = {"marginal": SpeculationSettings()} | {f"fixed {k}": SpeculationSettings("fixed", k) for k in (1, 3, 8)}
+    yield f"{'drafts':>8} {'streams':>8} " + "".join(f"{name:>10}" for name in policies)
+    for kind, alpha in STREAM_ALPHAS.items():
+        for count in counts:
+            plain = stream(alpha, count, None).output_tokens
+            speeds = [stream(alpha, count, settings).output_tokens / plain for settings in policies.values()]
+            yield f"{kind:>8} {count:>8} " + "".join(f"{speed:10.2f}" for speed in speeds)
 
 
 def bench_planner(num_requests: int = 256, num_drafts: int = 8, repeats: int = 200) -> dict[str, float]:

@@ -3,7 +3,8 @@
 `python -m scheduler.simulator` prints time to first token and time between tokens for Poisson arrivals, `--stall` for
 the worst case of mixed steps (prompts arriving one after another while streams decode), `--trace FILE` for recorded
 arrivals (JSON lines: time_s, prompt_tokens, max_tokens), `--bench-schedule` the real cost of `schedule` and `update`.
-`--speculation` compares draft policies under load and `--bench-planner` times the planner (simulated_drafts.py).
+`--speculation` compares draft policies under load, `--streams` with streams that never end, and `--bench-planner` times
+the planner (simulated_drafts.py).
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--bench-schedule", action="store_true")
     parser.add_argument("--bench-planner", action="store_true")
     parser.add_argument("--speculation", action="store_true")
+    parser.add_argument("--streams", action="store_true")
     parser.add_argument("--rates", type=float, nargs="+", default=[12.0, 20.0, 24.0], help="of --speculation")
     options = parser.parse_args(arguments)
     slo = None if options.tbt_slo_ms is None else options.tbt_slo_ms / 1e3
@@ -69,6 +71,9 @@ def main(arguments: Sequence[str]) -> None:
     machine = replace(Machine(), noise=options.noise)
     if options.speculation:
         for line in simulated_drafts.compare(options.rates, options.requests, options.seed):
+            _say(line)
+    elif options.streams:
+        for line in simulated_drafts.compare_streams():
             _say(line)
     elif options.bench_planner:
         for name, seconds in simulated_drafts.bench_planner().items():

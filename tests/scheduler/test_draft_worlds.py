@@ -33,10 +33,10 @@ def test_every_text_of_a_random_world_is_what_it_is_without_drafts(part: int) ->
         num_preempted += sum(stats.num_preempted for stats in world.stats)
         _check_usage(world)
     # Worlds in which nothing happens would prove nothing.
-    assert num_accepted > 300
-    assert num_rejected > 300
-    assert num_trees > 5
-    assert num_preempted > 5
+    assert num_accepted > 100
+    assert num_rejected > 100
+    assert num_trees > 2
+    assert num_preempted > 2
 
 
 def _check_usage(world: World) -> None:

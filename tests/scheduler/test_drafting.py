@@ -10,8 +10,8 @@ import pytest
 from scheduler import simulated_drafts
 from scheduler.fake_worker import FakeDrafter, Known, Truth
 from scheduler.scheduler import Scheduler
-from scheduler.simulated_drafts import ScriptedDrafter
-from scheduler.simulation import Arrival, Machine, Report, request_of, simulate
+from scheduler.simulated_drafts import STREAM_ALPHAS, ScriptedDrafter, stream
+from scheduler.simulation import Arrival, Machine, request_of, simulate
 from scheduler.step_cost import StepCost
 from scheduler.types import (
     Drafts,
@@ -28,8 +28,7 @@ from scheduler.types import (
 from tests.scheduler.draft_worlds import flat_cost
 from tests.scheduler.worlds import World, make_limits, make_request
 
-CPU = Machine(draft_s=6e-5)
-WRONG, RIGHT, MIXED = (2.0, 60.0), (60.0, 4.0), (1.2, 1.2)
+WRONG, RIGHT, MIXED = STREAM_ALPHAS["wrong"], STREAM_ALPHAS["right"], STREAM_ALPHAS["mixed"]
 
 
 def always_right(known: Known, most: int, truth: Truth) -> Drafts:
@@ -50,14 +49,6 @@ def world(
 def num_drafts(plan: StepPlan | None) -> list[int]:
     assert plan is not None
     return [len(span.tokens) - 1 if span.read is Read.VERIFY else 0 for span in plan.spans]
-
-
-def streams(alpha: tuple[float, float], count: int, settings: SpeculationSettings | None, seed: int = 0) -> Report:
-    """`count` streams that do not end, for 3 s of the imagined machine."""
-    rng = random.Random(seed)
-    arrivals = [Arrival(0.0, request_of(f"s{n}", 64, 3000, rng)) for n in range(count)]
-    limits = Limits(2048, 64, 4096, 16384, 16)
-    return simulate(limits, arrivals, CPU, seed, 3.0, settings, ScriptedDrafter(alpha))
 
 
 def test_right_drafts_become_many_tokens_a_step() -> None:
@@ -117,6 +108,22 @@ def test_drafts_count_in_the_budget_and_never_push_out_a_decode() -> None:
     running.finish()
     assert all(plan.num_tokens <= 10 for plan in running.plans)
     assert max(sum(num_drafts(plan)) for plan in running.plans) >= 2
+
+
+def test_who_insists_on_drafts_does_not_starve_prompts() -> None:
+    limits = make_limits(max_batched_tokens=24, max_seqs=4, max_model_len=400, num_pages=600)
+    running = world(limits)
+    for number in range(3):
+        request = make_request(f"r{number}", (number,), 300, speculation=Speculation(SpeculationMode.ON))
+        running.add(request)
+    for _ in range(4):
+        running.step()
+    running.add(make_request("prompt", (5,) * 100, max_tokens=1))
+    for _ in range(9):
+        running.step()
+    assert not running.stories["prompt"].is_alive
+    assert max(sum(num_drafts(plan)) for plan in running.plans[4:]) >= 5
+    running.finish()
 
 
 def test_nobody_is_preempted_for_drafts() -> None:
@@ -180,28 +187,28 @@ def test_a_request_at_no_drafts_comes_back_when_its_text_becomes_predictable() -
 
 @pytest.mark.parametrize("count", [1, 8, 32])
 def test_drafts_that_are_always_wrong_cost_next_to_nothing(count: int) -> None:
-    plain, drafted = streams(WRONG, count, None), streams(WRONG, count, SpeculationSettings())
+    plain, drafted = stream(WRONG, count, None), stream(WRONG, count, SpeculationSettings())
     assert drafted.output_tokens >= 0.97 * plain.output_tokens
 
 
 @pytest.mark.parametrize("alpha", [RIGHT, MIXED])
 @pytest.mark.parametrize("count", [1, 8, 32])
 def test_no_fixed_number_of_drafts_is_much_better(alpha: tuple[float, float], count: int) -> None:
-    best = max(streams(alpha, count, SpeculationSettings("fixed", k)).output_tokens for k in (1, 3, 8))
-    assert streams(alpha, count, SpeculationSettings()).output_tokens >= 0.95 * best
+    best = max(stream(alpha, count, SpeculationSettings("fixed", k)).output_tokens for k in (1, 3, 8))
+    assert stream(alpha, count, SpeculationSettings()).output_tokens >= 0.95 * best
 
 
 def test_mixed_traffic_is_told_apart() -> None:
     """One rate for all would give the hopeless half what the other half earns."""
-    mixed = streams(MIXED, 16, SpeculationSettings())
-    uniform = streams(MIXED, 16, SpeculationSettings("uniform"))
+    mixed = stream(MIXED, 16, SpeculationSettings())
+    uniform = stream(MIXED, 16, SpeculationSettings("uniform"))
     assert mixed.output_tokens > 1.02 * uniform.output_tokens
     assert mixed.accepted_tokens / mixed.draft_tokens > uniform.accepted_tokens / uniform.draft_tokens
 
 
 @pytest.mark.parametrize("alpha", [WRONG, MIXED, RIGHT])
 def test_step_times_are_predicted_within_a_tenth_while_speculating(alpha: tuple[float, float]) -> None:
-    assert streams(alpha, 8, SpeculationSettings()).step_error < 0.1
+    assert stream(alpha, 8, SpeculationSettings()).step_error < 0.1
 
 
 def test_the_time_of_proposing_is_no_part_of_the_targets_step_time() -> None:

@@ -50,6 +50,15 @@ def test_the_stall_is_printed_as_a_ratio(capsys: pytest.CaptureFixture[str]) -> 
     assert "times that" in capsys.readouterr().out
 
 
+def test_draft_policies_are_compared_and_the_planner_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--speculation", "--requests", "6", "--rates", "12"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "marginal" in lines[0]
+    assert lines[1].split()[:2] == ["12", "req/s"]
+    main(["--bench-planner"])
+    assert "256 requests x 8 drafts, plan:" in capsys.readouterr().out
+
+
 def test_scheduling_512_decodes_takes_no_longer_than_a_step_allows() -> None:
     """The goal is 0.6 ms (README); twice that here, because the test machine may be busy."""
     best_s = min(bench_schedule(512, 40)[0] for _ in range(3))
