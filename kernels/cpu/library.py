@@ -104,6 +104,7 @@ class DenseLayersArgs(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "braid_pool_create": (c_void_p, [c_int]),
+    "braid_prefer_huge_pages": (None, [c_void_p, c_int64]),
     "braid_linear": (None, [c_void_p, POINTER(Weight), c_void_p, c_int64, c_void_p, c_void_p, c_int]),
     "braid_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_void_p]),
     "braid_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int, c_void_p]),

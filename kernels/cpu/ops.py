@@ -310,6 +310,8 @@ class CpuOps:
         k_dims, v_dims = -(-head_dim // per_word) * per_word, -(-head_dim // panel) * panel
         k_pages = torch.empty((num_pages, num_kv, keys, k_dims), dtype=dtype)
         v_pages = torch.empty((num_pages, num_kv, keys, v_dims), dtype=dtype)
+        for pages in (k_pages, v_pages):
+            self._lib.braid_prefer_huge_pages(pages.data_ptr(), pages.nbytes)
         return k_pages[:, :, :page_size, :head_dim], v_pages[:, :, :page_size, :head_dim]
 
 

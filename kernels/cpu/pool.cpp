@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -197,5 +198,15 @@ void* scratch(int which, long bytes) {
 
 extern "C" {
 void* braid_pool_create(int num_threads) { return braid::pool_create(num_threads); }
+
+// A hint for memory that is read in no order, as KV pages are: a head's part of a page is as small as a page of the system, so
+// that each would miss the TLB. Not obeyed everywhere, and then nothing is lost.
+void braid_prefer_huge_pages(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + 4095) & ~uintptr_t(4095);
+  uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) & ~uintptr_t(4095);
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
 int braid_pool_threads(const void* pool) { return braid::pool_threads(static_cast<const braid::Pool*>(pool)); }
 }
