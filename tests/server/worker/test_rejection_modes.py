@@ -39,6 +39,11 @@ def fixed(want: Want, follows: Sequence[int]) -> Drafts | None:
     return chain([0, 4][: want.num_drafts])
 
 
+def strange(want: Want, follows: Sequence[int]) -> Drafts | None:
+    """A fixed draft and one that is no id of the model."""
+    return chain([0, VOCAB + 3][: want.num_drafts])
+
+
 def lying(want: Want, follows: Sequence[int]) -> Drafts | None:
     """Fixed drafts that are said to be drawn."""
     want.state.draft_q = Q[: min(2, want.num_drafts)].clone()
@@ -73,7 +78,7 @@ def off_by_law(model: TinyModel, mode: VerifyMode, script: Script, count: int = 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("script", [drawn, fixed])
+@pytest.mark.parametrize("script", [drawn, fixed, strange])
 def test_texts_follow_the_law_of_the_model(model: TinyModel, mode: VerifyMode, script: Script) -> None:
     assert off_by_law(model, mode, script) < 4
 

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 
 from scheduler.types import Admission, Request, Span, StepPlan
 from server.worker.recipe import make_recipe
@@ -86,3 +87,21 @@ def test_counts_kept_token_by_token_equal_counts_from_scratch(with_prompt: bool)
     found = dict(zip(*(array.tolist() for array in counts.after()), strict=True))
     assert {token: count for token, count in found.items() if count} == wanted
     assert set(found) == set(wanted) | (set(prompt) if with_prompt else set())
+
+
+def test_what_drafts_were_drawn_from_is_filed_by_the_span_that_verifies_them() -> None:
+    state = make_state(Admission(1, Request("a", (1, 2, 3), 9), (1, 2, 3)), 0, 1)
+    q = [torch.full((1, 4), float(i)) for i in range(4)]
+
+    def offer(history: list[int], offered: torch.Tensor | None) -> dict[int, torch.Tensor]:
+        state.history, state.draft_q = history, offered
+        state.keep_draft_q()
+        assert state.draft_q is None
+        return state.draft_q_at
+
+    assert offer([1, 2, 3, 4], q[0]) == {3: q[0]}
+    assert offer([1, 2, 3, 4, 5, 6], q[1]) == {3: q[0], 5: q[1]}
+    assert offer([1, 2, 3, 4, 5, 6], q[2]) == {3: q[0], 5: q[2]}, "the step of position 3 may run again"
+    assert offer([1, 2, 3, 4, 5, 6], None) == {3: q[0]}, "it offered drafts that were not drawn this time"
+    assert offer([1, 2, 3, 4, 5, 6], q[1]) == {3: q[0], 5: q[1]}
+    assert offer([1, 2, 3, 4, 5, 6, 7], q[3]) == {5: q[1], 6: q[3]}

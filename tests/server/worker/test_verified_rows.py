@@ -287,3 +287,37 @@ def test_no_drafter_is_asked_when_the_plan_wants_no_drafts(model: TinyModel) -> 
     driver.generate(some_requests(2))
     assert drafter.wants == []
     assert all(outcome.drafts is None for outcomes in driver.outcomes.values() for outcome in outcomes)
+
+
+def test_no_drafter_is_asked_about_a_sequence_that_has_ended(model: TinyModel) -> None:
+    unending = some_requests()
+    answers = answers_of(model, unending)
+    requests = [replace(asked, stop_ids=(answers[asked.id][7],)) for asked in unending]
+    drafter = ScriptedDrafter(noise(VOCAB), answers)
+    driver = DraftDriver(make_worker(model, num_pages=400, speculator=drafter), 4)
+    outputs = driver.generate(requests)
+    assert all(
+        len(output) <= 8 and output[-1] in asked.stop_ids for output, asked in zip(outputs, requests, strict=True)
+    )
+    for want, seen in zip(drafter.wants, drafter.seen, strict=True):
+        assert set(seen[want.state.num_prompt :]).isdisjoint(want.state.request.stop_ids)
+
+
+@pytest.mark.parametrize("script", [noise(VOCAB), tree(VOCAB)])
+def test_logits_are_made_for_whole_spans_within_their_memory(
+    model: TinyModel, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = some_requests(logprobs=1)
+    answers = answers_of(model, requests)
+    sizes: list[int] = []
+    logits = model.logits
+
+    def counting(hidden_JH: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(hidden_JH))
+        return logits(hidden_JH)
+
+    monkeypatch.setattr(model, "logits", counting)
+    worker = make_worker(model, num_pages=400, logits_bytes=7 * 4 * VOCAB, speculator=ScriptedDrafter(script, answers))
+    assert dict(zip(answers, DraftDriver(worker, 4).generate(requests), strict=True)) == answers
+    assert 5 < max(sizes) <= 7
+    assert max(sizes) < sum(5 for _ in requests)
