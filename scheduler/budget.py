@@ -1,8 +1,8 @@
 """The token budget of a step, chosen from the time-between-tokens target (serving reference A3-A5).
 
-A step in which prompts and decodes meet may take `tbt_slo_s`, or, by default, `tbt_auto_factor` times what the
-decodes alone would take. The largest prefill that fits is bought, but never less than `MIN_CHUNK`: prompts always
-progress.
+A step in which prompts and decodes meet may take `tbt_slo_s`, or, by default, `tbt_auto_factor` times what a step would
+take if all who are here, waiting prompts too, were decoding already: the streams of a burst's beginning do not hold up
+the burst. The largest prefill that fits is bought, but never less than `MIN_CHUNK`: prompts always progress.
 """
 
 from __future__ import annotations
