@@ -269,7 +269,8 @@ class Limits:
     watermark_pages       pages that admission leaves free
     max_prefill_share     most of a step's prefill budget one prompt takes while others wait, in (0, 1]
     max_queued_requests, max_queued_tokens   beyond these `add` refuses
-    tbt_slo_s             time-between-tokens target in seconds; None = auto: `tbt_auto_factor` x a step in which all who are here decode
+    tbt_slo_s             time-between-tokens target in seconds; None = auto: `tbt_auto_factor` x a step of all who are
+                          here, if they decoded already
     """
 
     max_batched_tokens: int
