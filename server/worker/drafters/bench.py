@@ -95,20 +95,13 @@ def warm_suffix(texts: Sequence[list[int]]) -> SuffixStore:
     return store
 
 
-def per_token(store: SuffixStore, text: list[int]) -> tuple[float, float]:
-    """(microseconds, bytes) of one token that the shared tree learns."""
+def per_token(store: SuffixStore, text: list[int]) -> float:
+    """Microseconds of one token that the shared tree learns."""
     store.release(10**6, make_state(text, 1, 10**6))
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    while store.work(1 << 12):
-        pass
-    size = (tracemalloc.get_traced_memory()[0] - before) / len(text)
-    tracemalloc.stop()
-    store.release(10**6 + 1, make_state(text, 1, 10**6 + 1))
     started_at = time.thread_time()
     while store.work(1 << 12):
         pass
-    return 1e6 * (time.thread_time() - started_at) / len(text), size
+    return 1e6 * (time.thread_time() - started_at) / len(text)
 
 
 def bytes_held(store: Store, text: list[int]) -> tuple[float, float]:
@@ -143,8 +136,7 @@ def main() -> None:
     out(f"the default drafters, a sequence of 1, 8, 32 together: {', '.join(f'{cost:.1f} us' for cost in composite)}\n")
     fresh = [rng.randrange(VOCAB) for _ in range(1500)]
     for name, text in (("new", fresh), ("familiar", code_like(1500, 3)), ("monotonous", [5] * 1500)):
-        cost, size = per_token(warm_suffix(texts), text)
-        out(f"suffix tree, {name} text: {cost:.2f} us and {size:.0f} bytes a token learnt\n")
+        out(f"suffix tree, {name} text: {per_token(warm_suffix(texts), text):.2f} us a token learnt\n")
     for name in ("history", "adjacency", "trigram", "ngram_prob"):
         real, told = bytes_held(stores[name](), fresh)
         out(f"`{name}`: holds {real:.0f} bytes for each token of a new text, says {told:.0f}\n")

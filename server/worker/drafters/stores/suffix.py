@@ -9,6 +9,7 @@ their last tokens, which tell how answers begin.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from server.worker.drafters.base import Want
 from server.worker.drafters.expansion import Child, Walk
 from server.worker.drafters.stores.history import CERTAINTY, HistoryStore, continuations
 from server.worker.drafters.stores.shared import Arrays, pack_texts, tenant_key, unpack_texts
-from server.worker.drafters.stores.suffix_tree import NODE_BYTES, Node, SuffixTree
+from server.worker.drafters.stores.suffix_tree import NODE_BYTES, ROOT, SuffixTree
 from server.worker.sequences import SequenceState
 
 TAILS = (2, 4, 8, 16)
@@ -30,15 +31,16 @@ WORK = 48
 """Nodes visited on behalf of finished outputs for each sequence that is asked about, some 40 us."""
 MAX_WAITING = 256
 """Finished outputs that wait to be learnt; beyond it the oldest is forgotten."""
+_NUMBERS = (1 << 31) - 1
 MAX_REMEMBERED = 4096
 """Requests whose learnt length is remembered, so that a preempted one is not learnt twice."""
-TEXT_BYTES = 40
+TEXT_BYTES = 4
 """Of a token in a text."""
 
 
 class _Text(NamedTuple):
     tenant: bytes
-    tokens: list[int]
+    tokens: array[int]
 
 
 class SuffixStore:
@@ -56,6 +58,8 @@ class SuffixStore:
         """Suffixes of the newest text that are in its tree; _num_removed: of the oldest, out of its tree."""
         self._num_removed = 0
         self._num_nodes = 0
+        self._number = 0
+        """Of the oldest text."""
         self._num_learnt: OrderedDict[str, int] = OrderedDict()
 
     def learn(self, want: Want, most: int) -> int:
@@ -68,7 +72,7 @@ class SuffixStore:
         if tree is not None and match < TAILS[-1]:
             found = longest(tree, want.tokens)
             if found is not None and found[2] > match:
-                return Walk(found, _children)
+                return shared_continuations(tree, found)
         return continuations(want.tokens, spots) if spots else None
 
     def release(self, seq_id: int, state: SequenceState) -> None:
@@ -82,7 +86,7 @@ class SuffixStore:
         if len(self._num_learnt) > MAX_REMEMBERED:
             self._num_learnt.popitem(last=False)
         first = max(0, learnt - PROMPT_TAIL)
-        self._waiting.append(_Text(tenant_key(request.cache_salt), state.history[first:]))
+        self._waiting.append(_Text(tenant_key(request.cache_salt), array("i", state.history[first:])))
 
     def work(self, most: int) -> int:
         """Insert suffixes of waiting outputs and remove as many as memory demands, until `most` nodes were visited.
@@ -106,18 +110,21 @@ class SuffixStore:
         """Begin with the next waiting output; False if none waits."""
         if not self._waiting:
             return False
-        self._texts.append(self._waiting.popleft())
-        self._num_tokens += len(self._texts[-1].tokens)
+        text = self._waiting.popleft()
+        tree = self._trees.get(text.tenant)
+        if tree is None:
+            tree = self._trees[text.tenant] = SuffixTree()
+        # Numbers go up and round within 31 bits; texts between the oldest and the newest have numbers between theirs.
+        tree.texts[(self._number + len(self._texts)) & _NUMBERS] = text.tokens
+        self._texts.append(text)
+        self._num_tokens += len(text.tokens)
         self._num_inserted = 0
         return True
 
     def _insert_one(self) -> int:
-        text = self._texts[-1]
-        tree = self._trees.get(text.tenant)
-        if tree is None:
-            tree = self._trees[text.tenant] = SuffixTree()
+        tree = self._trees[self._texts[-1].tenant]
         before = tree.num_nodes
-        num_visited = tree.insert(text.tokens, self._num_inserted)
+        num_visited = tree.insert((self._number + len(self._texts) - 1) & _NUMBERS, self._num_inserted)
         self._num_nodes += tree.num_nodes - before
         self._num_inserted += 1
         return num_visited
@@ -127,14 +134,16 @@ class SuffixStore:
         text = self._texts[0]
         tree = self._trees[text.tenant]
         before = tree.num_nodes
-        num_visited = tree.remove(text.tokens, self._num_removed)
+        num_visited = tree.remove(self._number, self._num_removed)
         self._num_nodes += tree.num_nodes - before
         self._num_removed += 1
         if self._num_removed == len(text.tokens):
             self._texts.popleft()
+            del tree.texts[self._number]
+            self._number = (self._number + 1) & _NUMBERS
             self._num_tokens -= len(text.tokens)
             self._num_removed = 0
-            if not tree.root.count:
+            if not tree.texts:
                 del self._trees[text.tenant]
         return num_visited
 
@@ -146,7 +155,7 @@ class SuffixStore:
     def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take in what `save` gave. Raises ValueError or KeyError if it is something else."""
         for tenant, tokens in unpack_texts(arrays):
-            self._waiting.append(_Text(tenant, tokens))
+            self._waiting.append(_Text(tenant, array("i", tokens)))
             while self.work(1 << 10):
                 pass
 
@@ -155,7 +164,7 @@ class SuffixStore:
         for tree in self._trees.values():
             tree.check()
         assert self._num_nodes == sum(tree.num_nodes for tree in self._trees.values())
-        counted = sum(tree.root.count for tree in self._trees.values())
+        counted = sum(tree.counts[ROOT] for tree in self._trees.values())
         missing = len(self._texts[-1].tokens) - self._num_inserted if self._texts else 0
         assert counted == self._num_tokens - missing - self._num_removed
 
@@ -170,28 +179,29 @@ class SuffixStore:
         return self.num_shared_bytes + waiting + self._history.num_bytes
 
 
-def longest(tree: SuffixTree, tokens: Sequence[int]) -> tuple[Node, int, int] | None:
+def longest(tree: SuffixTree, tokens: Sequence[int]) -> tuple[int, int, int] | None:
     """(node, used tokens of its label, length) of the longest tail that something follows in the tree."""
     best = None
+    tail = array("i", tokens[-TAILS[-1] :])
     for length in TAILS:
-        found = tree.find(tokens[-length:]) if length <= len(tokens) else None
-        if found is None or (found[1] == found[0].length and not found[0].children):
+        found = tree.find(tail[-length:]) if length <= len(tail) else None
+        if found is None or tree.is_end(*found):
             break
         best = (*found, length)
     return best
 
 
-def _children(place: tuple[Node, int, int]) -> list[Child]:
-    node, used, match = place
-    sure = CERTAINTY[match]
-    if used < node.length:
-        return [(sure, node.text[node.start + used], (node, used + 1, match + 1))]
-    if not node.children:
-        return []
-    sure /= node.count
-    ranked = sorted(node.children.items(), key=_by_count, reverse=True)
-    return [(sure * child.count, token, (child, 1, match + 1)) for token, child in ranked]
+def shared_continuations(tree: SuffixTree, place: tuple[int, int, int]) -> Walk:
+    """Walk on from a place in a tree, the most frequent continuations first."""
+    counts, lengths = tree.counts, tree.lengths
 
+    def children(place: tuple[int, int, int]) -> list[Child]:
+        node, used, match = place
+        sure = CERTAINTY[match]
+        if used < lengths[node]:
+            return [(sure, tree.token(node, used), (node, used + 1, match + 1))]
+        below = sorted(tree.children(node), key=counts.__getitem__, reverse=True)
+        sure /= counts[node]
+        return [(sure * counts[child], tree.token(child), (child, 1, match + 1)) for child in below]
 
-def _by_count(item: tuple[int, Node]) -> int:
-    return item[1].count
+    return Walk(place, children)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from scheduler.types import Speculation, SpeculationMode
 from server.worker.drafters.lookup import LookupDrafter
 from server.worker.drafters.stores.history import HistoryStore
 from server.worker.drafters.stores.suffix import TEXT_BYTES, SuffixStore
-from server.worker.drafters.stores.suffix_tree import MAX_DEPTH, NODE_BYTES, Node, SuffixTree
+from server.worker.drafters.stores.suffix_tree import MAX_DEPTH, NODE_BYTES, SuffixTree
 from tests.server.worker.drafters.wants import accepted, make_state, make_want
 
 Text = list[int]
@@ -29,31 +30,34 @@ def recount(suffixes: Sequence[tuple[Text, int]]) -> Counter[tuple[int, ...]]:
 
 def strings(tree: SuffixTree) -> dict[tuple[int, ...], int]:
     """Every string of the tree with its count."""
-    found: dict[tuple[int, ...], int] = {}
-    waiting: list[tuple[Node, tuple[int, ...]]] = [(tree.root, ())]
-    while waiting:
-        node, path = waiting.pop()
-        for child in (node.children or {}).values():
-            label = child.text[child.start : child.start + child.length]
-            for length in range(1, len(label) + 1):
-                found[(*path, *label[:length])] = child.count
-            waiting.append((child, (*path, *label)))
-    return found
+    return {
+        path[: len(path) - shorter]: tree.counts[node]
+        for node, path in tree.nodes()
+        for shorter in range(tree.lengths[node])
+    }
+
+
+def add(tree: SuffixTree, number: int, text: Text) -> None:
+    tree.texts[number] = array("i", text)
+    for first in range(len(text)):
+        tree.insert(number, first)
 
 
 @pytest.mark.parametrize(("alphabet", "length"), [(2, 30), (3, 90), (1, 100), (50, 60)])
 def test_counts_are_those_of_a_recount_while_texts_come_and_go(alphabet: int, length: int) -> None:
     rng = random.Random(alphabet)
-    tree, present = SuffixTree(), list[tuple[Text, int]]()
-    for _ in range(12):
-        text = [rng.randrange(alphabet) for _ in range(rng.randrange(1, length))]
-        for first in range(len(text)):
-            tree.insert(text, first)
-            present.append((text, first))
+    tree, texts, present = SuffixTree(), list[Text](), list[tuple[int, int]]()
+    for number in range(12):
+        texts.append([rng.randrange(alphabet) for _ in range(rng.randrange(1, length))])
+        add(tree, number, texts[-1])
+        present += [(number, first) for first in range(len(texts[-1]))]
         while len(present) > 2 * length:
             tree.remove(*present.pop(0))
+        for gone in range(present[0][0]):
+            # A label that still pointed into a text that is gone would show.
+            tree.texts.pop(gone, None)
         tree.check()
-        assert strings(tree) == recount(present)
+        assert strings(tree) == recount([(texts[number], first) for number, first in present])
     while present:
         tree.remove(*present.pop(0))
     tree.check()
@@ -62,19 +66,18 @@ def test_counts_are_those_of_a_recount_while_texts_come_and_go(alphabet: int, le
 
 def test_a_repeated_text_adds_counts_and_no_nodes() -> None:
     text, tree = [random.Random(0).randrange(20) for _ in range(200)], SuffixTree()
-    for copy in (list(text), list(text)):
-        for first in range(len(text)):
-            tree.insert(copy, first)
-        sizes = tree.num_nodes
-    assert sizes == tree.num_nodes < 2 * len(text)
+    add(tree, 1, text)
+    size = tree.num_nodes
+    add(tree, 2, text)
+    assert size == tree.num_nodes < 2 * len(text)
     tree.check()
 
 
 def test_the_check_sees_a_wrong_count() -> None:
     tree = SuffixTree()
-    for first in range(6):
-        tree.insert([1, 2, 1, 2, 1, 3], first)
-    next(iter(tree.nodes()))[0].count += 1
+    add(tree, 1, [1, 2, 1, 2, 1, 3])
+    tree.check()
+    tree.counts[next(iter(tree.nodes()))[0]] += 1
     with pytest.raises(AssertionError):
         tree.check()
 
@@ -149,9 +152,9 @@ def test_a_preempted_output_is_learnt_once() -> None:
     store = new_store()
     for length in (30, 30, 60):
         finish(store, ANSWER[:length])
-    nodes = {node.text[node.start]: node for node, depth in store._trees[store._texts[0].tenant].nodes() if depth == 0}
-    assert nodes[ANSWER[20]].count == 2, "as the context of what came after the preemption"
-    assert nodes[ANSWER[5]].count == nodes[ANSWER[50]].count == 1
+    counts = strings(store._trees[store._texts[0].tenant])
+    assert counts[(ANSWER[20],)] == 2, "as the context of what came after the preemption"
+    assert counts[(ANSWER[5],)] == counts[(ANSWER[50],)] == 1
     store.check()
 
 
