@@ -11,8 +11,18 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
+from scheduler.diffusion import Choice as Choice
+from scheduler.diffusion import DecodingUsage as DecodingUsage
+from scheduler.diffusion import Denoise as Denoise
+from scheduler.diffusion import Denoised as Denoised
+from scheduler.diffusion import Diffusion as Diffusion
+from scheduler.diffusion import DiffusionModel as DiffusionModel
+from scheduler.diffusion import EosRule as EosRule
+from scheduler.diffusion import Snapshot as Snapshot
+from scheduler.diffusion import Topology as Topology
 from scheduler.features import StepFeatures as StepFeatures
 from scheduler.features import StepSample as StepSample
+from scheduler.limits import Limits as Limits
 from scheduler.sampling import Grammar as Grammar
 from scheduler.sampling import GrammarKind as GrammarKind
 from scheduler.sampling import Sampling as Sampling
@@ -57,6 +67,7 @@ class Request:
     stop_ids    end the output and are part of it (EOS included unless ignored); finish reason STOP
     priority    lower first
     cache_salt  prefix pages, and what drafters learn, are shared only between equal salts
+    decoding    how it is denoised; None = autoregressive
     """
 
     id: str
@@ -68,6 +79,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     speculation: Speculation = field(default_factory=Speculation)
+    decoding: Diffusion | None = None
 
 
 class Span(NamedTuple):
@@ -82,11 +94,15 @@ class Span(NamedTuple):
     judged      offsets into `tokens` of the rows whose logits are read, ascending
     read        how they are read. SAMPLE: the row of the sequence's last known token is sampled; a judged row
                 followed by a prompt token gives that token's prompt_logprobs and is not sampled. VERIFY: tokens are
-                the last known token and drafts; every row is judged
+                the last known token and drafts; every row is judged. DENOISE: as `denoise` says; with the model's
+                shift s, the row at sequence position i answers for position i + s
     parents     of a draft tree: for each token the offset of its parent, -1 for tokens[0]; () = a chain. Token j of a
                 tree is written at start + j, stands at position start + depth(j) and sees the keys before `start`, its
                 ancestors and itself. At most `MAX_TREE_NODES` tokens
     num_drafts  most drafts wanted for the sequence's next span, proposed at the end of this step; 0 = no drafter works
+    denoise     there if `read` is DENOISE
+    positions   of a bidirectional span that brings only some rows: the sequence position (= KV index) of each token,
+                ascending; () = start, start + 1, ...
     """
 
     seq_id: int
@@ -98,6 +114,8 @@ class Span(NamedTuple):
     read: Read = Read.NOTHING
     parents: tuple[int, ...] = ()
     num_drafts: int = 0
+    denoise: Denoise | None = None
+    positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +165,11 @@ class TokenLogprob:
 class Outcome:
     """What one span gave. `error` set: this sequence fails, its neighbours do not notice.
 
-    tokens           sampled (SAMPLE), accepted + one (VERIFY), or the block as it now stands (DENOISE)
+    tokens           sampled (SAMPLE), accepted + one (VERIFY), or one for each of `denoised.positions` (DENOISE)
     logprobs         one per token of `tokens` where the request asked
     prompt_logprobs  of the prompt tokens that follow this span's rows, in order (position start+1 ...)
     drafts           proposed for the next span, if the span asked and a drafter had any
+    denoised         there for a DENOISE span
     """
 
     seq_id: int
@@ -159,6 +178,7 @@ class Outcome:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     error: str | None = None
     drafts: Drafts | None = None
+    denoised: Denoised | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +221,8 @@ class Delta:
     stop_id        the stop token that ended it, if one did
     cached_tokens  prompt tokens served by the prefix cache; sent with the first delta
     speculation    what the drafts verified for these tokens came to, None without any; a request's total is the sum
+    decoding       what denoising took since the last delta, None for autoregressive requests; a total is the sum
+    snapshot       the block as it stands, where the request asked for it
     """
 
     request_id: str
@@ -213,6 +235,8 @@ class Delta:
     times: RequestTimes | None = None
     fault: Fault | None = None
     speculation: SpeculationUsage | None = None
+    decoding: DecodingUsage | None = None
+    snapshot: Snapshot | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,32 +280,3 @@ class StepStats:
     draft_s: float = 0.0
     drafts: tuple[DraftTally, ...] = ()
     goodput_predicted: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the scheduler may use. Lengths in tokens.
-
-    max_batched_tokens    cap of the token budget of a step (R1)
-    max_seqs              sequences running at once; never above max_batched_tokens
-    max_model_len         prompt + output of one sequence
-    num_pages, page_size  the KV pool
-    watermark_pages       pages that admission leaves free
-    max_prefill_share     most of a step's prefill budget one prompt takes while others wait, in (0, 1]
-    max_queued_requests, max_queued_tokens   beyond these `add` refuses
-    tbt_slo_s             time-between-tokens target in seconds; None = auto: `tbt_auto_factor` x a step of all who are
-                          here, if they decoded already
-    """
-
-    max_batched_tokens: int
-    max_seqs: int
-    max_model_len: int
-    num_pages: int
-    page_size: int
-    watermark_pages: int = 1
-    max_prefill_share: float = 0.5
-    max_queued_requests: int = 1024
-    max_queued_tokens: int = 1 << 20
-    tbt_slo_s: float | None = None
-    tbt_auto_factor: float = 2.3
-    enable_prefix_caching: bool = True

@@ -66,6 +66,12 @@ def load_weights(folder: Path, model: TinyModel) -> None:
     model.load_state_dict(load_file(folder / WEIGHTS))
 
 
+def load_exported(folder: Path, model: TinyModel) -> None:
+    """Load the weights that `export.py` wrote. Raises RuntimeError naming the tensors that do not fit."""
+    tensors = load_file(folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): value.float() for name, value in tensors.items()})
+
+
 def load_optimizers(folder: Path, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Give each optimizer the state that `save` wrote, in the same order."""
     tensors = load_file(folder / OPTIMIZER)

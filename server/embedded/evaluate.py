@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from server.embedded import functions, tasks
+from server.embedded import checkpoint, functions, tasks
 from server.embedded.model import BLOCK_SIZE, PRESETS, TinyModel, block_causal_mask, causal_mask
 from server.embedded.tokenizer import END_OF_TEXT, IM_END, MASK, PAD, token_id
 from server.embedded.train import HERE
@@ -132,8 +131,7 @@ def load_folder(folder: Path) -> TinyModel:
     if shape is None:
         raise ValueError(f"{folder}/config.json: hidden size and layers {sizes} are those of no preset in model.py")
     model = TinyModel(shape)
-    tensors = load_file(folder / "model.safetensors")
-    model.load_state_dict({name.removeprefix("model."): value.float() for name, value in tensors.items()})
+    checkpoint.load_exported(folder, model)
     return model.eval()
 
 

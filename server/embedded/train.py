@@ -61,7 +61,10 @@ class Trainer:
         self.args = args
         self.source = source
         self.device = torch.device(args.device)
-        self.model = TinyModel(PRESETS[args.preset]).to(self.device)
+        self.model = TinyModel(PRESETS[args.preset])
+        if args.init is not None:
+            checkpoint.load_exported(args.init, self.model)
+        self.model.to(self.device)
         self.optimizers = make_optimizers(self.model, args.rate, args.muon_rate)
         self.peaks = [args.rate if isinstance(o, torch.optim.AdamW) else args.muon_rate for o in self.optimizers]
         self.state = checkpoint.TrainState(args.preset, args.seed)
@@ -78,6 +81,7 @@ class Trainer:
         return {
             "first_step": self.state.step, "device": args.device, "threads": torch.get_num_threads(), "rows": args.rows,
             "filler_rows": args.filler_rows, "row_len": args.row_len, "torch": torch.__version__,
+            "init": "" if args.init is None else args.init.name,
             "python": platform.python_version(), "processor_cores": os.cpu_count() or 0,
         }  # fmt: skip
 
@@ -166,6 +170,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=None, help="budget in steps instead (deterministic)")
     parser.add_argument("--stop-at", type=int, default=None, help="stop and save at this step, as if interrupted")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    parser.add_argument("--init", type=Path, default=None, help="begin with the weights of this exported folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=12, help="packed rows a step")
     parser.add_argument("--filler-rows", type=int, default=2, help="how many of them are standard-library text")
