@@ -39,7 +39,6 @@ class DiffusionModel:
     shift          0: row i answers for token i; 1: row i answers for token i + 1 (Dream, Fast-dLLM v2)
     is_dual        it answers autoregressive requests too (causal mask)
     policy         the default of requests that name none: a key of `policies.POLICIES`
-    delimiters     token ids that end a line or a clause (AdaBlock)
     """
 
     mask_id: int
@@ -48,7 +47,6 @@ class DiffusionModel:
     shift: int = 0
     is_dual: bool = False
     policy: str = "auto"
-    delimiters: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ class Diffusion:
     block_size   of bidirectional models, a divisor of gen_length; None = the model's. Fixed by block-causal models
     gen_length   tokens of a bidirectional canvas; None = from max_tokens, rounded up to whole blocks
     filtered     confidence is that of the tempered and truncated distribution, not of the raw one (2.3)
-    delimiters   of AdaBlock; () = the model's
+    delimiters   token ids that end a line or a clause (AdaBlock); the API fills them in
     snapshots    deltas carry the block as it stands, masks included
     """
 

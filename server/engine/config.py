@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from scheduler.types import Limits, Speculation, SpeculationMode, VerifyMode
+from scheduler.types import DiffusionModel, Limits, Speculation, SpeculationMode, VerifyMode
 
 
 class EngineState(StrEnum):
@@ -106,6 +106,7 @@ class EngineConfig:
 class EngineInfo:
     """The engine as it runs: the worker's facts and the limits in force. Lengths in tokens, sizes in bytes.
 
+    diffusion   how the model denoises; None = it only generates token by token
     phases      start-up, in order: (name, seconds)
     drafters    (name, whether it runs a model step by step), in order of preference; none = nothing is ever drafted
     max_drafts  most drafts of one sequence in one step
@@ -124,8 +125,6 @@ class EngineInfo:
     device: str
     ops: str
     eos_ids: tuple[int, ...]
-    block_size: int | None
-    mask_id: int | None
     max_batched_tokens: int
     max_seqs: int
     max_queued_requests: int
@@ -134,6 +133,7 @@ class EngineInfo:
     tbt_slo_s: float | None
     enable_prefix_caching: bool
     pid: int
+    diffusion: DiffusionModel | None = None
     phases: tuple[tuple[str, float], ...] = ()
     drafters: tuple[tuple[str, bool], ...] = ()
     max_drafts: int = 8

@@ -49,7 +49,10 @@ class ModelConfig:
     windows       per layer: sliding window in tokens, the token itself included, or None
     dtype         as published, None where the file does not say; of a loaded model: what it runs in
     eos_token_ids config.json's and generation_config.json's together
-    mask_token_id, block_size  of checkpoints that also denoise blocks (ours; SDAR-like ones)
+    mask_token_id, block_size  of checkpoints that denoise (block_size: of bidirectional ones a default)
+    bidirectional  it denoises a whole canvas: every row sees every key; else rows see blocks up to their own
+    logit_shift    1: when it denoises, row i answers for token i + 1
+    is_causal      it generates token by token, too
     """
 
     model_type: str
@@ -76,6 +79,9 @@ class ModelConfig:
     pad_token_id: int | None = None
     mask_token_id: int | None = None
     block_size: int | None = None
+    bidirectional: bool = False
+    logit_shift: int = 0
+    is_causal: bool = True
 
     @property
     def sliding_window(self) -> int | None:

@@ -17,6 +17,8 @@ import torch
 
 from kernels.ops import Ops
 from kernels.select import select_ops
+from scheduler.types import DiffusionModel, Topology
+from server.models.config import ModelConfig
 from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
@@ -216,10 +218,16 @@ def _describe(
         device=str(device),
         ops=ops.name,
         eos_ids=tuple(model.config.eos_token_ids),
-        block_size=model.config.block_size,
-        mask_id=model.config.mask_token_id,
+        diffusion=_diffusion(model.config),
         num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
     )
+
+
+def _diffusion(config: ModelConfig) -> DiffusionModel | None:
+    if config.mask_token_id is None or config.block_size is None:
+        return None
+    topology = Topology.BIDIRECTIONAL if config.bidirectional else Topology.BLOCK_CAUSAL
+    return DiffusionModel(config.mask_token_id, config.block_size, topology, config.logit_shift, config.is_causal)
 
 
 def _profile_memory(config: WorkerConfig, model: Model, info: WorkerInfo, num_threads: int) -> DiskMemory | None:

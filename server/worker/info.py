@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scheduler.types import DiffusionModel
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """The facts of a built worker. Lengths in tokens, sizes in bytes.
 
     model_len             longest sequence, prompt and output
-    block_size, mask_id   of a block-diffusion model, else None
+    diffusion             how it denoises; None = it only generates token by token
     drafters              (name, whether it runs a model step by step) of each drafter
     """
 
@@ -24,7 +26,6 @@ class WorkerInfo:
     device: str
     ops: str
     eos_ids: tuple[int, ...]
-    block_size: int | None
-    mask_id: int | None
     num_parameters: int
+    diffusion: DiffusionModel | None = None
     drafters: tuple[tuple[str, bool], ...] = ()

@@ -148,16 +148,16 @@ def _row(want: Want, offset: int) -> JudgedRow:
 
 def build_diffusion(model: DraftingModel, ops: Ops, info: WorkerInfo) -> DiffusionDrafter:
     """The drafter of a dual-mode model. Raises ValueError if the checkpoint names no mask token or block size."""
-    if info.mask_id is None or info.block_size is None:
+    if info.diffusion is None or not info.diffusion.is_dual:
         raise ValueError(
             "drafters names 'diffusion', but this model is not dual-mode: its config.json has no mask_token_id and "
             "block_size; leave diffusion out"
         )
-    return DiffusionDrafter(model, ops, info.mask_id)
+    return DiffusionDrafter(model, ops, info.diffusion.mask_id)
 
 
 def make_prober(info: WorkerInfo) -> BlockProber | None:
     """What appends the mask rows, if `diffusion` is among the drafters."""
-    if info.mask_id is None or info.block_size is None or NAME not in dict(info.drafters):
+    if info.diffusion is None or NAME not in dict(info.drafters):
         return None
-    return BlockProber(info.mask_id, info.block_size, info.page_size, info.model_len)
+    return BlockProber(info.diffusion.mask_id, info.diffusion.block_size, info.page_size, info.model_len)

@@ -143,8 +143,6 @@ class FakeEngine:
             device="cpu",
             ops="fake",
             eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-            block_size=None,
-            mask_id=None,
             max_batched_tokens=256,
             max_seqs=max_seqs,
             max_queued_requests=queue,

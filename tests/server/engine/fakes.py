@@ -128,7 +128,7 @@ def build_fake(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCo
     worker = FakeWorker(int(slow[1]) / 1000 if slow else 0.005, raises)
     limits = make_limits(config, 512, 400, 16)
     info = EngineInfo(
-        config.model, 512, VOCAB, 1, 400, 16, 1, 1, "float32", "cpu", "fake", (2,), None, None,
+        config.model, 512, VOCAB, 1, 400, 16, 1, 1, "float32", "cpu", "fake", (2,),
         limits.max_batched_tokens, limits.max_seqs, limits.max_queued_requests, limits.max_queued_tokens,
         20, None, True, os.getpid(),
     )  # fmt: skip

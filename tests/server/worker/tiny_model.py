@@ -122,8 +122,6 @@ def make_worker(
         device="cpu",
         ops="reference",
         eos_ids=(EOS,),
-        block_size=None,
-        mask_id=None,
         num_parameters=0,
     )
     grammars = GrammarCompiler(tokenizer_file, vocab_size, (EOS,))
