@@ -27,7 +27,7 @@ from server.worker.drafters.build import build_speculator
 from server.worker.drafters.diffusion import make_prober
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
-from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
+from server.worker.kv_pool import KVPool, choose_page_size, size_pool
 from server.worker.profile import SHAPES
 from server.worker.profile_memory import DiskMemory, default_folder
 from server.worker.sequences import make_sequences
@@ -59,7 +59,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     model, folder = _load(config, ops, dtype, device, progress)
     _return_free_memory()
     draft = _load_draft(config, model, folder, ops, dtype, device, progress)
-    page_size = config.page_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
+    page_size = choose_page_size(config.page_size, device, _diffusion(model.config))
     draft_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
     num_pages, model_len = size_pool(
         model.config,

@@ -295,6 +295,7 @@ def test_how_a_family_denoises_is_in_its_configuration(model_type: str) -> None:
     assert (config.bidirectional, config.logit_shift, config.block_size) == (is_bidirectional, shift, block)
     assert (config.mask_token_id, config.eos_token_ids, config.is_causal) == (MASK, (EOS,), False)
     assert config.max_position == 512
+    assert config.block_size_is_default == is_bidirectional
 
 
 @pytest.mark.parametrize(
@@ -315,6 +316,7 @@ def test_what_the_file_leaves_out_is_what_its_publishers_use(
     absent = dict.fromkeys(("mask_token_id", "block_size", "bd_size", "eos_token_id"), "absent")
     config = parse(model_type, **size, **absent)
     assert (config.mask_token_id, config.block_size, config.eos_token_ids) == (mask, block, ends)
+    assert config.block_size_is_default
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
