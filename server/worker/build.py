@@ -28,7 +28,7 @@ from server.worker.drafters.diffusion import make_prober
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
 from server.worker.info import diffusion_model
-from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
+from server.worker.kv_pool import KVPool, choose_page_size, size_pool
 from server.worker.profile import SHAPES
 from server.worker.profile_memory import DiskMemory, default_folder
 from server.worker.sequences import make_sequences
@@ -60,7 +60,8 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     model, folder = _load(config, ops, dtype, device, progress)
     _return_free_memory()
     draft = _load_draft(config, model, folder, ops, dtype, device, progress)
-    page_size = config.page_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
+    diffusion = diffusion_model(model.config, config.denoise_block_size)
+    page_size = choose_page_size(config.page_size, device, diffusion)
     draft_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
     num_pages, model_len = size_pool(
         model.config,
@@ -73,7 +74,6 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         draft_bytes,
     )
     pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
-    diffusion = diffusion_model(model.config, config.denoise_block_size)
     info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
     tokenizer_file = folder / "tokenizer.json" if folder is not None else None
     if tokenizer_file is not None and not tokenizer_file.exists():

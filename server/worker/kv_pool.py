@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
+from scheduler.types import DiffusionModel, Topology
 
 CPU_PAGE_SIZE = 32
 GPU_PAGE_SIZE = 64
@@ -25,6 +26,24 @@ GPU_SHARE = 0.85
 """Share of the free device memory, after the weights; the rest is for activations and the allocator."""
 _NO_LIMIT = 1 << 50
 """Control groups write huge numbers for "unlimited"."""
+
+
+def choose_page_size(asked: int | None, device: torch.device, diffusion: DiffusionModel | None) -> int:
+    """Tokens of a KV page: what the user said, else the device's usual size, rounded up to whole denoising blocks.
+
+    A block-causal model's finished blocks are final and shared by page, so a page must not end inside one (a
+    bidirectional model shares nothing). Raises ValueError if the user's choice is no multiple of the block size.
+    """
+    usual = GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE
+    if diffusion is None or diffusion.topology is Topology.BIDIRECTIONAL:
+        return asked or usual
+    block = diffusion.block_size
+    if asked is not None and asked % block:
+        raise ValueError(
+            f"KV pages of {asked} tokens end inside this model's denoising blocks of {block} tokens; make their size "
+            f"(page_size, --block-size) a multiple of {block}"
+        )
+    return asked or -(-usual // block) * block
 
 
 class KVShape(Protocol):
