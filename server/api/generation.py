@@ -122,7 +122,7 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": cached},
             **speculation_usage(
                 self.call.checked.body,
-                bool(self._services.engine.info.drafters),
+                bool(self._services.info.drafters),
                 sum((choice.speculation for choice in self.choices), start=SpeculationUsage()),
             ),
         }
@@ -161,7 +161,7 @@ class Generation:
             self._fail(ApiError(500, "internal error while producing the text"))
 
     def _note_undrafted(self) -> None:
-        if not self._services.engine.info.drafters:
+        if not self._services.info.drafters:
             self._metrics.count_undrafted("server")
         elif self.call.requests[0].speculation.mode is SpeculationMode.OFF:
             self._metrics.count_undrafted("request")

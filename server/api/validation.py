@@ -27,9 +27,10 @@ FORBIDDEN_IN_SALT = frozenset("@/\\\0")
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What validation must know of the served model; lengths in tokens."""
+    """What validation must know of a model; lengths in tokens. names: of all models; model: its name in the engine."""
 
     names: tuple[str, ...]
+    model: str
     model_len: int
     vocab_size: int
     eos_ids: tuple[int, ...]
@@ -226,12 +227,14 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
                     priority=body.priority,
                     cache_salt=salt,
                     speculation=speculation,
+                    model=facts.model,
                 )
             )
     total = sum(len(prompt.ids) for prompt in prompts)
     if total > facts.max_queued_tokens:
         raise invalid("prompt", f"the prompts have {total} tokens together, the limit is {facts.max_queued_tokens}")
-    call = Call(checked, tuple(prompts), tuple(requests), _stop_conditions(checked))
+    stop = StopConditions(checked.stop, body.include_stop_str_in_output, body.min_tokens)
+    call = Call(checked, tuple(prompts), tuple(requests), stop)
     if call.num_logprobs > limits.max_logprob_entries:
         name = "logprobs" if checked.logprobs is not None else "prompt_logprobs"
         raise invalid(
@@ -240,10 +243,6 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
             f"is {limits.max_logprob_entries}; reduce max_tokens, n or {name}",
         )
     return call
-
-
-def _stop_conditions(checked: Checked) -> StopConditions:
-    return StopConditions(checked.stop, checked.body.include_stop_str_in_output, checked.body.min_tokens)
 
 
 def fitting_max_tokens(num_prompt: int, asked: int | None, is_chat: bool, facts: ModelFacts, limits: Limits) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import StepCost
 from scheduler.types import SpeculationSettings
 from server.engine.config import EngineConfig, EngineInfo, SpeculationConfig, make_limits
 from server.engine.core import EngineCore
+from server.engine.several import SeveralCores
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
 from server.worker.drafters.config import DEFAULT_DRAFTERS, SpeculatorConfig
@@ -53,6 +54,22 @@ def speculation_settings(
     return SpeculationSettings(asked.policy, asked.max_drafts, asked.table, has_sequential)
 
 
+def build_cores(
+    config: EngineConfig, wake: Callable[[], None] = lambda: None
+) -> tuple[EngineCore | SeveralCores, EngineInfo]:
+    """A core for each model of the configuration; as `build_core` where it has one."""
+    core, facts = build_core(config, wake)
+    if not config.also:
+        return core, facts
+    cores, phases = {config.name: core}, list(facts.phases)
+    also = []
+    for other in config.also:
+        cores[other.name], its_facts = build_core(other, wake)
+        also.append(its_facts)
+        phases += [(f"{phase} of {other.name}", seconds) for phase, seconds in its_facts.phases]
+    return SeveralCores(cores), replace(facts, also=tuple(also), phases=tuple(phases))
+
+
 def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> tuple[EngineCore, EngineInfo]:
     """Worker, scheduler and core of this process, warmed up; raises what the model or the machine refuses."""
     phases: list[tuple[str, float]] = []
@@ -86,5 +103,5 @@ def describe(config: EngineConfig, worker: Worker, phases: tuple[tuple[str, floa
     known |= {"model": config.model, "max_logprobs": config.max_logprobs, "pid": os.getpid(), "phases": phases}
     asked = config.speculation
     known |= {"max_drafts": asked.max_drafts, "speculation": asked.mode}
-    known |= {"synthetic_acceptance": asked.synthetic_acceptance}
+    known |= {"synthetic_acceptance": asked.synthetic_acceptance, "name": config.name}
     return EngineInfo(**known)
