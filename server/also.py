@@ -73,6 +73,7 @@ def with_others(first: EngineConfig, others: Sequence[AlsoServed], shares: Seque
             random_weights=None,
             revision=None,
             max_model_len=None,
+            denoise_block_size=None,
             speculation=_speculation(config.speculation),
         )
         for config, other in zip(sized[1:], others, strict=True)

@@ -48,7 +48,9 @@ ALLOWED: dict[str, set[str]] = {
         "server.metrics",
         "server.engine.client",
         "server.engine.config",
+        "server.engine.decoding",
         "scheduler.types",
+        "scheduler.policies",
     },
     "server.config": {
         "pydantic",
@@ -60,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
         "server.also",
     },
     "server.also": {"server.engine.config"},
-    "server.values": {"pydantic"},
+    # The names of diffusion policies.
+    "server.values": {"pydantic", "scheduler.policies"},
     "server.flags": {"pydantic", "yaml", "server.config"},
     "server.protocol": {"uvicorn", "h11"},
     "server.banner": {"server.config", "server.engine.config"},

@@ -18,16 +18,18 @@ from starlette.types import Receive, Scope, Send
 from server.api.admission import Admission
 from server.api.body import BodyMemory
 from server.api.chat import ChatForm
-from server.api.completions import CompletionForm
+from server.api.completions import CompletionForm, DenoiseForm
 from server.api.errors import ApiError, shown
+from server.api.facts import find_delimiters, served_names
 from server.api.handler import Form, GenerationResponse
 from server.api.middleware import EdgeMiddleware
 from server.api.monitor import monitoring
 from server.api.pool import TextPool
 from server.api.routes import HealthRoutes, ModelRoutes, ServerRoutes, TextRoutes
-from server.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from server.api.schema import ChatBody, CompletionBody, DenoiseBody, DetokenizeBody, TokenizeBody
 from server.api.services import Engine, Services
 from server.api.settings import ApiSettings
+from server.engine.config import EngineInfo
 from server.metrics import Metrics
 from server.text.chat import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -54,7 +56,7 @@ def create_app(
     """The application over an engine; give each model's `metrics.observe_step` to the engine client as `on_step`.
 
     others  the engine's further models: name (the engine's and the API's), tokenizer, metrics (`beside` the first's)
-    Raises ChatTemplateError if a model's template does not compile.
+    Raises ChatTemplateError if a model's template does not compile, ValueError for a served name that would be two.
     """
     template = _template(settings.chat_template, tokenizer, settings)
     services = Services(
@@ -66,12 +68,13 @@ def create_app(
         pool=TextPool(settings.text_threads, settings.text_queue, metrics),
         bodies=BodyMemory(settings.max_body_memory),
         chat_template=template,
-        model_names=settings.served_model_names,
+        **_names_and_delimiters(settings.served_model_names, client.info, tokenizer),
         created=int(time.time()),
     )
-    services.by_name.update(dict.fromkeys(services.model_names, services))
-    for name, its_tokenizer, its_metrics in others:
-        services.by_name[name] = _beside(services, name, its_tokenizer, its_metrics)
+    for its in (services, *(_beside(services, *parts) for parts in others)):
+        if twice := [name for name in its.model_names if name in services.by_name]:
+            raise ValueError(f"{twice[0]} is the name of two models; give one another: also-serve NAME=MODEL")
+        services.by_name.update(dict.fromkeys(its.model_names, its))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -106,9 +109,15 @@ def _beside(first: Services, name: str, tokenizer: Tokenizer, metrics: Metrics) 
         metrics=metrics,
         admission=Admission(first.settings, lambda: first.engine.info.of(name), metrics),
         chat_template=_template(None, tokenizer, first.settings),
-        model_names=(name,),
         engine_model=name,
+        **_names_and_delimiters((name,), first.engine.info.of(name), tokenizer),
     )
+
+
+def _names_and_delimiters(names: tuple[str, ...], info: EngineInfo, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Fields of `Services` that depend on how the model can generate."""
+    delimiters = find_delimiters(tokenizer) if info.diffusion is not None else ()
+    return {"model_names": served_names(names, info.diffusion), "delimiters": delimiters}
 
 
 def _add_routes(api: FastAPI, services: Services) -> None:
@@ -117,6 +126,7 @@ def _add_routes(api: FastAPI, services: Services) -> None:
     routes: list[tuple[str, str, Callable[..., Any], type[BaseModel] | None]] = [
         ("POST", "/v1/completions", _generation(services, CompletionForm), CompletionBody),
         ("POST", "/v1/chat/completions", _generation(services, ChatForm), ChatBody),
+        ("POST", "/v1/denoise/stream", _generation(services, DenoiseForm), DenoiseBody),
         ("GET", "/v1/models", models.list_models, None),
         ("GET", "/v1/models/{model:path}", models.get_model, None),
         ("POST", "/tokenize", text.tokenize, TokenizeBody),

@@ -13,13 +13,15 @@ from starlette.responses import Response
 from scheduler.types import FinishReason, Request, Sampling
 from server.api.body import read_body
 from server.api.errors import ApiError, JsonResponse, invalid, shown
+from server.api.facts import DIFFUSION_SUFFIX, check_model
+from server.api.lengths import too_long
 from server.api.parse import parse_body
 from server.api.prompts import RawPrompt, read_conversation, read_prompts
 from server.api.schema import DetokenizeBody, TokenizeBody, read_fields
 from server.api.services import STATE_WORDS, Services
-from server.api.validation import check_model, too_long
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineState
+from server.engine.decoding import AUTOREGRESSIVE, default_decoding
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -41,6 +43,10 @@ class ModelRoutes:
         services = self._services.of(name)
         state = services.engine.state
         is_known = state in (EngineState.READY, EngineState.HUNG, EngineState.DRAINING)
+        info = services.info
+        decoding: dict[str, Any] = {"policy": AUTOREGRESSIVE}
+        if (model := info.diffusion) is not None and (not model.is_dual or name.endswith(DIFFUSION_SUFFIX)):
+            decoding = {"policy": model.policy, "topology": model.topology, "block_size": model.block_size}
         return {
             "id": name,
             "object": "model",
@@ -48,7 +54,8 @@ class ModelRoutes:
             "owned_by": "braid",
             "root": services.model_names[0],
             "parent": None,
-            "max_model_len": services.info.model_len if is_known else None,
+            "max_model_len": info.model_len if is_known else None,
+            "decoding": decoding,
         }
 
 
@@ -85,12 +92,14 @@ class HealthRoutes:
     async def _generate_from_all(self) -> None:
         try:
             for services in self._services.all:
-                await self._generate_one(services.engine_model)
+                await self._generate_one(services)
         finally:
             self._probed_at = time.monotonic()
 
-    async def _generate_one(self, model: str) -> None:
-        request = Request(f"health-{secrets.token_hex(8)}", (0,), 1, Sampling(temperature=0.0), model=model)
+    async def _generate_one(self, services: Services) -> None:
+        decoding = default_decoding(services.info.diffusion)
+        greedy, model = Sampling(temperature=0.0), services.engine_model
+        request = Request(f"health-{secrets.token_hex(8)}", (0,), 1, greedy, decoding=decoding, model=model)
         try:
             stream = self._services.engine.generate(request)
             try:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 
+from scheduler.policies import BadPolicy, make_diffusion
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import StepCost
-from scheduler.types import SpeculationSettings
+from scheduler.types import DiffusionModel, SpeculationSettings
 from server.engine.config import EngineConfig, EngineInfo, SpeculationConfig, make_limits
 from server.engine.core import EngineCore
 from server.engine.several import SeveralCores
@@ -54,6 +55,22 @@ def speculation_settings(
     return SpeculationSettings(asked.policy, asked.max_drafts, asked.table, has_sequential)
 
 
+def diffusion_model(config: EngineConfig, found: DiffusionModel | None) -> DiffusionModel | None:
+    """How the model denoises here: the checkpoint's facts with the configured default policy.
+
+    Raises ValueError for a policy that this model cannot have. Of several models, one that denoises is enough.
+    """
+    if config.default_decoding is None or (found is None and (config.also or config.name)):
+        return found
+    if found is None:
+        raise ValueError(f"default-decoding is {config.default_decoding}, but {config.model} cannot denoise")
+    try:
+        make_diffusion(config.default_decoding, found.topology)
+    except BadPolicy as error:
+        raise ValueError(f"default-decoding: {error}") from error
+    return replace(found, policy=config.default_decoding)
+
+
 def build_cores(
     config: EngineConfig, wake: Callable[[], None] = lambda: None
 ) -> tuple[EngineCore | SeveralCores, EngineInfo]:
@@ -67,7 +84,10 @@ def build_cores(
         cores[other.name], its_facts = build_core(other, wake)
         also.append(its_facts)
         phases += [(f"{phase} of {other.name}", seconds) for phase, seconds in its_facts.phases]
-    return SeveralCores(cores), replace(facts, also=tuple(also), phases=tuple(phases))
+    facts = replace(facts, also=tuple(also), phases=tuple(phases))
+    if config.default_decoding is not None and not any(model.diffusion for model in facts.models):
+        raise ValueError(f"default-decoding is {config.default_decoding}, but no model here can denoise")
+    return SeveralCores(cores), facts
 
 
 def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> tuple[EngineCore, EngineInfo]:
@@ -104,4 +124,5 @@ def describe(config: EngineConfig, worker: Worker, phases: tuple[tuple[str, floa
     asked = config.speculation
     known |= {"max_drafts": asked.max_drafts, "speculation": asked.mode}
     known |= {"synthetic_acceptance": asked.synthetic_acceptance, "name": config.name}
+    known |= {"diffusion": diffusion_model(config, facts.diffusion)}
     return EngineInfo(**known)

@@ -72,13 +72,15 @@ def test_each_name_answers_with_its_model_whoever_else_is_asking(server: Running
 def test_models_are_listed_each_with_its_own_facts(server: Running) -> None:
     with server.open("/v1/models") as answer:
         cards = json.load(answer)["data"]
-    assert [card["id"] for card in cards] == list(NAMES)
-    assert [card["root"] for card in cards] == list(NAMES)
-    assert cards[0]["max_model_len"] == 512
+    # Each can denoise, too, under a second name.
+    assert [card["id"] for card in cards] == [name + end for name in NAMES for end in ("", "-diffusion")]
+    assert [card["root"] for card in cards] == [name for name in NAMES for _ in range(2)]
+    lengths = [card["max_model_len"] for card in cards]
     # The flag is the first model's; the other has its own context, as far as its pages go.
-    assert cards[1]["max_model_len"] > 512
+    assert lengths[:2] == [512, 512]
+    assert lengths[2] == lengths[3] > 512
     with server.open("/v1/models/small") as answer:
-        assert json.load(answer)["max_model_len"] == cards[1]["max_model_len"]
+        assert json.load(answer)["max_model_len"] == lengths[2]
     assert refused(server, "/v1/models/none")[0] == 404
     long = list(range(5, 5 + 600))
     assert ask(server, "small", prompt=long, max_tokens=1)["usage"]["prompt_tokens"] == 600
@@ -95,7 +97,7 @@ def test_an_unknown_name_is_a_404_on_every_route(server: Running) -> None:
     ):
         code, error = refused(server, path, model="braid-tiny-draft", **body)
         assert (code, error["code"]) == (404, "model_not_found")
-        assert "braid-tiny, small" in error["message"]
+        assert "this server has braid-tiny, braid-tiny-diffusion, small, small-diffusion" in error["message"]
 
 
 def test_chats_and_tokens_are_those_of_the_model_asked(server: Running) -> None:
@@ -181,6 +183,14 @@ def test_streams_of_both_go_on_after_a_kill_and_a_drain_lets_both_finish(
     code, out, err = server.end()
     assert code == 0, err
     assert "model     small: " in out
+
+
+def test_a_name_that_the_first_model_has_for_denoising_is_refused() -> None:
+    code, output = run(*FLAGS, "--also-serve", "braid-tiny-diffusion=braid-tiny-draft", "--port", "0")
+    assert code == 1, output
+    assert "error: " in output
+    assert "braid-tiny-diffusion" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
