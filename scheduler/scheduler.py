@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from scheduler.admission import check_limits, refuse_impossible, refuse_overload
-from scheduler.budget import MIN_CHUNK
+from scheduler.budget import MIN_CHUNK, StepPolicy
 from scheduler.chunks import share_out
 from scheduler.decoding.autoregressive import Autoregressive
 from scheduler.decoding.base import BadOutcome
-from scheduler.draft_plan import Backlog, DraftPlan
+from scheduler.draft_plan import ALONE, Backlog, DraftPlan, Others
 from scheduler.drafting import make_step_policy
 from scheduler.kv_memory import KVMemory
 from scheduler.queues import Queues
@@ -72,8 +72,8 @@ class Scheduler:
         self._now = 0.0
 
     @property
-    def cost(self) -> StepCost:
-        return self._policy.cost
+    def policy(self) -> StepPolicy:
+        return self._policy
 
     @property
     def has_work(self) -> bool:
@@ -118,14 +118,14 @@ class Scheduler:
         if self._in_flight is None:
             self._queues.bury()
 
-    def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None if there is nothing to do. Raises RuntimeError while a plan is in flight."""
+    def schedule(self, now: float, others: Others = ALONE) -> StepPlan | None:
+        """The next step, or None; `others` take turns with us. Raises RuntimeError while a plan is in flight."""
         if self._in_flight is not None:
             raise RuntimeError(f"step {self._step} is in flight; update() must come before schedule()")
         self._now = now
         if not self._queues.by_id:
             return None
-        draft = DraftPlan()
+        draft = DraftPlan(others)
         prefills = self._place_decodes(draft)
         may_admit = bool(self._queues.waiting) and not draft.num_preempted
         backlog = self._backlog(prefills, may_admit) if prefills or may_admit else None

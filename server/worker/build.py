@@ -72,6 +72,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         config.max_model_len,
         config.kv_cache_bytes,
         draft_bytes,
+        config.kv_share,
     )
     pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
     info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
