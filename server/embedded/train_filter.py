@@ -116,7 +116,7 @@ def simulate(model: TinyModel, prompts: list[list[int]], taught: list[list[int]]
 
 
 def _simulate(model: TinyModel, prompts: list[list[int]], taught: list[list[int]], vocab: Vocabulary) -> list[Records]:
-    parts = []
+    parts: list[Records] = []
     rows = [prompt + [vocab.mask] * (-len(prompt) % BLOCK_SIZE) for prompt in prompts]
     while True:
         for row, goal in zip(rows, taught, strict=True):

@@ -67,10 +67,10 @@ def follow(law: Law, partition: Sequence[Sequence[int]], answer: Sequence[str]) 
 def _survival(law: Law, step: Sequence[int]) -> float:
     """The chance that the positions of `step`, drawn independently of each other, together begin a right answer."""
     total = sum(law.values())
-    marginals: list[Counter[str]] = [Counter() for _ in step]
+    marginals: list[dict[str, float]] = [{} for _ in step]
     together: set[Answer] = set()
     for answer, weight in law.items():
         together.add(tuple(answer[p] for p in step))
         for marginal, p in zip(marginals, step, strict=True):
-            marginal[answer[p]] += weight / total
+            marginal[answer[p]] = marginal.get(answer[p], 0.0) + weight / total
     return sum(math.prod(m[v] for m, v in zip(marginals, values, strict=True)) for values in together)

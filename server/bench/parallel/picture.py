@@ -23,7 +23,7 @@ def draw(path: Path, figures: Sequence[Figures], title: str) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(17, 6), layout="constrained")
     figure.suptitle(title)
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = plt.get_cmap("tab20").colors
     policies = list(dict.fromkeys(one.policy for one in figures))
     styles = {
         policy: {"color": colours[i % 20], "marker": "os^vDP"[i // 20 % 6], "markersize": 4}

@@ -10,17 +10,17 @@ from scheduler.policies import POLICIES, BadPolicy, make_diffusion
 from scheduler.types import Diffusion, DiffusionModel
 from server.bench.client import BenchError
 
-MASKS = "masks a step"
-"""Stands for the field `steps`: block size / so many masks, rounded up."""
+STEPS = "steps"
+"""Not a parameter of a method but the field of that name: the masks of a block are spread over so many steps."""
 
 SWEEPS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "auto": ("threshold", (0.8, 0.9, 0.95)),
-    "low_confidence": (MASKS, (1, 2, 4, 8)),
-    "random": (MASKS, (1, 2, 4, 8)),
-    "origin": (MASKS, (1, 2, 4, 8)),
-    "maskgit_plus": (MASKS, (2, 4)),
-    "topk_margin": (MASKS, (1, 2, 4)),
-    "entropy": (MASKS, (1, 2, 4, 8)),
+    "low_confidence": (STEPS, (8, 4, 2, 1)),
+    "random": (STEPS, (8, 4, 2, 1)),
+    "origin": (STEPS, (8, 4, 2, 1)),
+    "maskgit_plus": (STEPS, (4, 2)),
+    "topk_margin": (STEPS, (8, 4, 2)),
+    "entropy": (STEPS, (8, 4, 2, 1)),
     "threshold": ("threshold", (0.3, 0.5, 0.7, 0.9, 0.95, 0.99)),
     "factor": ("factor", (0.25, 0.5, 1.0, 2.0)),
     "localleap": ("threshold", (0.8, 0.9, 0.95)),
@@ -91,10 +91,10 @@ def _settings(name: str, values: str, model: DiffusionModel) -> list[Setting]:
 
 
 def _setting(name: str, parameter: str, number: float, model: DiffusionModel) -> Setting:
-    if parameter != MASKS:
+    if parameter != STEPS:
         decoding = make_diffusion(name, model.topology, values={parameter: number})
         return Setting(name, f"{name} {number:g}", decoding, number)
     if number != int(number) or number < 1:
-        raise BenchError(f"policy {name}:{number:g}: masks a step are whole numbers from 1")
-    steps = -(-model.block_size // int(number))
-    return Setting(name, f"{name} k={number:g}", make_diffusion(name, model.topology, steps=steps), number)
+        raise BenchError(f"policy {name}:{number:g}: steps are whole numbers from 1")
+    decoding = make_diffusion(name, model.topology, steps=int(number))
+    return Setting(name, f"{name} steps={number:g}", decoding, number)

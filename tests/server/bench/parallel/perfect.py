@@ -16,7 +16,7 @@ Steps = Callable[[Setting, int], list[tuple[int, ...]]]
 
 
 def k_a_step(setting: Setting, length: int) -> list[tuple[int, ...]]:
-    """The setting's value is masks a step, left to right; token by token without."""
+    """So many positions at once, left to right, as the setting has for a value; one by one where it has none."""
     k = max(1, int(setting.value or 1))
     return [tuple(range(i, min(i + k, length))) for i in range(0, length, k)]
 

@@ -197,7 +197,7 @@ def test_a_choice_that_adapts_to_what_is_fixed_is_judged_by_its_own_risks() -> N
 def test_the_variance_is_that_of_the_count() -> None:
     n, count = 4, 3000
     answers, law = answers_of("shuffle", n), law_of("shuffle", ITEMS[:n])
-    partition = [(0, 1), (2, 3)]
+    partition: list[tuple[int, ...]] = [(0, 1), (2, 3)]
     model = PerfectModel(answers, random.Random(1))
     drawn = [model.draw(partition) for _ in range(count)]
     found = [follow(law, partition, answer) for answer in drawn]

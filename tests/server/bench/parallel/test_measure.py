@@ -59,7 +59,7 @@ def test_every_policy_of_the_topology_is_measured_and_what_others_are_compared_w
     assert [setting.label for setting in settings[:2]] == ["autoregressive", "sequential"]
     labels = [setting.label for setting in settings]
     assert len(set(labels)) == len(labels)
-    assert {"threshold 0.9", "random k=2", "llada2"} <= set(labels)
+    assert {"threshold 0.9", "random steps=2", "llada2"} <= set(labels)
     assert not {"dual", "prefix", "elastic"} & {setting.policy for setting in settings}
     assert "sdar_dynamic" not in {
         setting.policy for setting in read_settings([], DiffusionModel(3, 8, Topology.BIDIRECTIONAL))
@@ -67,8 +67,8 @@ def test_every_policy_of_the_topology_is_measured_and_what_others_are_compared_w
     assert set(SWEEPS) <= {setting.policy for setting in settings}, "every sweep is one of the catalogue"
 
 
-def test_masks_a_step_become_steps_of_a_block() -> None:
-    settings = read_settings(["random:1,3,8"], MODEL)[2:]
+def test_steps_reach_the_request() -> None:
+    settings = read_settings(["random:8,3,1"], MODEL)[2:]
     assert [setting.decoding.steps for setting in settings if setting.decoding] == [8, 3, 1]
 
 
@@ -171,7 +171,7 @@ def test_a_sampler_that_ignores_what_is_fixed_is_outside() -> None:
     assert found.z < -3
     (verdict,) = verdicts(figures)
     assert not verdict.holds
-    assert "random k=1 shuffle" in str(verdict)
+    assert "random steps=1 shuffle" in str(verdict)
 
 
 def figures_of(policy: str, value: float | None, task: str, right: int, forwards: int) -> Figures:
@@ -220,7 +220,7 @@ def test_what_the_engine_refuses_is_an_error_only_where_it_was_asked_for() -> No
     decoder, settings = PerfectDecoder(refuses="learn2pd"), read_settings(["learn2pd:0.5", "random:2"], MODEL)
     figures, refused = measure(decoder, settings, cases("copy", "shuffle", count=4), False, is_quiet=True)
     assert refused == ["learn2pd 0.5: no such file"]
-    assert "random k=2" in {one.setting for one in figures}
+    assert "random steps=2" in {one.setting for one in figures}
     with pytest.raises(BenchError, match="no such file"):
         measure(decoder, settings, cases("copy", count=4), True, is_quiet=True)
 
