@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.values": {"pydantic", "scheduler.policies"},
     "server.flags": {"pydantic", "yaml", "server.config"},
     "server.protocol": {"uvicorn", "h11"},
-    "server.banner": {"server.config", "server.engine.config"},
+    "server.banner": {"server.config", "server.engine.config", "server.engine.decoding"},
     "server.serve": {"*"},
     "server.__main__": {"*"},
     "server.embedded": {

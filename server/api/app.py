@@ -19,7 +19,7 @@ from server.api.body import BodyMemory
 from server.api.chat import ChatForm
 from server.api.completions import CompletionForm, DenoiseForm
 from server.api.errors import ApiError, shown
-from server.api.facts import find_delimiters, served_names
+from server.api.facts import served_names
 from server.api.handler import Form, GenerationResponse
 from server.api.middleware import EdgeMiddleware
 from server.api.monitor import monitoring
@@ -28,6 +28,7 @@ from server.api.routes import HealthRoutes, ModelRoutes, ServerRoutes, TextRoute
 from server.api.schema import ChatBody, CompletionBody, DenoiseBody, DetokenizeBody, TokenizeBody
 from server.api.services import Engine, Services
 from server.api.settings import ApiSettings
+from server.engine.decoding import MAX_DELIMITERS
 from server.metrics import Metrics
 from server.text.chat import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metr
         bodies=BodyMemory(settings.max_body_memory),
         chat_template=template,
         model_names=served_names(settings.served_model_names, client.info.diffusion),
-        delimiters=find_delimiters(tokenizer) if client.info.diffusion is not None else (),
+        delimiters=tokenizer.line_end_ids(MAX_DELIMITERS) if client.info.diffusion is not None else (),
         created=int(time.time()),
     )
 
