@@ -6,6 +6,7 @@ import json
 
 from server.config import VERSION, ServerConfig
 from server.engine.config import EngineInfo
+from server.engine.decoding import DIFFUSION_SUFFIX
 
 
 def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tuple[str, float], ...]) -> str:
@@ -27,6 +28,7 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         f"{facts.max_batched_tokens} tokens a step, time between tokens {slo}; "
         f"output {'as the context leaves' if output is None else output}",
         f"drafts    {_drafts(config, facts)}",
+        *_denoising(name, facts),
         "start     " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases),
         f"API       {url}/v1      metrics {url}/metrics      health {url}/health",
     ]
@@ -61,6 +63,16 @@ def _drafts(config: ServerConfig, facts: EngineInfo) -> str:
         share = f"{facts.synthetic_acceptance:g} of the drafts of repeated requests are right"
         text += f"; SYNTHETIC: {share}, so speeds are those of a test"
     return text
+
+
+def _denoising(name: str, facts: EngineInfo) -> list[str]:
+    """How the model denoises, if it can, and under which name."""
+    model = facts.diffusion
+    if model is None:
+        return []
+    kind = model.topology.replace("_", "-")
+    text = f"decoding  {kind} diffusion, blocks of {model.block_size} tokens, policy {model.policy}"
+    return [f"{text}: ask for {name}{DIFFUSION_SUFFIX}" if model.is_dual else text]
 
 
 def _count(number: int) -> str:

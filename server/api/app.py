@@ -20,7 +20,7 @@ from server.api.body import BodyMemory
 from server.api.chat import ChatForm
 from server.api.completions import CompletionForm, DenoiseForm
 from server.api.errors import ApiError, shown
-from server.api.facts import find_delimiters, served_names
+from server.api.facts import served_names
 from server.api.handler import Form, GenerationResponse
 from server.api.middleware import EdgeMiddleware
 from server.api.monitor import monitoring
@@ -30,6 +30,7 @@ from server.api.schema import ChatBody, CompletionBody, DenoiseBody, DetokenizeB
 from server.api.services import Engine, Services
 from server.api.settings import ApiSettings
 from server.engine.config import EngineInfo
+from server.engine.decoding import MAX_DELIMITERS
 from server.metrics import Metrics
 from server.text.chat import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def _beside(first: Services, name: str, tokenizer: Tokenizer, metrics: Metrics) 
 
 def _names_and_delimiters(names: tuple[str, ...], info: EngineInfo, tokenizer: Tokenizer) -> dict[str, Any]:
     """Fields of `Services` that depend on how the model can generate."""
-    delimiters = find_delimiters(tokenizer) if info.diffusion is not None else ()
+    delimiters = tokenizer.line_end_ids(MAX_DELIMITERS) if info.diffusion is not None else ()
     return {"model_names": served_names(names, info.diffusion), "delimiters": delimiters}
 
 

@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from scheduler.types import DiffusionModel
 from server.api.errors import ApiError, shown
 from server.api.speculation import SpeculationFacts
-from server.text.tokenizer import Tokenizer
-
-DIFFUSION_SUFFIX = "-diffusion"
-MAX_DELIMITERS = 64
+from server.engine.decoding import DIFFUSION_SUFFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +61,3 @@ def served_names(names: tuple[str, ...], diffusion: DiffusionModel | None) -> tu
                 f"this model answers under {name}{DIFFUSION_SUFFIX} too"
             )
     return (*names, *(name + DIFFUSION_SUFFIX for name in names))
-
-
-def find_delimiters(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The first token ids whose text holds a line's end, special tokens aside. Looks at the whole vocabulary."""
-    found: list[int] = []
-    for token in range(tokenizer.vocab_size):
-        if token not in tokenizer.special_ids and b"\n" in tokenizer.token_bytes(token, is_kept=False):
-            found.append(token)
-            if len(found) == MAX_DELIMITERS:
-                break
-    return tuple(found)

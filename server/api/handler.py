@@ -20,7 +20,7 @@ from server.api.chat import ChatForm
 from server.api.choice import Piece
 from server.api.completions import CompletionForm
 from server.api.errors import ApiError, JsonResponse
-from server.api.facts import DIFFUSION_SUFFIX, ModelFacts
+from server.api.facts import ModelFacts
 from server.api.generation import Generation
 from server.api.parse import parse_body
 from server.api.prompts import read_conversation
@@ -28,6 +28,7 @@ from server.api.schema import ChatBody, read_fields
 from server.api.services import Services
 from server.api.stream import Envelope, write_stream
 from server.api.validation import Call, Checked, check_chat, check_completion, prepare
+from server.engine.decoding import DIFFUSION_SUFFIX
 
 logger = logging.getLogger(__name__)
 

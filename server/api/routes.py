@@ -13,7 +13,7 @@ from starlette.responses import Response
 from scheduler.types import FinishReason, Request, Sampling
 from server.api.body import read_body
 from server.api.errors import ApiError, JsonResponse, invalid, shown
-from server.api.facts import DIFFUSION_SUFFIX, check_model
+from server.api.facts import check_model
 from server.api.lengths import too_long
 from server.api.parse import parse_body
 from server.api.prompts import RawPrompt, read_conversation, read_prompts
@@ -21,7 +21,7 @@ from server.api.schema import DetokenizeBody, TokenizeBody, read_fields
 from server.api.services import STATE_WORDS, Services
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineState
-from server.engine.decoding import AUTOREGRESSIVE, default_decoding
+from server.engine.decoding import AUTOREGRESSIVE, DIFFUSION_SUFFIX, default_decoding
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
