@@ -163,7 +163,7 @@ class Worker:
         hidden_TH = self._model.forward(batch.tokens, batch.rows, self._pool.layers)
 
         def logits_of(rows: list[int]) -> Tensor:
-            if len(rows) == hidden_TH.shape[0]:
+            if rows == list(range(hidden_TH.shape[0])):
                 return self._model.logits(hidden_TH)
             return self._model.logits(hidden_TH[torch.tensor(rows, device=self._device)])
 
