@@ -8,9 +8,23 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+from scheduler.decoding.auto_threshold import AutoThreshold
+from scheduler.decoding.caches import CacheState
 from scheduler.decoding.windows import quota
-from scheduler.types import MASK_ALL, Denoise, Diffusion, DiffusionModel, Fault, Limits, Read, Request, Span
+from scheduler.types import (
+    MASK_ALL,
+    Denoise,
+    Diffusion,
+    DiffusionModel,
+    Fault,
+    Limits,
+    Read,
+    Request,
+    Span,
+    TokenLogprob,
+)
 
 DREAM_SELECTORS = frozenset({"origin", "maskgit_plus", "topk_margin", "entropy"})
 DREAM_EPS = 1e-3
@@ -19,6 +33,71 @@ BLOCKLESS_PLANNERS = frozenset({"dsb", "masks"})
 """Their window slides over the whole canvas."""
 ADABLOCK_SHARE = 4
 """AdaBlock looks for a delimiter in the first of so many parts of the canvas from the block's start on."""
+
+
+@dataclass(slots=True)
+class Canvas:
+    """Where a request's denoising stands.
+
+    tokens      prompt and canvas, masks as the mask id; start = tokens of the prompt
+    lo, hi      the block in sequence positions; all of the canvas for planners without blocks
+    num_masks   masks that the block had at its start
+    step        denoise steps of the block; steps_done of the whole request; num_edits of the block since it was full
+    is_cut      the text ends before its length (EoTP)
+    fresh       what the last step changed
+    logprobs    of fixed tokens, until they are out
+    """
+
+    mask_id: int
+    tokens: list[int]
+    start: int
+    auto: AutoThreshold | None
+    lo: int = 0
+    hi: int = 0
+    num_masks: int = 0
+    step: int = 0
+    steps_done: int = 0
+    num_edits: int = 0
+    is_cut: bool = False
+    fresh: tuple[int, ...] = ()
+    cache: CacheState = field(default_factory=CacheState)
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+
+    def copy(self) -> Canvas:
+        return replace(
+            self,
+            tokens=list(self.tokens),
+            auto=None if self.auto is None else self.auto.copy(),
+            cache=replace(self.cache),
+            logprobs=dict(self.logprobs),
+        )
+
+    @property
+    def end(self) -> int:
+        return len(self.tokens)
+
+    def masks(self, lo: int, hi: int) -> list[int]:
+        """Positions of the masks in [lo, hi)."""
+        mask_id, tokens = self.mask_id, self.tokens
+        return [position for position in range(lo, hi) if tokens[position] == mask_id]
+
+    @property
+    def block_masks(self) -> list[int]:
+        return self.masks(self.lo, self.hi)
+
+    def open_block(self, lo: int, size: int) -> None:
+        """Begin with the block of `size` tokens from `lo` on, or what is left of the canvas."""
+        self.lo, self.hi = lo, min(lo + size, self.end)
+        self.num_masks = len(self.block_masks)
+        self.step = self.num_edits = 0
+        if self.auto is not None:
+            self.auto.forget_guesses()
+
+    def cut(self, end: int) -> None:
+        """The text ends before `end`."""
+        if end < self.end:
+            del self.tokens[end:]
+            self.hi, self.is_cut = min(self.hi, end), True
 
 
 def block_size_of(asked: Diffusion, model: DiffusionModel) -> int:
@@ -97,30 +176,37 @@ def drawn_order(seed: int, sample_index: int, num_prompt: int, size: int) -> dic
 
 
 def make_span(
-    seq_id: int, canvas: Sequence[int], rows: set[int] | None, judged_rows: Sequence[int], denoise: Denoise
+    seq_id: int, tokens: Sequence[int], mask_id: int, rows: set[int] | None, judged: Sequence[int], denoise: Denoise
 ) -> Span:
-    """A span of some rows of a canvas and those that are judged; None = of all, and then `Denoise.state` is empty."""
-    end = len(canvas)
+    """A span of some rows of a canvas and those that are judged; None = of all, and then `Denoise.state` is empty.
+
+    judged  positions of rows. Shadows of the block [denoise.lo, denoise.hi) follow all rows, and are judged
+    """
+    end, shadow = len(tokens), denoise.shadow
     if rows is None:
-        judged = tuple(judged_rows)
-        return Span(seq_id, tuple(canvas), 0, end, MASK_ALL, judged, Read.DENOISE, denoise=denoise._replace(state=()))
-    positions = sorted(rows.union(judged_rows))
+        own = tuple(judged) + tuple(range(end, end + shadow))
+        with_shadows = (*tokens, *[mask_id] * shadow)
+        denoise = denoise._replace(state=())
+        return Span(seq_id, with_shadows, 0, end + shadow, MASK_ALL, own, Read.DENOISE, denoise=denoise)
+    positions = sorted(rows.union(judged))
     place = {position: offset for offset, position in enumerate(positions)}
     first = positions[0]
     is_run = positions[-1] - first + 1 == len(positions)
     return Span(
         seq_id,
-        tuple(canvas[position] for position in positions),
+        tuple(tokens[position] for position in positions),
         first,
         end,
         MASK_ALL,
-        tuple(place[row] for row in judged_rows),
+        tuple(place[row] for row in judged),
         Read.DENOISE,
         denoise=denoise,
         positions=() if is_run else tuple(positions),
     )
 
 
-def position_of(span: Span, offset: int) -> int:
-    """Sequence position of a span's row."""
-    return span.positions[offset] if span.positions else span.start + offset
+def judged_positions(span: Span, shift: int) -> set[int]:
+    """Sequence positions that a span's judged rows answer for."""
+    assert span.denoise is not None
+    rows = span.positions or range(span.start, span.start + len(span.tokens) - span.denoise.shadow)
+    return {rows[offset] + shift for offset in span.judged if offset < len(rows)}

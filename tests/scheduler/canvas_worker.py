@@ -135,7 +135,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.seq = Sequence(self.request, (0, 1), 0.0, [*self.request.prompt, *self.request.output])
-        self.machine = FullDiffusion(self.seq, self.diffusion, self.max_model_len)
+        self.machine = FullDiffusion(self.seq, self.max_model_len, self.diffusion)
         self.seq.seq_id = 1
         self.keys = Keys()
         self.spans: list[Span] = []

@@ -139,7 +139,7 @@ def test_after_a_refresh_with_nothing_changed_a_step_sees_what_a_full_one_sees(c
     for _ in range(3):
         span = run.machine.next_span(1)
         full = Keys()
-        everything = span._replace(start=0, positions=(), tokens=tuple(run.machine._canvas[: run.machine._end]))
+        everything = span._replace(start=0, positions=(), tokens=tuple(run.machine._canvas.tokens))
         context = full.run(everything)
         run.keys = Keys(list(full.first), list(full.second))  # as a refresh leaves them
         assert run.keys.run(span) == context
@@ -161,15 +161,21 @@ def test_a_preemption_at_any_step_changes_no_token_without_a_cache(policy: str, 
 
 
 @pytest.mark.parametrize("cache", CACHED)
-def test_after_a_preemption_the_first_step_computes_all_rows(cache: str) -> None:
+@pytest.mark.parametrize("at", range(0, 16, 3))
+def test_with_a_cache_a_preemption_goes_back_to_the_last_step_of_all_rows(cache: str, at: int) -> None:
     policy = "random" if cache == "dkv_greedy" else "low_confidence"
-    run = Run(request(diffusion(policy, cache), max_tokens=16))
-    for _ in range(7):
+    asked = diffusion(policy, cache, values={"dkv_decode": {"refresh": 3}, "dsb": {"cache.prefix": 1}}.get(cache))
+    plain = Run(request(asked, max_tokens=16)).finish()
+    run = Run(request(asked, max_tokens=16))
+    for _ in range(at):
         run.step()
     run.preempt()
     span = run.machine.next_span(1)
     assert len(span.tokens) == span.kv_len
-    assert len(run.finish().tokens) == 16
+    run.finish()
+    assert run.tokens == plain.tokens
+    assert run.logprobs == plain.logprobs
+    assert run.forwards >= plain.forwards, "steps that are done again are counted again"
 
 
 @pytest.mark.parametrize("cache", ["none", "dual", "dkv_decode"])
@@ -188,7 +194,7 @@ def test_what_a_client_has_stands_where_a_replay_would_choose_otherwise() -> Non
     plain = Run(asked).finish()
     other = 1 + plain.tokens[1] % 18
     again = Run(with_output(asked, (plain.tokens[0], other))).finish()
-    assert again.machine._canvas[5:7] == [plain.tokens[0], other]
+    assert again.machine._canvas.tokens[5:7] == [plain.tokens[0], other]
     assert len(again.tokens) == 8
 
 
@@ -210,7 +216,7 @@ def test_the_text_never_retracts_and_holds_no_mask() -> None:
         run.step()
         assert run.tokens[: len(seen)] == seen
         assert MASK not in run.tokens
-        canvas = run.machine._canvas[5:17]
+        canvas = run.machine._canvas.tokens[5:17]
         assert len(run.tokens) == next((i for i, token in enumerate(canvas) if token == MASK), 12)
         seen = run.tokens
 
@@ -240,8 +246,8 @@ def test_the_window_of_masks_holds_the_first_ones_wherever_they_are() -> None:
         span = run.machine.next_span(1)
         assert span.denoise is not None
         first, end = span.denoise.window
-        masks = [p for p in range(5, 13) if run.machine._canvas[p] == MASK]
-        assert [p for p in range(first, end) if run.machine._canvas[p] == MASK] == masks[:3]
+        masks = [p for p in range(5, 13) if run.machine._canvas.tokens[p] == MASK]
+        assert [p for p in range(first, end) if run.machine._canvas.tokens[p] == MASK] == masks[:3]
         run.step()
 
 
@@ -277,7 +283,7 @@ def test_prophet_may_fill_all_masks_at_once() -> None:
     run = Run(request(diffusion("prophet", stopper="prophet"), max_tokens=8))
     run.step()
     span = run.machine.next_span(1)
-    masks = [p for p in range(5, 13) if run.machine._canvas[p] == MASK]
+    masks = [p for p in range(5, 13) if run.machine._canvas.tokens[p] == MASK]
     assert [span.start + offset for offset in span.judged] == masks
     assert span.denoise is not None
     assert 0 < span.denoise.progress < 1
@@ -304,7 +310,7 @@ def test_the_number_of_edits_has_a_bound() -> None:
     selector = make_diffusion("llada2_edit", Topology.BLOCK_CAUSAL, values={"max_post_edits": 3}).selector
     run = Run(request(replace(diffusion(), selector=selector), max_tokens=4))
     while run.seq.finish_reason is None:
-        masks = [p for p in range(5, 9) if run.machine._canvas[p] == MASK]
+        masks = [p for p in range(5, 9) if run.machine._canvas.tokens[p] == MASK]
         positions = tuple(masks) or (6,)
         tokens = tuple(1 + (run.forwards + len(run.spans)) % 5 for _ in positions)
         logprobs = tuple(logprob(0, p, 1) for p in positions)
@@ -316,9 +322,9 @@ BAD = [
     (Outcome(1), "did not say"),
     (Outcome(1, (7,), (), denoised=Denoised((5,))), "logprobs"),
     (Outcome(1, (7,), denoised=Denoised(())), "tokens for positions"),
-    (Outcome(1, (), denoised=Denoised(())), "fixed nothing"),
+    (Outcome(1, (), denoised=Denoised(())), "fixed 0 masks"),
     (Outcome(1, (7,), (logprob(0, 0, 7),), denoised=Denoised((4,))), "not judged"),
-    (Outcome(1, (MASK,), (logprob(0, 0, 7),), denoised=Denoised((5,))), "fixed a mask"),
+    (Outcome(1, (MASK,), (logprob(0, 0, 7),), denoised=Denoised((5,))), "fixed 0 masks"),
     (Outcome(1, (7, 7), (logprob(0, 0, 7),) * 2, denoised=Denoised((6, 5))), "tokens for positions"),
     (Outcome(1, (7,), (logprob(0, 0, 7),), denoised=Denoised((5,), end=5)), "before its first mask"),
 ]
