@@ -23,6 +23,7 @@ from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
 from server.worker.config import WorkerConfig
+from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.build import build_speculator
 from server.worker.drafters.diffusion import make_prober
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
@@ -95,6 +96,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         speculator=speculator,
         profile_memory=_profile_memory(config, model, info, num_threads),
         prober=make_prober(info),
+        learnt=load_filter(folder) if folder is not None and info.diffusion is not None else None,
     )
 
 
