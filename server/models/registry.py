@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.ops import AttentionRows, Ops
 from server.models import llama, mistral, qwen2, qwen3, qwen3_moe
 from server.models.config import CheckpointError, ModelConfig, read_raw
-from server.models.layers import Decoder, Weights
+from server.models.layers import Decoder, LayerOps, Weights
 from server.models.rope import rotary_table
 
 ReadConfig = Callable[[Mapping[str, Any]], ModelConfig]
@@ -45,6 +45,10 @@ class Model(Protocol):
 
     def subset(self, layers: Collection[int]) -> Model:
         """The same weights running only these layers; `forward` takes the pages of all layers all the same."""
+        ...
+
+    def through(self, ops: LayerOps) -> Model:
+        """The same weights whose layers run through `ops`: a wrapper of the back end that packed them."""
         ...
 
 

@@ -1,8 +1,8 @@
 """Attention that is looked at: whether the keys that a bidirectional sequence caches have drifted (Elastic-Cache).
 
-Steps with spans of the `elastic` cache run through `AttentionProbe.forward`, which composes each layer's attention and
-keeps, per sequence and layer, the rotated queries and keys of all rows as their last computation left them, apart from
-the pages, whose layout is the back end's secret. From these it computes a few rows' attention probabilities:
+Steps with spans of the `elastic` cache run through layers that are composed here of the back end's operations, to keep,
+per sequence and layer, the rotated queries and keys of all rows as their last computation left them. They are kept
+apart from the pages, whose layout is the back end's secret. A few rows' attention probabilities are computed from them:
 
 - of the rows that answer for masks, to find the key that all of them attend to most: the *tracked* row, one a layer,
   never a mask. It comes along in the next step, whatever else that computes.
@@ -28,8 +28,10 @@ from torch import Tensor
 from kernels.blocks import AttentionBlock, DenseLayers
 from kernels.ops import AttentionRows, Ops
 from kernels.reference import rotate
-from scheduler.types import Request, Span
+from scheduler.types import Diffusion, Span
 from server.models.registry import Model
+from server.worker.denoising.reader import Denoising
+from server.worker.sequences import SequenceState
 
 
 class Finding(NamedTuple):
@@ -114,68 +116,60 @@ def probabilities(q_RQD: Tensor, k_LKD: Tensor, scale: float) -> Tensor:
 
 
 class AttentionProbe:
-    """Looks at the spans of the `elastic` cache. One per worker; it remembers sequences until they are forgotten.
+    """Looks at the spans of the `elastic` cache. One per worker; it remembers sequences until they are forgotten."""
 
-    shift  of the model: the row at position i answers for position i + shift
-    """
-
-    def __init__(self, model: Model, ops: Ops, mask_id: int, shift: int) -> None:
-        self._ops, self._mask_id, self._shift = ops, mask_id, shift
+    def __init__(self, model: Model, ops: Ops, mask_id: int, device: torch.device) -> None:
+        self._ops, self._mask_id, self._device = ops, mask_id, device
         self._model = model.through(self)
         self._memories: dict[int, Memory] = {}
         self._watches: list[Watch] = []
-        self._layer = 0
+        self._step = self._layer = 0
 
     def forget(self, seq_ids: Sequence[int]) -> None:
         """Drop what is kept of sequences that the scheduler released. Idempotent."""
         for seq_id in seq_ids:
             self._memories.pop(seq_id, None)
 
-    def forward(
-        self,
-        step: int,
-        spans: Sequence[Span],
-        requests: Sequence[Request],
-        first_rows: Sequence[int],
-        tokens_T: Tensor,
-        rows: AttentionRows,
-        kv: Sequence[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, dict[int, Finding]]:
-        """As `ForwardModel.forward`, and {index of a span: what its attention says}. May be run again for a step."""
-        device = tokens_T.device
+    def watch(
+        self, step: int, spans: Sequence[Span], states: Sequence[SequenceState], first_rows: Sequence[int]
+    ) -> Model | None:
+        """The model to run a step with, if any of its spans is to be looked at. A step may come again."""
+        self._step, self._layer = step, 0
         self._watches = [
-            self._watch(step, index, span, request, first_rows[index], device)
-            for index, (span, request) in enumerate(zip(spans, requests, strict=True))
-            if is_watched(span, request)
+            self._watch(index, span, state.request.decoding, first_rows[index])
+            for index, (span, state) in enumerate(zip(spans, states, strict=True))
+            if span.denoise is not None
+            and state.request.decoding is not None
+            and state.request.decoding.cache.name == "elastic"
         ]
-        self._layer = 0
-        try:
-            hidden_TH = self._model.forward(tokens_T, rows, kv)
-            return hidden_TH, {watch.index: watch.finding(step) for watch in self._watches}
-        finally:
-            self._watches = []
+        return self._model if self._watches else None
 
-    def _watch(
-        self, step: int, index: int, span: Span, request: Request, first_row: int, device: torch.device
-    ) -> Watch:
-        denoise, decoding = span.denoise, request.decoding
-        assert denoise is not None
-        assert decoding is not None
+    def report(self, denoised: dict[int, Denoising]) -> None:
+        """Add what the step's attention says to what its spans gave, by index of the span."""
+        for watch in self._watches:
+            finding = watch.finding(self._step)
+            if watch.index in denoised:
+                told = denoised[watch.index]
+                changes = told.denoised._replace(is_stale=finding.is_stale, tracked=finding.tracked)
+                denoised[watch.index] = told._replace(denoised=changes)
+        self._watches = []
+
+    def _watch(self, index: int, span: Span, decoding: Diffusion, first_row: int) -> Watch:
+        assert span.denoise is not None
         memory = self._memories.setdefault(span.seq_id, Memory())
         positions = list(span.positions or range(span.start, span.start + len(span.tokens)))
-        canvas = list(denoise.state or span.tokens[denoise.lo - span.start :])
-        is_known = [True] * denoise.lo + [token != self._mask_id for token in canvas]
+        lo = span.denoise.lo
+        canvas = span.denoise.state or span.tokens[lo - span.start :]
+        is_known = [True] * lo + [token != self._mask_id for token in canvas]
         asking = [positions[offset] for offset in span.judged]
-        return Watch(
-            index,
-            first_row,
-            torch.tensor(positions, device=device),
-            torch.tensor(asking, device=device),
-            torch.tensor(is_known, device=device),
-            decoding.cache["drift"],
-            memory,
-            memory.before(step),
-        )
+
+        def tensor(values: list[int] | list[bool]) -> Tensor:
+            return torch.tensor(values, device=self._device)
+
+        # Keys that all are computed in this step cannot be stale after it.
+        before = memory.before(self._step) if len(positions) < span.kv_len else None
+        drift = decoding.cache["drift"]
+        return Watch(index, first_row, tensor(positions), tensor(asking), tensor(is_known), drift, memory, before)
 
     def dense_layers(
         self, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
@@ -211,8 +205,3 @@ class AttentionProbe:
         if block.k_norm_D is not None:
             k_TKD = self._ops.rms_norm(k_TKD, block.k_norm_D, block.eps)
         return rotate(k_TKD, block.cos_sin_MR[rows.positions.long()].unsqueeze(1))
-
-
-def is_watched(span: Span, request: Request) -> bool:
-    """Whether the span is of a sequence whose cache asks for drift."""
-    return span.denoise is not None and request.decoding is not None and request.decoding.cache.name == "elastic"

@@ -22,6 +22,7 @@ from server.models.config import ModelConfig
 from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
+from server.worker.attention_probe import AttentionProbe
 from server.worker.config import WorkerConfig
 from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.build import build_speculator
@@ -97,7 +98,16 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         profile_memory=_profile_memory(config, model, info, num_threads),
         prober=make_prober(info),
         learnt=load_filter(folder) if folder is not None and info.diffusion is not None else None,
+        attention=_attention_probe(model, ops, info, device),
     )
+
+
+def _attention_probe(model: Model, ops: Ops, info: WorkerInfo, device: torch.device) -> AttentionProbe | None:
+    """For models that have caches which drift."""
+    diffusion = info.diffusion
+    if diffusion is None or diffusion.topology is not Topology.BIDIRECTIONAL:
+        return None
+    return AttentionProbe(model, ops, diffusion.mask_id, device)
 
 
 def choose_device(name: str) -> torch.device:
