@@ -17,8 +17,7 @@ import torch
 
 from kernels.ops import Ops
 from kernels.select import select_ops
-from scheduler.types import DiffusionModel, Topology
-from server.models.config import ModelConfig
+from scheduler.types import DiffusionModel
 from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
@@ -29,6 +28,7 @@ from server.worker.drafters.build import build_speculator
 from server.worker.drafters.diffusion import make_prober
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
+from server.worker.info import diffusion_model
 from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
 from server.worker.profile import SHAPES
 from server.worker.profile_memory import DiskMemory, default_folder
@@ -74,7 +74,8 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         draft_bytes,
     )
     pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
-    info = _describe(model, ops, pool, model_len, dtype, device)
+    diffusion = diffusion_model(model.config, config.denoise_block_size)
+    info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
     tokenizer_file = folder / "tokenizer.json" if folder is not None else None
     if tokenizer_file is not None and not tokenizer_file.exists():
         tokenizer_file = None
@@ -217,7 +218,13 @@ def _load_draft(
 
 
 def _describe(
-    model: Model, ops: Ops, pool: KVPool, model_len: int, dtype: torch.dtype, device: torch.device
+    model: Model,
+    ops: Ops,
+    pool: KVPool,
+    model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    diffusion: DiffusionModel | None,
 ) -> WorkerInfo:
     return WorkerInfo(
         model_len=model_len,
@@ -230,16 +237,9 @@ def _describe(
         device=str(device),
         ops=ops.name,
         eos_ids=tuple(model.config.eos_token_ids),
-        diffusion=_diffusion(model.config),
+        diffusion=diffusion,
         num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
     )
-
-
-def _diffusion(config: ModelConfig) -> DiffusionModel | None:
-    if config.mask_token_id is None or config.block_size is None:
-        return None
-    topology = Topology.BIDIRECTIONAL if config.bidirectional else Topology.BLOCK_CAUSAL
-    return DiffusionModel(config.mask_token_id, config.block_size, topology, config.logit_shift, config.is_causal)
 
 
 def _profile_memory(config: WorkerConfig, model: Model, info: WorkerInfo, num_threads: int) -> DiskMemory | None:
