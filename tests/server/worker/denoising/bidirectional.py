@@ -31,6 +31,7 @@ from scheduler.types import (
 )
 from server.models.registry import Model, build_model, parse_config
 from server.worker.attention_probe import AttentionProbe
+from server.worker.denoising.learn2pd import Filter
 from server.worker.grammar import GrammarCompiler
 from server.worker.info import WorkerInfo
 from server.worker.kv_pool import KVPool
@@ -74,7 +75,7 @@ class Tiny:
         weights = Weights(dict(self.tensors))
         return build_model(parse_config(self.config), weights, ReferenceOps(), torch.device("cpu"))
 
-    def worker(self, num_pages: int = 96) -> Worker:
+    def worker(self, num_pages: int = 96, learnt: Filter | None = None) -> Worker:
         """Over a pool full of NaN: a key that nobody wrote shows."""
         model, ops, device = self.build(), ReferenceOps(), torch.device("cpu")
         pool = KVPool(ops, model.config, num_pages, PAGE_SIZE, torch.float32, device, poison=True)
@@ -85,7 +86,7 @@ class Tiny:
         sequences = make_sequences(16, 256, num_pages, PAGE_SIZE)
         grammars = GrammarCompiler(None, VOCAB, (EOS,))
         attention = AttentionProbe(model, ops, MASK, device)
-        return Worker(model, ops, pool, sequences, grammars, info, 16, 256, device, attention=attention)
+        return Worker(model, ops, pool, sequences, grammars, info, 16, 256, device, learnt=learnt, attention=attention)
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """float64 [L, V]: the row that answers for each position, every row seeing every other; mask id excluded."""
@@ -185,8 +186,8 @@ class Told:
 class CanvasDriver:
     """Every request runs in every step. twice: each step is run again, and must give the same."""
 
-    def __init__(self, tiny: Tiny, twice: bool = False) -> None:
-        self.tiny, self.worker, self.twice = tiny, tiny.worker(), twice
+    def __init__(self, tiny: Tiny, twice: bool = False, learnt: Filter | None = None) -> None:
+        self.tiny, self.worker, self.twice = tiny, tiny.worker(learnt=learnt), twice
         self.step = self.next_id = 0
         self.released: list[int] = []
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 from torch import Tensor
 
 from scheduler.decoding.canvas import DREAM_EPS
 from scheduler.types import EosRule
+from server.worker.denoising.learn2pd import Filter
 from tests.server.worker.denoising.bidirectional import (
     MASK,
     VOCAB,
@@ -251,3 +253,27 @@ def test_edits_end() -> None:
     (told,) = CanvasDriver(TINY, twice=True).run([request(selector="edit", values={"edit_threshold": 0.3})])
     assert len(told.tokens) == 12
     assert MASK not in told.tokens
+
+
+def identity_filter(threshold: float) -> Filter:
+    """sigmoid(80 (confidence - threshold)) at each position of a block."""
+    eye = np.eye(4, dtype=np.float32)
+    return Filter(eye, np.zeros(4, np.float32), 80 * eye, np.full(4, -80 * threshold, np.float32))
+
+
+def test_learn2pd_with_a_filter_of_confidences_is_the_threshold() -> None:
+    asked = request("learn2pd", stopper="eos", values={"threshold": 0.5}, steps=4)
+    (told,) = CanvasDriver(TINY, learnt=identity_filter(0.5)).run([asked])
+    (plain,) = CanvasDriver(TINY).run([request("threshold", values={"threshold": 0.5})])
+    assert (told.tokens, told.forwards) == (plain.tokens, plain.forwards)
+    (at_once,) = CanvasDriver(TINY, learnt=identity_filter(-1.0)).run([asked])
+    assert at_once.forwards == 3
+
+
+def test_learn2pd_reads_a_block_that_eotp_has_cut() -> None:
+    (plain,) = CanvasDriver(TINY).run([request(max_tokens=16)])
+    stop = TINY.logits([*plain.request.prompt, *[MASK] * 16])[9].argmax().item()
+    asked = request("learn2pd", max_tokens=16, stop_ids=(int(stop),), steps=4)
+    (told,) = CanvasDriver(TINY, learnt=identity_filter(0.9)).run([asked])
+    assert told.reason == "stop"
+    assert len(told.tokens) < 16
