@@ -15,14 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from scheduler.types import MAX_TREE_NODES
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
 from server.engine.config import DRAFTERS, EngineConfig, SpeculationConfig
-from server.values import Auto, AutoCount, Count, Listed, Names, Seconds, Switch, Table, settings_of
+from server.values import Auto, AutoCount, Count, Listed, Names, PolicyName, Seconds, Switch, Table, settings_of
 
 VERSION = "0.1.0"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_model, _engine, _drafts, _http, _limits, _life = map(
-    settings_of, ("model", "engine", "speculation", "HTTP", "limits of one request", "life cycle and logs")
-)
+_GROUPS = ("model", "engine", "speculation", "diffusion", "HTTP", "limits of one request", "life cycle and logs")
+_model, _engine, _drafts, _denoise, _http, _limits, _life = map(settings_of, _GROUPS)
 
 
 class ServerConfig(BaseModel):
@@ -87,6 +86,9 @@ class ServerConfig(BaseModel):
     synthetic_acceptance: Annotated[float, Field(gt=0, le=1)] | None = _drafts(
         None, "capacity tests only: repeated requests get drafts that are right this often; the text stays the model's"
     )
+
+    default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
+    denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")
 
     host: str = _http("127.0.0.1", "address to bind; 0.0.0.0 = all interfaces")
     port: int = _http(8000, "port to bind; 0 = any free one", ge=0, le=65535)
@@ -232,6 +234,8 @@ class ServerConfig(BaseModel):
             step_timeout_s=self.step_timeout,
             delta_interval_s=self.delta_interval_ms / 1000,
             progress=not self.quiet,
+            default_decoding=self.default_decoding,
+            denoise_block_size=self.denoise_block_size,
             speculation=SpeculationConfig(
                 mode=self.speculation,
                 drafters=self.drafters,

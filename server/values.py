@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from scheduler.policies import POLICIES
+
 _SUFFIXES = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -79,6 +81,13 @@ def parse_table(value: object) -> object:
     return pairs
 
 
+def _known_policy(value: object) -> object:
+    if value is not None and value not in POLICIES:
+        raise ValueError(f"there are {', '.join(POLICIES)}")
+    return value
+
+
+PolicyName = Annotated[str | None, BeforeValidator(lambda value: _known_policy(_auto(value)))]
 Listed = Annotated[tuple[str, ...] | None, BeforeValidator(lambda value: parse_listed(_auto(value)))]
 
 

@@ -48,7 +48,9 @@ ALLOWED: dict[str, set[str]] = {
         "server.metrics",
         "server.engine.client",
         "server.engine.config",
+        "server.engine.decoding",
         "scheduler.types",
+        "scheduler.policies",
     },
     "server.config": {
         "pydantic",
@@ -58,7 +60,8 @@ ALLOWED: dict[str, set[str]] = {
         "server.api.settings",
         "server.values",
     },
-    "server.values": {"pydantic"},
+    # The names of diffusion policies.
+    "server.values": {"pydantic", "scheduler.policies"},
     "server.flags": {"pydantic", "yaml", "server.config"},
     "server.protocol": {"uvicorn", "h11"},
     "server.banner": {"server.config", "server.engine.config"},

@@ -17,14 +17,15 @@ from starlette.types import Receive, Scope, Send
 from server.api.admission import Admission
 from server.api.body import BodyMemory
 from server.api.chat import ChatForm
-from server.api.completions import CompletionForm
+from server.api.completions import CompletionForm, DenoiseForm
 from server.api.errors import ApiError, shown
+from server.api.facts import find_delimiters, served_names
 from server.api.handler import Form, GenerationResponse
 from server.api.middleware import EdgeMiddleware
 from server.api.monitor import monitoring
 from server.api.pool import TextPool
 from server.api.routes import HealthRoutes, ModelRoutes, ServerRoutes, TextRoutes
-from server.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from server.api.schema import ChatBody, CompletionBody, DenoiseBody, DetokenizeBody, TokenizeBody
 from server.api.services import Engine, Services
 from server.api.settings import ApiSettings
 from server.metrics import Metrics
@@ -46,7 +47,7 @@ class Application:
 def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metrics: Metrics) -> Application:
     """The application over an engine; give `metrics.observe_step` to the engine client as `on_step`.
 
-    Raises ChatTemplateError if the model's template does not compile.
+    Raises ChatTemplateError if the model's template does not compile, ValueError for a served name that would be two.
     """
     source = settings.chat_template if settings.chat_template is not None else tokenizer.chat_template
     template = None
@@ -61,7 +62,8 @@ def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metr
         pool=TextPool(settings.text_threads, settings.text_queue, metrics),
         bodies=BodyMemory(settings.max_body_memory),
         chat_template=template,
-        model_names=settings.served_model_names,
+        model_names=served_names(settings.served_model_names, client.info.diffusion),
+        delimiters=find_delimiters(tokenizer) if client.info.diffusion is not None else (),
         created=int(time.time()),
     )
 
@@ -90,6 +92,7 @@ def _add_routes(api: FastAPI, services: Services) -> None:
     routes: list[tuple[str, str, Callable[..., Any], type[BaseModel] | None]] = [
         ("POST", "/v1/completions", _generation(services, CompletionForm), CompletionBody),
         ("POST", "/v1/chat/completions", _generation(services, ChatForm), ChatBody),
+        ("POST", "/v1/denoise/stream", _generation(services, DenoiseForm), DenoiseBody),
         ("GET", "/v1/models", models.list_models, None),
         ("GET", "/v1/models/{model:path}", models.get_model, None),
         ("POST", "/tokenize", text.tokenize, TokenizeBody),

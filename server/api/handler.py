@@ -20,13 +20,14 @@ from server.api.chat import ChatForm
 from server.api.choice import Piece
 from server.api.completions import CompletionForm
 from server.api.errors import ApiError, JsonResponse
+from server.api.facts import DIFFUSION_SUFFIX, ModelFacts
 from server.api.generation import Generation
 from server.api.parse import parse_body
 from server.api.prompts import read_conversation
-from server.api.schema import ChatBody, CompletionBody, read_fields
+from server.api.schema import ChatBody, read_fields
 from server.api.services import Services
 from server.api.stream import Envelope, write_stream
-from server.api.validation import Call, Checked, ModelFacts, check_chat, check_completion, prepare
+from server.api.validation import Call, Checked, check_chat, check_completion, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ class GenerationResponse(Response):
         services = self._services
         limits = services.settings.limits
         body = parse_body(raw, limits.max_depth, limits.max_items)
-        if self._form is CompletionForm:
-            completion, unknown = read_fields(CompletionBody, body)
+        if issubclass(self._form, CompletionForm):
+            completion, unknown = read_fields(self._form.body_kind, body)
             checked = check_completion(completion, facts, limits, services.tokenizer)
         else:
             chat, unknown = read_fields(ChatBody, body)
@@ -101,9 +102,10 @@ class GenerationResponse(Response):
         is_stream = generation.call.checked.body.stream
         kind = self._form.chunk_kind if is_stream else self._form.kind
         answer_id = self._form.id_prefix + generation.call.requests[0].id.partition("-")[0]
-        envelope = Envelope(
-            answer_id, kind, int(time.time()), settings.served_model_names[0], settings.system_fingerprint
-        )
+        name = settings.served_model_names[0]
+        if generation.is_denoised and name + DIFFUSION_SUFFIX in self._services.model_names:
+            name += DIFFUSION_SUFFIX
+        envelope = Envelope(answer_id, kind, int(time.time()), name, settings.system_fingerprint)
         form = self._form(generation, envelope, self._services.tokenizer)
         if is_stream:
             await write_stream(generation, form, envelope, send, settings.timeouts)

@@ -22,16 +22,18 @@ def status_line(since: StepTotals, now: StepTotals, seconds: float, stats: StepS
     """What happened between two readings of the totals, or None if nothing ran."""
     generated, prefilled = now.generated - since.generated, now.prefilled - since.prefilled
     queries, hits = now.prefix_queries - since.prefix_queries, now.prefix_hits - since.prefix_hits
-    if not (generated or prefilled):
+    denoised = now.denoised - since.denoised
+    if not (generated or prefilled or denoised):
         return None
     kv = 100 * stats.pages_used / stats.pages_total if stats.pages_total else 0.0
     hit_rate = f"{100 * hits / queries:.0f}%" if queries else "-"
     drafted, accepted = now.drafted - since.drafted, now.accepted - since.accepted
     drafts = f" drafts={drafted / seconds:.0f}/s accepted={100 * accepted / drafted:.0f}%" if drafted else ""
+    denoising = f" denoise_rows/s={denoised / seconds:.0f}" if denoised else ""
     return (
         f"running={stats.num_running} waiting={stats.num_waiting} prompt_tok/s={prefilled / seconds:.0f} "
         f"output_tok/s={generated / seconds:.0f} kv={kv:.0f}% hit_rate={hit_rate}"
-        f"{drafts}"
+        f"{drafts}{denoising}"
     )
 
 

@@ -13,13 +13,15 @@ from starlette.responses import Response
 from scheduler.types import FinishReason, Request, Sampling
 from server.api.body import read_body
 from server.api.errors import ApiError, JsonResponse, invalid, shown
+from server.api.facts import DIFFUSION_SUFFIX, check_model
+from server.api.lengths import too_long
 from server.api.parse import parse_body
 from server.api.prompts import RawPrompt, read_conversation, read_prompts
 from server.api.schema import DetokenizeBody, TokenizeBody, read_fields
 from server.api.services import STATE_WORDS, Services
-from server.api.validation import check_model, too_long
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineState
+from server.engine.decoding import AUTOREGRESSIVE, default_decoding
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -40,6 +42,10 @@ class ModelRoutes:
     def _card(self, name: str) -> dict[str, Any]:
         state = self._services.engine.state
         is_known = state in (EngineState.READY, EngineState.HUNG, EngineState.DRAINING)
+        info = self._services.engine.info
+        decoding: dict[str, Any] = {"policy": AUTOREGRESSIVE}
+        if (model := info.diffusion) is not None and (not model.is_dual or name.endswith(DIFFUSION_SUFFIX)):
+            decoding = {"policy": model.policy, "topology": model.topology, "block_size": model.block_size}
         return {
             "id": name,
             "object": "model",
@@ -47,7 +53,8 @@ class ModelRoutes:
             "owned_by": "braid",
             "root": self._services.model_names[0],
             "parent": None,
-            "max_model_len": self._services.engine.info.model_len if is_known else None,
+            "max_model_len": info.model_len if is_known else None,
+            "decoding": decoding,
         }
 
 
@@ -82,7 +89,8 @@ class HealthRoutes:
         return Response(b"", 200)
 
     async def _generate_one(self) -> None:
-        request = Request(f"health-{secrets.token_hex(8)}", (0,), 1, Sampling(temperature=0.0))
+        decoding = default_decoding(self._services.engine.info.diffusion)
+        request = Request(f"health-{secrets.token_hex(8)}", (0,), 1, Sampling(temperature=0.0), decoding=decoding)
         try:
             stream = self._services.engine.generate(request)
             try:

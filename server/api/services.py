@@ -11,10 +11,10 @@ from scheduler.types import Delta, Request, SpeculationMode, StepStats
 from server.api.admission import Admission
 from server.api.body import BodyMemory
 from server.api.errors import ApiError, shown
+from server.api.facts import ModelFacts
 from server.api.pool import TextPool
 from server.api.settings import ApiSettings
 from server.api.speculation import SpeculationFacts
-from server.api.validation import ModelFacts
 from server.engine.config import EngineInfo, EngineState
 from server.metrics import Metrics
 from server.text.chat import ChatTemplate
@@ -57,6 +57,7 @@ class Services:
     bodies: BodyMemory
     chat_template: ChatTemplate | None
     model_names: tuple[str, ...]
+    delimiters: tuple[int, ...]
     created: int
     logged_fields: set[str] = field(default_factory=set)
 
@@ -79,6 +80,9 @@ class Services:
                 info.model_len,
                 max(self.admission.max_tokens, info.model_len),
             ),
+            diffusion=info.diffusion,
+            delimiters=self.delimiters,
+            max_step=info.max_batched_tokens,
         )
 
     def require_engine(self) -> None:

@@ -1,14 +1,14 @@
 """When deltas cross to the front end, and the joining of several deltas of one request into one.
 
 A message costs the front end a wake-up, and each delta a detokenizer call and a socket write, on cores that the step
-needs. Steps faster than the interval therefore share a message; a first token and an end never wait.
+needs. Steps faster than the interval therefore share a message; a first token, a snapshot and an end never wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from scheduler.types import Delta, SpeculationUsage, StepStats
+from scheduler.types import DecodingUsage, Delta, SpeculationUsage, StepStats
 from server.engine.link import Update
 
 
@@ -29,11 +29,18 @@ def merge(deltas: Iterable[Delta]) -> Delta:
         times=last.times,
         fault=last.fault,
         speculation=_sum_of([part.speculation for part in parts if part.speculation is not None]),
+        decoding=_decoding_of([part.decoding for part in parts if part.decoding is not None]),
+        # Each shows the block as it stands: the newest tells what the others did.
+        snapshot=next((part.snapshot for part in reversed(parts) if part.snapshot is not None), None),
     )
 
 
 def _sum_of(usages: list[SpeculationUsage]) -> SpeculationUsage | None:
     return sum(usages, start=SpeculationUsage()) if usages else None
+
+
+def _decoding_of(usages: list[DecodingUsage]) -> DecodingUsage | None:
+    return sum(usages, start=DecodingUsage()) if usages else None
 
 
 class Outgoing:
@@ -51,8 +58,10 @@ class Outgoing:
 
     def add(self, deltas: Iterable[Delta], stats: StepStats | None) -> None:
         for delta in deltas:
-            # The first delta of a request carries cached_tokens; it is the time to first token.
-            self._is_urgent |= delta.finish_reason is not None or delta.cached_tokens is not None
+            # The first delta of a request carries cached_tokens; it is the time to first token. Who watches a block
+            # fill wants to see each step.
+            is_awaited = delta.cached_tokens is not None or delta.snapshot is not None
+            self._is_urgent |= is_awaited or delta.finish_reason is not None
             self._deltas.setdefault(delta.request_id, []).append(delta)
         if stats is not None:
             self._steps.append(stats)

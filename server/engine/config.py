@@ -69,6 +69,8 @@ class EngineConfig:
     queue_timeout_s          longest wait for a first step, then 503; None = no limit
     grammar_timeout_s        longest compilation of a structured-output constraint
     step_timeout_s           silence of the loop after which the engine is restarted; readiness fails at a quarter
+    default_decoding         policy of requests that denoise and name none; None = the model's own (`auto`)
+    denoise_block_size       tokens of a block, for a checkpoint that can denoise and leaves it open
     delta_interval_s         tokens of faster steps are sent together, at most this long after the last message
     warm_up                  measure a few steps at start, so that the step-time model is right from the first request
     """
@@ -100,6 +102,8 @@ class EngineConfig:
     warm_up: bool = True
     progress: bool = True
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    default_decoding: str | None = None
+    denoise_block_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
+from scheduler.policies import BadPolicy, make_diffusion
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import StepCost
-from scheduler.types import SpeculationSettings
+from scheduler.types import DiffusionModel, SpeculationSettings
 from server.engine.config import EngineConfig, EngineInfo, SpeculationConfig, make_limits
 from server.engine.core import EngineCore
 from server.worker.build import build_worker
@@ -53,6 +54,22 @@ def speculation_settings(
     return SpeculationSettings(asked.policy, asked.max_drafts, asked.table, has_sequential)
 
 
+def diffusion_model(config: EngineConfig, found: DiffusionModel | None) -> DiffusionModel | None:
+    """How the model denoises here: the checkpoint's facts with the configured default policy.
+
+    Raises ValueError for a policy that this model cannot have.
+    """
+    if config.default_decoding is None:
+        return found
+    if found is None:
+        raise ValueError(f"default-decoding is {config.default_decoding}, but {config.model} cannot denoise")
+    try:
+        make_diffusion(config.default_decoding, found.topology)
+    except BadPolicy as error:
+        raise ValueError(f"default-decoding: {error}") from error
+    return replace(found, policy=config.default_decoding)
+
+
 def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> tuple[EngineCore, EngineInfo]:
     """Worker, scheduler and core of this process, warmed up; raises what the model or the machine refuses."""
     phases: list[tuple[str, float]] = []
@@ -87,4 +104,5 @@ def describe(config: EngineConfig, worker: Worker, phases: tuple[tuple[str, floa
     asked = config.speculation
     known |= {"max_drafts": asked.max_drafts, "speculation": asked.mode}
     known |= {"synthetic_acceptance": asked.synthetic_acceptance}
+    known |= {"diffusion": diffusion_model(config, facts.diffusion)}
     return EngineInfo(**known)

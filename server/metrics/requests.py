@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
-from scheduler.types import FinishReason, RequestTimes, StepStats
+from scheduler.types import DecodingUsage, FinishReason, RequestTimes, StepStats
+from server.metrics.denoising import DenoisingMetrics
 from server.metrics.families import Families
 from server.metrics.speculation import SpeculationMetrics
 from server.metrics.steps import StepMetrics, StepTotals
@@ -32,7 +33,8 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 ARRIVAL_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64)
 
 HANDLERS = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model:path}", "/tokenize", "/detokenize"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model:path}", "/v1/denoise/stream"),
+    *("/tokenize", "/detokenize"),
     *("/health", "/health/live", "/health/generate", "/ping", "/version", "/metrics", "/openapi.json", "other"),
 )
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "other")
@@ -53,6 +55,7 @@ class FinishedRequest:
     first_token_s: float | None
     last_token_s: float | None
     times: RequestTimes | None
+    decoding: DecodingUsage | None = None
 
 
 def length_buckets(most: int) -> tuple[int, ...]:
@@ -82,6 +85,7 @@ class Metrics:
         make = Families(self.registry, model_name)
         self._steps = StepMetrics(make)
         self._speculation = SpeculationMetrics(make, drafters, max_drafts)
+        self._denoising = DenoisingMetrics(make)
         self._make_engine_metrics(make)
         self._make_request_metrics(make, length_buckets(model_len))
         self._make_latency_metrics(make)
@@ -174,6 +178,10 @@ class Metrics:
         for _ in range(num_tokens):
             self._per_token.observe(seconds / num_tokens)
 
+    def observe_denoised(self, usage: DecodingUsage | None, num_tokens: int) -> None:
+        """News of a request that denoises: what it took since the last, and the tokens it gave."""
+        self._denoising.observe(usage, num_tokens)
+
     def observe_finished(self, done: FinishedRequest) -> None:
         self._success[done.reason].inc()
         self._prompt_len.observe(done.num_prompt)
@@ -182,6 +190,8 @@ class Metrics:
         self._e2e.observe(done.e2e_s)
         if done.first_token_s is not None and done.last_token_s is not None and done.num_generated > 1:
             self._tpot.observe((done.last_token_s - done.first_token_s) / (done.num_generated - 1))
+        if done.decoding is not None:
+            self._denoising.observe_finished(done.decoding, done.num_generated)
         if done.times is not None:
             self._queue_s.observe(done.times.queue_s)
             self._prefill_s.observe(done.times.prefill_s)

@@ -22,6 +22,7 @@ class StepTotals:
     prefix_hits: int = 0
     drafted: int = 0
     accepted: int = 0
+    denoised: int = 0
 
 
 class StepMetrics:
@@ -86,6 +87,7 @@ class StepMetrics:
         totals.prefix_hits += stats.prefix_hits
         totals.drafted += stats.draft_tokens
         totals.accepted += stats.accepted_tokens
+        totals.denoised += stats.denoise_tokens
 
     def _show_state(self, stats: StepStats) -> None:
         self._running.set(stats.num_running)

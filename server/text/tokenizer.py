@@ -86,11 +86,16 @@ class Tokenizer:
         text: str = self.raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for: part of a character where the vocabulary splits characters."""
+    def token_bytes(self, token_id: int, is_kept: bool = True) -> bytes:
+        """The bytes a token stands for: part of a character where the vocabulary splits characters.
+
+        is_kept  False for whoever looks at the whole vocabulary once: remembering it would take 20 MB
+        """
         known = self._bytes_cache.get(token_id)
         if known is None:
-            known = self._bytes_cache[token_id] = self._find_token_bytes(token_id)
+            known = self._find_token_bytes(token_id)
+            if is_kept:
+                self._bytes_cache[token_id] = known
         return known
 
     def token_text(self, token_id: int) -> str:

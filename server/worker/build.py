@@ -17,16 +17,17 @@ import torch
 
 from kernels.ops import Ops
 from kernels.select import select_ops
-from scheduler.types import DiffusionModel, Topology
-from server.models.config import ModelConfig
+from scheduler.types import DiffusionModel
 from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
 from server.worker.config import WorkerConfig
+from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.build import build_speculator
 from server.worker.drafters.diffusion import make_prober
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
+from server.worker.info import diffusion_model
 from server.worker.kv_pool import KVPool, choose_page_size, size_pool
 from server.worker.profile import SHAPES
 from server.worker.profile_memory import DiskMemory, default_folder
@@ -59,7 +60,8 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     model, folder = _load(config, ops, dtype, device, progress)
     _return_free_memory()
     draft = _load_draft(config, model, folder, ops, dtype, device, progress)
-    page_size = choose_page_size(config.page_size, device, _diffusion(model.config))
+    diffusion = diffusion_model(model.config, config.denoise_block_size)
+    page_size = choose_page_size(config.page_size, device, diffusion)
     draft_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
     num_pages, model_len = size_pool(
         model.config,
@@ -72,7 +74,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         draft_bytes,
     )
     pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
-    info = _describe(model, ops, pool, model_len, dtype, device)
+    info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
     tokenizer_file = folder / "tokenizer.json" if folder is not None else None
     if tokenizer_file is not None and not tokenizer_file.exists():
         tokenizer_file = None
@@ -95,6 +97,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         speculator=speculator,
         profile_memory=_profile_memory(config, model, info, num_threads),
         prober=make_prober(info),
+        learnt=load_filter(folder) if folder is not None and info.diffusion is not None else None,
     )
 
 
@@ -205,7 +208,13 @@ def _load_draft(
 
 
 def _describe(
-    model: Model, ops: Ops, pool: KVPool, model_len: int, dtype: torch.dtype, device: torch.device
+    model: Model,
+    ops: Ops,
+    pool: KVPool,
+    model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    diffusion: DiffusionModel | None,
 ) -> WorkerInfo:
     return WorkerInfo(
         model_len=model_len,
@@ -218,16 +227,9 @@ def _describe(
         device=str(device),
         ops=ops.name,
         eos_ids=tuple(model.config.eos_token_ids),
-        diffusion=_diffusion(model.config),
+        diffusion=diffusion,
         num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
     )
-
-
-def _diffusion(config: ModelConfig) -> DiffusionModel | None:
-    if config.mask_token_id is None or config.block_size is None:
-        return None
-    topology = Topology.BIDIRECTIONAL if config.bidirectional else Topology.BLOCK_CAUSAL
-    return DiffusionModel(config.mask_token_id, config.block_size, topology, config.logit_shift, config.is_causal)
 
 
 def _profile_memory(config: WorkerConfig, model: Model, info: WorkerInfo, num_threads: int) -> DiskMemory | None:

@@ -22,6 +22,7 @@ class WorkerConfig:
     seed            of random weights
     num_threads     CPU threads of the forward pass; None = one per core this process may use
     remember_profile  keep the warm-up's step times on disk (XDG cache), so that the next start is faster
+    denoise_block_size  tokens of a block, for a checkpoint that can denoise and leaves it open
     speculation     which drafters are built; None = none, and nothing is ever proposed
     """
 
@@ -39,5 +40,6 @@ class WorkerConfig:
     revision: str | None = None
     download_dir: str | None = None
     seed: int = 0
+    denoise_block_size: int | None = None
     speculation: SpeculatorConfig | None = None
     remember_profile: bool = True

@@ -1,0 +1,32 @@
+"""What no engine can do of a request that denoises, judged in one place for HTTP and for scripts. No torch."""
+
+from __future__ import annotations
+
+from scheduler.policies import make_diffusion
+from scheduler.types import Diffusion, DiffusionModel
+
+AUTOREGRESSIVE = "autoregressive"
+"""The policy of whoever wants a model that can do both to generate token by token."""
+
+
+def default_decoding(model: DiffusionModel | None) -> Diffusion | None:
+    """What a request gets that says nothing; None = token by token, where a model can."""
+    return None if model is None or model.is_dual else make_diffusion(model.policy, model.topology)
+
+
+def conflict(
+    decoding: Diffusion, is_empty: bool, has_prompt_logprobs: bool, has_grammar: bool
+) -> tuple[str, str] | None:
+    """(field, what is wrong with it) of a request that no denoising can answer, or None. Diffusion reference 9.6.
+
+    is_empty   max_tokens is 0: a prompt is only to be evaluated
+    """
+    if is_empty:
+        return "max_tokens", "is 0"
+    if has_prompt_logprobs:
+        return "prompt_logprobs", "is given"
+    if has_grammar and decoding.selector.name != "sequential":
+        return "grammar", f"is read from left to right and needs the selector sequential, not {decoding.selector.name}"
+    if has_grammar and decoding.stopper.name == "prophet":
+        return "grammar", "is read from left to right, and the stopper prophet fills many masks at once"
+    return None
