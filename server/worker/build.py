@@ -17,10 +17,11 @@ import torch
 
 from kernels.ops import Ops
 from kernels.select import select_ops
-from scheduler.types import DiffusionModel
+from scheduler.types import DiffusionModel, Topology
 from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
+from server.worker.attention_probe import AttentionProbe
 from server.worker.config import WorkerConfig
 from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.build import build_speculator
@@ -72,6 +73,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         config.max_model_len,
         config.kv_cache_bytes,
         draft_bytes,
+        config.kv_share,
     )
     pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
     info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
@@ -98,7 +100,16 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         profile_memory=_profile_memory(config, model, info, num_threads),
         prober=make_prober(info),
         learnt=load_filter(folder) if folder is not None and info.diffusion is not None else None,
+        attention=_attention_probe(model, ops, info, device),
     )
+
+
+def _attention_probe(model: Model, ops: Ops, info: WorkerInfo, device: torch.device) -> AttentionProbe | None:
+    """For models that have caches which drift."""
+    diffusion = info.diffusion
+    if diffusion is None or diffusion.topology is not Topology.BIDIRECTIONAL:
+        return None
+    return AttentionProbe(model, ops, diffusion.mask_id, device)
 
 
 def choose_device(name: str) -> torch.device:
