@@ -29,6 +29,10 @@ _BLIND_CHUNK = 64
 """Prompt tokens next to decodes while nothing has been measured yet."""
 
 
+_DENOISE_LEEWAY = 1.3
+"""Without an explicit target, a step with denoise spans may take so much longer than if each of them were a decode."""
+
+
 class DraftReport(NamedTuple):
     """How a step's drafts fared: accepted ones that became output, and all by drafter and position."""
 
@@ -98,27 +102,41 @@ class BudgetPolicy:
 
     def bound_s(self, draft: DraftPlan, backlog: Backlog | None) -> float:
         """Longest time that may be predicted for a step with these decodes, which have no drafts yet."""
-        self._decodes = decodes = draft.features
+        self._decodes = decodes = draft.streams
         if not self.cost.is_ready:
             return inf
         others = draft.others
         bound_s = self.target_s(decodes, backlog.num_prompts if backlog else 0, others) / self._safety()
         return bound_s if not others.num else max(0.0, min(bound_s / (1 + others.num), bound_s - others.stream_s))
 
+    def denoise_bound_s(self, streams: StepFeatures, others: Others = ALONE) -> float:
+        """Longest time that may be predicted for a step with denoise spans beside decodes, ours or the others'.
+
+        streams  the decodes, and one more for each sequence that denoises
+        """
+        if not self.cost.is_ready:
+            return inf
+        if self._limits.tbt_slo_s is not None:
+            bound_s = self._limits.tbt_slo_s / self._safety()
+        else:
+            bound_s = _DENOISE_LEEWAY * (self.cost.predict(streams) + others.stream_s)
+        return max(0.0, bound_s - others.stream_s)
+
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
         self.fill(draft, backlog, self.bound_s(draft, backlog))
 
     def fill(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
-        """Set the budget: the rows of decodes and drafts, and as many prompt rows as fit next to them."""
+        """Set the budget: rows of decodes, denoise spans and drafts, and as many of prompts as fit next to them."""
         cap = self._limits.max_batched_tokens
         features = draft.features
         rows = features.tokens
         if backlog is None or (rows == 0 and not draft.others.stream_s):
             draft.budget = cap
             return
-        most = _BLIND_CHUNK
+        most = max(_BLIND_CHUNK, backlog.fewest)
         if self.cost.is_ready:
-            most = max(MIN_CHUNK, self.cost.largest_prefill(features, backlog.start, cap - rows, bound_s))
+            most = self.cost.largest_prefill(features, backlog.start, cap - rows, bound_s)
+            most = max(MIN_CHUNK, backlog.fewest, most)
         draft.budget = rows + min(cap - rows, most)
 
     def finish(self, draft: DraftPlan) -> None:

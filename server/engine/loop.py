@@ -105,7 +105,12 @@ def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) ->
         phases.append(("warm-up", time.monotonic() - started_at))
     core = EngineCore(
         worker,
-        Scheduler(limits, cost, None, speculation_settings(config.speculation, facts.drafters)),
+        Scheduler(
+            limits,
+            cost,
+            speculation=speculation_settings(config.speculation, facts.drafters),
+            diffusion=diffusion_model(config, facts.diffusion),
+        ),
         time.monotonic,
         config.grammar_timeout_s,
         wake,
