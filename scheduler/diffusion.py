@@ -130,6 +130,7 @@ class Denoised(NamedTuple):
     end         the text ends before this position, whatever stands behind it (EoTP); None = no such news
     window_end  where the planner ended the block's window (AdaBlock); None = it had no choice to make
     is_stale    cached keys have drifted: all rows are due next (Elastic-Cache)
+    tracked     rows to bring next time, whose attention tells of drift; never masks (Elastic-Cache)
     guesses     (position, token, confidence) of masks that are left, for the `auto` controller; () where not asked
     """
 
@@ -137,6 +138,7 @@ class Denoised(NamedTuple):
     end: int | None = None
     window_end: int | None = None
     is_stale: bool = False
+    tracked: tuple[int, ...] = ()
     guesses: tuple[tuple[int, int, float], ...] = ()
 
 

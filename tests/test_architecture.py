@@ -59,7 +59,9 @@ ALLOWED: dict[str, set[str]] = {
         "server.engine.config",
         "server.api.settings",
         "server.values",
+        "server.also",
     },
+    "server.also": {"server.engine.config"},
     # The names of diffusion policies.
     "server.values": {"pydantic", "scheduler.policies"},
     "server.flags": {"pydantic", "yaml", "server.config"},

@@ -17,10 +17,11 @@ import torch
 
 from kernels.ops import Ops
 from kernels.select import select_ops
-from scheduler.types import DiffusionModel
+from scheduler.types import DiffusionModel, Topology
 from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
+from server.worker.attention_probe import AttentionProbe
 from server.worker.config import WorkerConfig
 from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.build import build_speculator
@@ -28,7 +29,7 @@ from server.worker.drafters.diffusion import make_prober
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
 from server.worker.info import diffusion_model
-from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
+from server.worker.kv_pool import KVPool, choose_page_size, size_pool
 from server.worker.profile import SHAPES
 from server.worker.profile_memory import DiskMemory, default_folder
 from server.worker.sequences import make_sequences
@@ -60,7 +61,8 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     model, folder = _load(config, ops, dtype, device, progress)
     _return_free_memory()
     draft = _load_draft(config, model, folder, ops, dtype, device, progress)
-    page_size = config.page_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
+    diffusion = diffusion_model(model.config, config.denoise_block_size)
+    page_size = choose_page_size(config.page_size, device, diffusion)
     draft_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
     num_pages, model_len = size_pool(
         model.config,
@@ -71,9 +73,9 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         config.max_model_len,
         config.kv_cache_bytes,
         draft_bytes,
+        config.kv_share,
     )
     pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
-    diffusion = diffusion_model(model.config, config.denoise_block_size)
     info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
     tokenizer_file = folder / "tokenizer.json" if folder is not None else None
     if tokenizer_file is not None and not tokenizer_file.exists():
@@ -98,7 +100,16 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         profile_memory=_profile_memory(config, model, info, num_threads),
         prober=make_prober(info),
         learnt=load_filter(folder) if folder is not None and info.diffusion is not None else None,
+        attention=_attention_probe(model, ops, info, device),
     )
+
+
+def _attention_probe(model: Model, ops: Ops, info: WorkerInfo, device: torch.device) -> AttentionProbe | None:
+    """For models that have caches which drift."""
+    diffusion = info.diffusion
+    if diffusion is None or diffusion.topology is not Topology.BIDIRECTIONAL:
+        return None
+    return AttentionProbe(model, ops, diffusion.mask_id, device)
 
 
 def choose_device(name: str) -> torch.device:
