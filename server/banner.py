@@ -23,6 +23,7 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         f"model     {weights}: {_count(facts.num_parameters)} parameters, {facts.dtype}, {facts.device} ({facts.ops})",
         f"memory    weights {_bytes(facts.weight_bytes)}, KV {_bytes(facts.kv_bytes)} = {facts.num_pages} pages of "
         f"{facts.page_size} tokens: room for {room:.1f} sequences of {facts.model_len} tokens",
+        *(line for other in facts.also for line in _also(other)),
         f"limits    {facts.max_seqs} sequences at once, {facts.max_queued_requests} queued; "
         f"{facts.max_batched_tokens} tokens a step, time between tokens {slo}; "
         f"output {'as the context leaves' if output is None else output}",
@@ -41,6 +42,15 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys() else ""
     lines += ["try", f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"]
     return "\n".join(lines)
+
+
+def _also(facts: EngineInfo) -> tuple[str, str]:
+    """A further model: what differs from the first."""
+    return (
+        f"model     {facts.name}: {_count(facts.num_parameters)} parameters, {facts.dtype}",
+        f"memory    weights {_bytes(facts.weight_bytes)}, KV {_bytes(facts.kv_bytes)} = {facts.num_pages} pages of "
+        f"{facts.page_size} tokens: room for {facts.kv_tokens / facts.model_len:.1f} sequences of {facts.model_len}",
+    )
 
 
 def _drafts(config: ServerConfig, facts: EngineInfo) -> str:

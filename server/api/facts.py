@@ -14,13 +14,15 @@ from server.engine.decoding import DIFFUSION_SUFFIX
 class ModelFacts:
     """Lengths in tokens.
 
-    names        all that a request may give as `model`; the first is the default
+    names        all that a request may give as `model`, those of other models too; the first is the default
+    model        the engine's name of this one (`Request.model`)
     diffusion    how the model denoises; None = it only generates token by token
     delimiters   token ids with a line's end in them, for the planner that looks for them
     max_step     tokens of a step: a bidirectional model computes prompt and canvas in one
     """
 
     names: tuple[str, ...]
+    model: str
     model_len: int
     vocab_size: int
     eos_ids: tuple[int, ...]

@@ -204,13 +204,15 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
                     priority=body.priority,
                     cache_salt=salt,
                     speculation=speculation,
+                    model=facts.model,
                     decoding=decoding,
                 )
             )
     total = sum(len(prompt.ids) for prompt in prompts)
     if total > facts.max_queued_tokens:
         raise invalid("prompt", f"the prompts have {total} tokens together, the limit is {facts.max_queued_tokens}")
-    call = Call(checked, tuple(prompts), tuple(requests), _stop_conditions(checked))
+    stop = StopConditions(checked.stop, body.include_stop_str_in_output, body.min_tokens)
+    call = Call(checked, tuple(prompts), tuple(requests), stop)
     if call.num_logprobs > limits.max_logprob_entries:
         name = "logprobs" if checked.logprobs is not None else "prompt_logprobs"
         raise invalid(

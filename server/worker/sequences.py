@@ -130,12 +130,15 @@ class SequenceState:
         Where only some rows are brought, a token may come before its neighbours do: it waits in `scattered`.
         """
         if span.positions:
-            self.scattered.update(zip(span.positions, span.tokens, strict=False))
-            for position in [position for position in self.scattered if position < len(self.history)]:
-                self.history[position] = self.scattered.pop(position)
+            for position, token in zip(span.positions, span.tokens, strict=False):
+                if position < len(self.history):
+                    self.history[position] = token
+                else:
+                    self.scattered[position] = token
             while len(self.history) < lo and len(self.history) in self.scattered:
                 self.history.append(self.scattered.pop(len(self.history)))
         elif span.start < lo and span.start <= len(self.history):
+            self.scattered.clear()
             clean = span.tokens[: lo - span.start]
             self.history[span.start : span.start + len(clean)] = clean
         del self.history[lo:]
