@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers
+from kernels.routing import Router
 
 
 @dataclass(frozen=True)
@@ -151,15 +152,13 @@ class Ops(Protocol):
         self,
         x_TH: Tensor,
         router_logits_TE: Tensor,
+        router: Router,
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
-        top_k: int,
-        norm_topk_prob: bool,
     ) -> Tensor:
-        """Sum over the row's top_k experts of softmax weight * down(silu_mul(gate_up(x))), [T, H].
+        """Sum over the row's chosen experts of weight * down(silu_mul(gate_up(x))), [T, H].
 
-        Router weights are a float32 softmax over all E experts; with `norm_topk_prob` the chosen ones are scaled to
-        sum to one.
+        Choice and weights are those of `routing.choose_experts`.
         """
         ...
 

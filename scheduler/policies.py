@@ -75,6 +75,10 @@ SELECTORS: Methods = {
 }
 """Which masks of the window are fixed in a step; each fixes at least one."""
 
+WITH_QUOTA = {"sequential", "low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy"}
+WITH_QUOTA |= {"dynamic", "learn2pd"}
+"""Selectors that `Diffusion.steps` means something to."""
+
 PLANNERS: Methods = {
     "fixed": {},
     "sub_blocks": {"sub_block": Parameter(8, 1, 1024, "tokens of a sub-block, filled left to right", is_integer=True)},

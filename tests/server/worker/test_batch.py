@@ -85,7 +85,7 @@ def test_rows_of_a_tree_stand_at_their_depth_and_see_their_ancestors(seed: int) 
             assert seen == (ancestors if span.parents else set())
             depth = len(ancestors) - 1 if span.parents else offset
             assert int(rows.positions[row]) == span.start + depth
-            assert int(rows.tree_starts[row]) == span.start
+            assert not span.parents or int(rows.tree_starts[row]) == span.start
             place = span.start + offset
             assert int(rows.slots[row]) == page_table[span.seq_id, place // PAGE] * PAGE + place % PAGE
     assert build_batch(spans[:1], states[:1], page_table, PAGE, CPU).rows.tree is None
