@@ -17,7 +17,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from scheduler.types import (
+    DecodingUsage,
     Delta,
+    Diffusion,
     FinishReason,
     Request,
     Sampling,
@@ -49,6 +51,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     speculation: SpeculationUsage = field(default_factory=SpeculationUsage)
+    decoding: DecodingUsage = field(default_factory=DecodingUsage)
 
 
 class _Choice:
@@ -61,6 +64,7 @@ class _Choice:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._speculation = SpeculationUsage()
+        self._decoding = DecodingUsage()
         self.finish_reason: FinishReason | None = None
 
     def absorb(self, delta: Delta) -> str:
@@ -78,6 +82,8 @@ class _Choice:
         self._prompt_logprobs += delta.prompt_logprobs
         if delta.speculation is not None:
             self._speculation += delta.speculation
+        if delta.decoding is not None:
+            self._decoding += delta.decoding
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             piece += self._detokenizer.finish()
@@ -95,6 +101,7 @@ class _Choice:
             tuple(self._logprobs),
             tuple(self._prompt_logprobs),
             self._speculation,
+            self._decoding,
         )
 
 
@@ -134,6 +141,7 @@ class Engine:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
         speculation: Speculation | None = None,
+        decoding: Diffusion | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Continue all prompts, batched. Completions in the order of the prompts.
@@ -141,10 +149,11 @@ class Engine:
         max_tokens  0 = only evaluate (with prompt_logprobs)
         stop_ids    None = the model's end-of-sequence ids, () = ignore them
         speculation how drafts are used; None = as the engine was told (`EngineConfig.speculation`)
+        decoding    how it is denoised (`scheduler.policies.make_diffusion`); None = token by token
         sampling    fields of `Sampling`: temperature, top_p, seed, logprobs, grammar ... (temperature 0 by default)
         Raises GenerationError if any of them fails, with all others aborted; ValueError for a prompt without tokens.
         """
-        choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, sampling)
+        choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, decoding, sampling)
         try:
             for name, delta in self._deltas(choices):
                 choice = choices[name]
@@ -160,10 +169,11 @@ class Engine:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
         speculation: Speculation | None = None,
+        decoding: Diffusion | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
         """The text of one continuation, piece by piece. Closing the iterator aborts it."""
-        choices = self._submit([prompt], max_tokens, stop, stop_ids, speculation, sampling)
+        choices = self._submit([prompt], max_tokens, stop, stop_ids, speculation, decoding, sampling)
         try:
             for name, delta in self._deltas(choices):
                 if piece := choices[name].absorb(delta):
@@ -178,6 +188,7 @@ class Engine:
         stop: Sequence[str],
         stop_ids: Sequence[int] | None,
         speculation: Speculation | None,
+        decoding: Diffusion | None,
         sampling: dict[str, Any],
     ) -> dict[str, _Choice]:
         if isinstance(prompts, str):
@@ -195,7 +206,7 @@ class Engine:
                 )
             seeded = values if "seed" in sampling else replace(values, seed=secrets.randbits(63))
             name = f"offline-{next(self._ids)}"
-            requests.append(Request(name, tokens, max_tokens, seeded, ids, speculation=drafting))
+            requests.append(Request(name, tokens, max_tokens, seeded, ids, speculation=drafting, decoding=decoding))
             choices[requests[-1].id] = _Choice(self.tokenizer, tokens, tuple(stop), values.min_tokens)
         for request in requests:
             self._core.add(request)
