@@ -26,6 +26,10 @@ _BLIND_CHUNK = 64
 """Prompt tokens next to decodes while nothing has been measured yet."""
 
 
+_DENOISE_LEEWAY = 1.3
+"""Without an explicit target, a step with denoise spans may take so much longer than if each of them were a decode."""
+
+
 class DraftReport(NamedTuple):
     """How a step's drafts fared: accepted ones that became output, and all by drafter and position."""
 
@@ -87,20 +91,30 @@ class BudgetPolicy:
             return inf
         return self.target_s(decodes, backlog.num_prompts if backlog else 0) / self._safety()
 
+    def denoise_bound_s(self, streams: StepFeatures) -> float:
+        """Longest time that may be predicted for a step with denoise spans beside decodes. `streams`: the decodes, and
+        one more for each sequence that denoises."""
+        if not self.cost.is_ready:
+            return inf
+        if self._limits.tbt_slo_s is not None:
+            return self._limits.tbt_slo_s / self._safety()
+        return _DENOISE_LEEWAY * self.cost.predict(streams)
+
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
-        self.fill(draft, backlog, self.bound_s(draft.features, backlog))
+        self.fill(draft, backlog, self.bound_s(draft.streams, backlog))
 
     def fill(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
-        """Set the budget: the rows of decodes and drafts, and as many prompt rows as fit next to them."""
+        """Set the budget: rows of decodes, denoise spans and drafts, and as many of prompts as fit next to them."""
         cap = self._limits.max_batched_tokens
         features = draft.features
         rows = features.tokens
         if backlog is None or rows == 0:
             draft.budget = cap
             return
-        most = _BLIND_CHUNK
+        most = max(_BLIND_CHUNK, backlog.fewest)
         if self.cost.is_ready:
-            most = max(MIN_CHUNK, self.cost.largest_prefill(features, backlog.start, cap - rows, bound_s))
+            most = self.cost.largest_prefill(features, backlog.start, cap - rows, bound_s)
+            most = max(MIN_CHUNK, backlog.fewest, most)
         draft.budget = rows + min(cap - rows, most)
 
     def finish(self, draft: DraftPlan) -> None:

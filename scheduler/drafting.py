@@ -19,7 +19,6 @@ from scheduler.draft_plan import Backlog, DraftPlan
 from scheduler.goodput import Allocation, Outlook, make_policy
 from scheduler.kv_memory import KVMemory
 from scheduler.sequence import Sequence
-from scheduler.step_cost import StepCost
 from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
 
 _PRICE_BOUNDS = (0.05, 1.0)
@@ -40,10 +39,9 @@ class _Offer(NamedTuple):
 
 
 def make_step_policy(
-    limits: Limits, cost: StepCost, memory: KVMemory, speculation: SpeculationSettings | None
+    budget: BudgetPolicy, limits: Limits, memory: KVMemory, speculation: SpeculationSettings | None
 ) -> StepPolicy:
     """Without settings no drafter is ever asked. Raises ValueError for settings that contradict themselves."""
-    budget = BudgetPolicy(limits, cost)
     return budget if speculation is None else DraftingPolicy(budget, limits, memory, speculation)
 
 
@@ -73,9 +71,9 @@ class DraftingPolicy:
         return min(highest, max(lowest, output / prompt))
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
-        bound_s = self._budget.bound_s(draft.features, backlog)
+        bound_s = self._budget.bound_s(draft.streams, backlog)
         if draft.num_decodes and self.cost.is_ready:
-            states = [seq.drafting or self._meet(seq) for seq in draft.owners]
+            states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
             offers = self._offers(draft, states)
             free = [offer for offer in offers if not offer.state.is_forced]
             forced = [offer for offer in offers if offer.state.is_forced]
@@ -95,7 +93,7 @@ class DraftingPolicy:
     def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:
         offers = []
         may_branch = draft.num_decodes <= self._settings.tree_max_seqs
-        for row, (seq, state) in enumerate(zip(draft.owners, states, strict=True)):
+        for row, (seq, state) in enumerate(zip(draft.owners, states, strict=False)):
             drafts = seq.decoding.drafts
             if drafts is None or not state.limit:
                 continue
@@ -108,7 +106,7 @@ class DraftingPolicy:
 
     def _force(self, draft: DraftPlan, forced: Many[_Offer], backlog: Backlog | None) -> dict[int, int]:
         """Drafts of requests that want all that are offered, as far as the budget goes (R1)."""
-        room = self._limits.max_batched_tokens - draft.num_decodes
+        room = self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise
         room = max(0, room - min(backlog.tokens, MIN_CHUNK)) if backlog else room
         lengths = {}
         for offer in forced:
@@ -127,9 +125,10 @@ class DraftingPolicy:
         curve = self.cost.curve(draft.features, backlog.start if backlog else 0)
         taken, overhead_s = sum(lengths.values()), self._draft_s
         waiting = backlog.tokens if backlog else 0
+        value = sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced)
         return Outlook(
-            value=draft.num_decodes + sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced),
-            room=self._limits.max_batched_tokens - draft.num_decodes - taken,
+            value=draft.num_decodes + draft.denoise_value + value,
+            room=self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise - taken,
             backlog=waiting,
             price=self.price,
             seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
