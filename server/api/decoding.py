@@ -113,6 +113,8 @@ def _made(
         )
     except BadPolicy as error:
         raise _as_api_error(error, policy) from error
+    if (misfit := model.misfit(decoding)) is not None:
+        raise _as_api_error(BadPolicy(*misfit), policy)
     if decoding.planner.name == "adablock" and not decoding.delimiters:
         message = "decoding.planner is adablock, but no token of this model ends a line; choose another planner"
         raise invalid("decoding.planner", message)

@@ -124,6 +124,8 @@ class Engine:
 
     def __init__(self, model: str = "braid-tiny", **options: Any) -> None:
         config = replace(EngineConfig(model=model, progress=False, queue_timeout_s=None), **options)
+        if config.also:
+            raise ValueError("also is given, but an Engine is one model; make an Engine for each")
         self._ready = threading.Event()
         self._core, self.info = build_core(config, self._ready.set)
         self.tokenizer = Tokenizer.load(resolve_model(config.model, config.revision, config.download_dir))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from scheduler.decoding.full_diffusion import FullDiffusion
-from scheduler.fake_worker import mix
+from scheduler.hashing import mix
 from scheduler.policies import make_diffusion
 from scheduler.sequence import Sequence
 from scheduler.types import (

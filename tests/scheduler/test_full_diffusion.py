@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler.decoding.base import BadOutcome
-from scheduler.fake_worker import mix
+from scheduler.hashing import mix
 from scheduler.policies import make_diffusion
 from scheduler.types import (
     MASK_ALL,

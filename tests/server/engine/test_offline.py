@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scheduler.types import FinishReason, Speculation, SpeculationMode, VerifyMode
-from server.engine.config import SpeculationConfig
+from server.engine.config import EngineConfig, SpeculationConfig
 from server.engine.offline import Engine, GenerationError
 from tests.tiny import write_tiny_checkpoint
 
@@ -59,6 +59,11 @@ def test_seeds_are_one_for_each_prompt(engine: Engine, wrong: dict[str, Any]) ->
 def test_speculation_that_cannot_be_had_is_refused(engine: Engine, asked: Speculation, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine.generate(["hello"], speculation=asked)
+
+
+def test_an_engine_of_a_script_has_one_model() -> None:
+    with pytest.raises(ValueError, match="make an Engine for each"):
+        Engine("braid-tiny", also=(EngineConfig(name="b"),))
 
 
 def test_synthetic_drafts_are_right_as_often_as_asked_and_change_no_token() -> None:
