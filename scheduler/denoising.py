@@ -106,14 +106,14 @@ class Denoising:
                 )
             )
 
-        if not draft.num_decodes:
+        if not draft.num_decodes and not draft.others.stream_s:
             return joined, inf
         streams = features._replace(
             tokens=features.tokens + len(seqs),
             decode_seqs=features.decode_seqs + len(seqs),
             context_tokens=features.context_tokens + len(seqs) * mean,
         )
-        return joined, self._budget.denoise_bound_s(streams)
+        return joined, self._budget.denoise_bound_s(streams, draft.others)
 
     def learn(self, draft: DraftPlan) -> None:
         """Called when the outcomes were absorbed."""

@@ -23,6 +23,20 @@ class Backlog(NamedTuple):
     fewest: int = 1
 
 
+class Others(NamedTuple):
+    """The other models of the engine that have work: their steps come between ours, and ours between theirs.
+
+    num       models
+    stream_s  predicted seconds of what their running streams ask of one step of each, without prompts or drafts
+    """
+
+    num: int = 0
+    stream_s: float = 0.0
+
+
+ALONE = Others()
+
+
 class Verified(NamedTuple):
     """The span of `spans[row]` verifies the first `num_drafts` of `drafts`."""
 
@@ -39,7 +53,8 @@ class DraftPlan:
     num_fused     rows of prompts' last chunks that denoise already
     """
 
-    def __init__(self) -> None:
+    def __init__(self, others: Others = ALONE) -> None:
+        self.others = others
         self.spans: list[Span] = []
         self.owners: list[Sequence] = []
         self.admitted: list[Admission] = []

@@ -62,6 +62,10 @@ class DraftingPolicy:
         self._draft_s = 0.0
 
     @property
+    def stream_s(self) -> float:
+        return self._budget.stream_s
+
+    @property
     def price(self) -> float:
         """Output tokens that a prompt row is worth: those that a prompt unlocks, over its length."""
         if self._settings.price is not None:
@@ -71,7 +75,7 @@ class DraftingPolicy:
         return min(highest, max(lowest, output / prompt))
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
-        bound_s = self._budget.bound_s(draft.streams, backlog)
+        bound_s = self._budget.bound_s(draft, backlog)
         if draft.num_decodes and self.cost.is_ready:
             states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
             offers = self._offers(draft, states)
@@ -134,8 +138,12 @@ class DraftingPolicy:
             seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
             bound_s=bound_s,
             fewest=min(waiting, MIN_CHUNK),
-            draft_bound_s=bound_s if self._limits.tbt_slo_s is not None else _DRAFT_LEEWAY * bound_s,
+            draft_bound_s=bound_s if self._has_target(draft) else _DRAFT_LEEWAY * bound_s,
         )
+
+    def _has_target(self, draft: DraftPlan) -> bool:
+        """Our streams may gain by a long step what it costs them; those of another model only wait."""
+        return self._limits.tbt_slo_s is not None or draft.others.stream_s > 0.0
 
     def _note_gains(self, offers: Many[_Offer], allocation: Allocation, outlook: Outlook) -> None:
         """What each offer saves: its share, by expected tokens, of the time that the step saves over plain decoding."""

@@ -10,11 +10,11 @@ Source: Sarathi-Serve (Agrawal et al., OSDI 2024), Algorithm 3, with vLLM v1's r
 from __future__ import annotations
 
 from scheduler.admission import check_limits, refuse_impossible, refuse_overload
-from scheduler.budget import BudgetPolicy
+from scheduler.budget import BudgetPolicy, StepPolicy
 from scheduler.decoding.base import BadOutcome
 from scheduler.decoding.factory import make_decoding, refuse_decoding
 from scheduler.denoising import Denoising
-from scheduler.draft_plan import DraftPlan
+from scheduler.draft_plan import ALONE, DraftPlan, Others
 from scheduler.drafting import make_step_policy
 from scheduler.kv_memory import KVMemory
 from scheduler.prefilling import Prefilling
@@ -71,8 +71,8 @@ class Scheduler:
         self._now = 0.0
 
     @property
-    def cost(self) -> StepCost:
-        return self._policy.cost
+    def policy(self) -> StepPolicy:
+        return self._policy
 
     @property
     def has_work(self) -> bool:
@@ -117,14 +117,14 @@ class Scheduler:
         if self._in_flight is None:
             self._queues.bury()
 
-    def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None if there is nothing to do. Raises RuntimeError while a plan is in flight."""
+    def schedule(self, now: float, others: Others = ALONE) -> StepPlan | None:
+        """The next step, or None; `others` take turns with us. Raises RuntimeError while a plan is in flight."""
         if self._in_flight is not None:
             raise RuntimeError(f"step {self._step} is in flight; update() must come before schedule()")
         self._now = now
         if not self._queues.by_id:
             return None
-        draft = DraftPlan()
+        draft = DraftPlan(others)
         prefills = self._place_decodes(draft)
         denoisers: list[Sequence] = []
         if self._queues.num_denoisers:

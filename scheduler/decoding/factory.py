@@ -27,6 +27,8 @@ def refuse_decoding(request: Request, limits: Limits, model: DiffusionModel | No
         return Fault(400, "max_tokens is 0, but a request that is denoised has at least 1", "max_tokens")
     if request.sampling.prompt_logprobs is not None:
         return Fault(400, "denoising gives no log-probabilities of the prompt", "prompt_logprobs")
+    if (misfit := model.misfit(request.decoding)) is not None:
+        return Fault(400, misfit[1], f"decoding.{misfit[0]}")
     refuse = refuse_canvas if model.topology is Topology.BIDIRECTIONAL else refuse_blocks
     return refuse(request, request.decoding, model, limits)
 

@@ -107,7 +107,7 @@ def measure(
         tokens = answers[setting] = [completion.tokens for completion in completions]
         right = sum(tasks.check(e, c.text) for e, c in zip(examples, completions, strict=True))
         same = sum(a == b for a, b in zip(tokens, answers[setting.base], strict=True))
-        usage = sum((c.decoding for c in completions), DecodingUsage())
+        usage = sum((c.decoding or DecodingUsage() for c in completions), DecodingUsage())
         yield Result(setting, len(examples), right, same, sum(map(len, tokens)), usage)
 
 

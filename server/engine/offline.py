@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
+from scheduler.policies import make_diffusion
 from scheduler.types import (
     DecodingUsage,
     Delta,
@@ -29,6 +30,7 @@ from scheduler.types import (
     TokenLogprob,
 )
 from server.engine.config import EngineConfig, EngineInfo, refusal
+from server.engine.decoding import AUTOREGRESSIVE, MAX_DELIMITERS, conflict, default_decoding, ordered_drafts
 from server.engine.loop import build_core
 from server.models.locate import resolve_model
 from server.text.detokenizer import Detokenizer, StopConditions
@@ -43,7 +45,8 @@ class GenerationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What one prompt gave. `text` leaves out the stop string or token that ended it."""
+    """What one prompt gave. `text` leaves out the stop string or token that ended it; `decoding` is what denoising
+    took, None where it was generated token by token."""
 
     text: str
     tokens: tuple[int, ...]
@@ -51,7 +54,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     speculation: SpeculationUsage = field(default_factory=SpeculationUsage)
-    decoding: DecodingUsage = field(default_factory=DecodingUsage)
+    decoding: DecodingUsage | None = None
 
 
 class _Choice:
@@ -64,7 +67,7 @@ class _Choice:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._speculation = SpeculationUsage()
-        self._decoding = DecodingUsage()
+        self._decoding: DecodingUsage | None = None
         self.finish_reason: FinishReason | None = None
 
     def absorb(self, delta: Delta) -> str:
@@ -83,7 +86,7 @@ class _Choice:
         if delta.speculation is not None:
             self._speculation += delta.speculation
         if delta.decoding is not None:
-            self._decoding += delta.decoding
+            self._decoding = delta.decoding + (self._decoding or DecodingUsage())
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             piece += self._detokenizer.finish()
@@ -141,7 +144,7 @@ class Engine:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
         speculation: Speculation | None = None,
-        decoding: Diffusion | None = None,
+        decoding: str | Diffusion | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Continue all prompts, batched. Completions in the order of the prompts.
@@ -149,9 +152,11 @@ class Engine:
         max_tokens  0 = only evaluate (with prompt_logprobs)
         stop_ids    None = the model's end-of-sequence ids, () = ignore them
         speculation how drafts are used; None = as the engine was told (`EngineConfig.speculation`)
-        decoding    how it is denoised (`scheduler.policies.make_diffusion`); None = token by token
+        decoding    how the text is denoised: a policy's name or all of it; "autoregressive" = token by token; None =
+                    token by token, or the default policy of a model that can only denoise
         sampling    fields of `Sampling`: temperature, top_p, seed, logprobs, grammar ... (temperature 0 by default)
-        Raises GenerationError if any of them fails, with all others aborted; ValueError for a prompt without tokens.
+        Raises GenerationError if any of them fails, with all others aborted; ValueError for a prompt without tokens
+        and for what the model cannot do.
         """
         choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, decoding, sampling)
         try:
@@ -169,7 +174,7 @@ class Engine:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
         speculation: Speculation | None = None,
-        decoding: Diffusion | None = None,
+        decoding: str | Diffusion | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
         """The text of one continuation, piece by piece. Closing the iterator aborts it."""
@@ -188,13 +193,16 @@ class Engine:
         stop: Sequence[str],
         stop_ids: Sequence[int] | None,
         speculation: Speculation | None,
-        decoding: Diffusion | None,
+        decoding: str | Diffusion | None,
         sampling: dict[str, Any],
     ) -> dict[str, _Choice]:
         if isinstance(prompts, str):
             raise TypeError("prompts is a string; give a list of prompts")
         values = Sampling(**{"temperature": 0.0, **sampling})
         drafting = self._checked(speculation)
+        denoising = self._denoising(decoding, max_tokens == 0, values, speculation)
+        if denoising is not None:
+            drafting = Speculation(SpeculationMode.OFF)
         ids = tuple(self.info.eos_ids if stop_ids is None else stop_ids)
         requests, choices = [], {}
         for prompt in prompts:
@@ -206,7 +214,7 @@ class Engine:
                 )
             seeded = values if "seed" in sampling else replace(values, seed=secrets.randbits(63))
             name = f"offline-{next(self._ids)}"
-            requests.append(Request(name, tokens, max_tokens, seeded, ids, speculation=drafting, decoding=decoding))
+            requests.append(Request(name, tokens, max_tokens, seeded, ids, speculation=drafting, decoding=denoising))
             choices[requests[-1].id] = _Choice(self.tokenizer, tokens, tuple(stop), values.min_tokens)
         for request in requests:
             self._core.add(request)
@@ -220,6 +228,29 @@ class Engine:
         if (problem := refusal(asked, names, self.info.max_drafts, bool(asked.prediction))) is not None:
             raise ValueError(problem)
         return asked
+
+    def _denoising(
+        self, asked: str | Diffusion | None, is_empty: bool, sampling: Sampling, speculation: Speculation | None
+    ) -> Diffusion | None:
+        """Raises ValueError for what this model cannot do, or no denoising can."""
+        model = self.info.diffusion
+        found = default_decoding(model)
+        if asked == AUTOREGRESSIVE and found is not None:
+            raise ValueError("decoding is autoregressive, but this model can only denoise")
+        if asked is not None and asked != AUTOREGRESSIVE:
+            if model is None:
+                raise ValueError("decoding is given, but this model generates token by token only")
+            found = make_diffusion(asked, model.topology) if isinstance(asked, str) else asked
+        if found is None:
+            return None
+        problem = conflict(found, is_empty, sampling.prompt_logprobs is not None, sampling.grammar is not None)
+        if problem is not None:
+            raise ValueError(f"{problem[0]} {problem[1]}, but the text is denoised (policy {found.policy})")
+        if speculation is not None and (name := ordered_drafts(speculation)) is not None:
+            raise ValueError(f"speculation.{name} asks for drafts, but the text is denoised (policy {found.policy})")
+        if found.planner.name == "adablock" and not found.delimiters:
+            found = replace(found, delimiters=self.tokenizer.line_end_ids(MAX_DELIMITERS))
+        return found
 
     def _deltas(self, choices: dict[str, _Choice]) -> Iterator[tuple[str, Delta]]:
         """Run steps until every choice has ended; a stop string aborts the rest of its request."""

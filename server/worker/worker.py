@@ -167,7 +167,7 @@ class Worker:
         hidden_TH = (watched or self._model).forward(batch.tokens, batch.rows, self._pool.layers)
 
         def logits_of(rows: list[int]) -> Tensor:
-            if len(rows) == hidden_TH.shape[0]:
+            if rows == list(range(hidden_TH.shape[0])):
                 return self._model.logits(hidden_TH)
             return self._model.logits(hidden_TH[torch.tensor(rows, device=self._device)])
 
@@ -175,8 +175,7 @@ class Worker:
         errors = {index: state.failure for index, state in enumerate(states) if state.failure is not None}
         errors.update(dict.fromkeys(broken, NOT_FINITE))
         readings = self._read_tokens(logits_of, spans, states, batch, errors)
-        reader = self._denoiser
-        denoised = reader.read(logits_of, spans, states, batch.first_rows, errors) if reader is not None else {}
+        denoised = self._denoiser.read(logits_of, spans, states, batch.first_rows, errors) if self._denoiser else {}
         if self._attention is not None:
             self._attention.report(denoised)
         self._accept(spans, states, batch, readings)

@@ -54,12 +54,12 @@ class Block:
     fixed: list[Row] = field(default_factory=list)
     shadows: list[Row] = field(default_factory=list)
 
-    def is_mask(self, position: int) -> bool:
-        return self.tokens[position - self.denoise.lo] == self.mask_id
-
     @property
     def all_rows(self) -> list[Row]:
         return [*self.rows, *self.fixed, *self.shadows]
+
+    def is_mask(self, position: int) -> bool:
+        return self.tokens[position - self.denoise.lo] == self.mask_id
 
 
 def make_block(span: Span, state: SequenceState, model: DiffusionModel) -> Block:
@@ -70,6 +70,9 @@ def make_block(span: Span, state: SequenceState, model: DiffusionModel) -> Block
         raise ValueError(f"span of sequence {span.seq_id} is to be denoised, but there is no {missing}")
     block = Block(span, state, denoise, decoding, model.mask_id, block_tokens(span, denoise))
     num_own = len(span.tokens) - denoise.shadow
+    if span.judged and not 0 <= min(span.judged) <= max(span.judged) < len(span.tokens):
+        # The row would be another sequence's.
+        raise ValueError(f"span of sequence {span.seq_id} judges rows {span.judged}, but has {len(span.tokens)}")
     is_bounded = state.matcher is not None
     for offset in span.judged:
         if offset >= num_own:
@@ -87,6 +90,9 @@ def make_block(span: Span, state: SequenceState, model: DiffusionModel) -> Block
         elif not (is_bounded and block.rows):
             # A grammar knows what may follow the tokens so far, and nothing of what stands behind a mask.
             block.rows.append(Row(offset, target))
+    first, end = denoise.window
+    if not any(first <= row.target < end for row in block.rows) and not block.fixed:
+        raise ValueError(f"span of sequence {span.seq_id} judges no row for a mask of its window [{first}, {end})")
     return block
 
 

@@ -6,7 +6,7 @@ again and a request gives the same tokens alone and in a crowd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,12 +113,9 @@ class DenoiseReader:
                 errors[index] = failed[0]
                 continue
             changes, denoised = self._decide(block, measured.stats.part(part))
-            # A mask has no log-probability of its own; the entry keeps its place.
-            logprobs = tuple(
-                measured.logprobs.get(part.start + change.row, TokenLogprob(change.token, 0.0, 0)) for change in changes
-            )
-            if block.state.request.sampling.logprobs is None:
-                logprobs = ()
+            logprobs: tuple[TokenLogprob, ...] = ()
+            if block.state.request.sampling.logprobs is not None:
+                logprobs = tuple(_logprob(measured.logprobs, part.start, change) for change in changes)
             readings[index] = Denoising(tuple(change.token for change in changes), logprobs, denoised)
         return readings
 
@@ -131,20 +128,12 @@ class DenoiseReader:
         rows = np.flatnonzero((positions >= denoise.window[0]) & (positions < end))
         num_masks = positions.size
         if decoding.stopper.name == "prophet" and all_in(stats.gap[:num_masks], denoise.progress, decoding.stopper):
-            rows = chosen = np.arange(num_masks)
-        elif rows.size and denoise.is_last:
-            chosen = rows
-        elif rows.size:
-            chosen = rows[
-                BY_NAME[decoding.selector.name](self._masks(block, positions, stats, rows), decoding.selector)
-            ]
-        elif decoding.selector.name == "edit":
+            chosen = np.arange(num_masks)
+        elif denoise.is_last or not rows.size:
             chosen = rows
         else:
-            raise ValueError(
-                f"span of sequence {block.span.seq_id} judges no row that answers for a mask of its window "
-                f"{denoise.window}"
-            )
+            select = BY_NAME[decoding.selector.name]
+            chosen = rows[select(self._masks(block, positions, stats, rows), decoding.selector)]
         surest = chosen[np.argsort(-stats.confidence[chosen], kind="stable")]
         wanted = [Change(int(positions[row]), int(stats.tokens[row]), int(row)) for row in surest]
         changes = _without_bad_words(block, [*wanted, *self._edits(block, stats)])
@@ -242,6 +231,11 @@ class DenoiseReader:
                 zip(positions[left].tolist(), stats.best[left].tolist(), stats.top[left].tolist(), strict=True)
             )
         return Denoised(tuple(change.position for change in changes), end, window_end, guesses=guesses)
+
+
+def _logprob(logprobs: Mapping[int, TokenLogprob], first: int, change: Change) -> TokenLogprob:
+    """A mask set again has none of its own; the entry keeps its place."""
+    return TokenLogprob(change.token, 0.0, 0) if change.row == UNKNOWN else logprobs[first + change.row]
 
 
 def _without_bad_words(block: Block, changes: list[Change]) -> list[Change]:

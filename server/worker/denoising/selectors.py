@@ -57,7 +57,7 @@ def _above(scores: Floats, masks: Masks, choice: Choice) -> Bools:
 
 def sequential(masks: Masks, choice: Choice) -> Bools:
     """The leftmost `quota`. SDAR's "sequential"; with one a step what a grammar can follow."""
-    return np.arange(masks.positions.size) < masks.quota
+    return _best(np.where(np.isneginf(masks.confidence), -np.inf, -masks.positions.astype(np.float64)), masks.quota)
 
 
 def low_confidence(masks: Masks, choice: Choice) -> Bools:

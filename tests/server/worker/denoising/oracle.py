@@ -134,3 +134,65 @@ def generate(model: TinyModel, asked: Request, size: int, mask_id: int, rule: Ru
             fixed.append(len(chosen))
             step += 1
     return Text(tokens[prompt_len : prompt_len + asked.max_tokens], fixed, logprobs)
+
+
+def rules() -> dict[str, tuple[str, dict[str, float], int | None, Rule]]:
+    """Some policies with parameters and steps, and the plain rule that each must equal."""
+    return {
+        "sequential": ("sequential", {}, None, leftmost),
+        "low_confidence": ("low_confidence", {}, None, low_confidence),
+        "static": ("low_confidence", {}, 2, static(2)),
+        "threshold": ("threshold", {"threshold": 0.5}, None, above(0.5)),
+        "all": ("threshold", {"threshold": 0.0}, None, above(0.0)),
+    }
+
+
+class Canvas:
+    """A bidirectional forward, float64, that keeps K and V of each position as it was last computed."""
+
+    def __init__(self, model: TinyModel, length: int) -> None:
+        self.model = model
+        self.kv = [torch.full((2, length, HEADS, HEAD_DIM), float("nan"), dtype=torch.float64) for _ in model.qkv]
+
+    def logits(self, tokens: Sequence[int], places: Sequence[int]) -> dict[int, Tensor]:
+        """{position: logits [V]} of some positions, whose K and V are computed anew; the others are as they were."""
+        model, at, half = self.model, torch.tensor(places), HEAD_DIM // 2
+        x = model.table[torch.tensor([tokens[place] for place in places])].double()
+        angles = model.cos_sin[at].double()
+        cos, sin = angles[:, None, :half], angles[:, None, half:]
+
+        def norm(v: Tensor) -> Tensor:
+            return v / torch.sqrt((v * v).mean(-1, keepdim=True) + 1e-6)
+
+        def turn(v: Tensor) -> Tensor:
+            return torch.cat(
+                (v[..., :half] * cos - v[..., half:] * sin, v[..., half:] * cos + v[..., :half] * sin), dim=-1
+            )
+
+        for kv, qkv_weight, out_weight in zip(self.kv, model.qkv, model.out, strict=True):
+            heads = (norm(x) @ qkv_weight.double().T).view(len(places), -1, HEAD_DIM)
+            q, k, v = turn(heads[:, :HEADS]), turn(heads[:, HEADS : HEADS + KV_HEADS]), heads[:, HEADS + KV_HEADS :]
+            kv[0, at], kv[1, at] = (part.repeat_interleave(HEADS // KV_HEADS, 1) for part in (k, v))
+            weights = (torch.einsum("ihd,jhd->hij", q, kv[0]) / math.sqrt(HEAD_DIM)).softmax(-1)
+            x = x + torch.einsum("hij,jhd->ihd", weights, kv[1]).flatten(1) @ out_weight.double().T
+        return dict(zip(places, norm(x) @ model.head.double().T, strict=True))
+
+
+def fill_canvas(model: TinyModel, asked: Request, size: int, mask_id: int, rule: Rule, dual: bool, shift: int) -> Text:
+    """LLaDA's semi-autoregressive loop over a canvas; dual: only a block's first step computes all rows."""
+    prompt_len, length = len(asked.prompt), len(asked.prompt) + asked.max_tokens
+    tokens, canvas, fixed = list(asked.prompt) + [mask_id] * asked.max_tokens, Canvas(model, length), list[int]()
+    logprobs: dict[int, float] = {}
+    for lo in range(prompt_len, length, size):
+        step = 0
+        while mask_id in tokens[lo : lo + size]:
+            rows_of = range(length) if step == 0 or not dual else range(lo - shift, lo + size)
+            logits = canvas.logits(tokens, list(rows_of))
+            places = [place for place in range(lo, lo + size) if tokens[place] == mask_id]
+            chosen = rule([row_of(logits[place - shift], place, mask_id) for place in places], step, size)
+            for row in chosen:
+                tokens[row.position] = row.token
+                logprobs[row.position] = row.logprob
+            fixed.append(len(chosen))
+            step += 1
+    return Text(tokens[prompt_len:], fixed, logprobs)
