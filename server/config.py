@@ -91,7 +91,7 @@ class ServerConfig(BaseModel):
     )
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
-    denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's, which must say then")
+    denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")
 
     host: str = _http("127.0.0.1", "address to bind; 0.0.0.0 = all interfaces")
     port: int = _http(8000, "port to bind; 0 = any free one", ge=0, le=65535)

@@ -71,7 +71,7 @@ class EngineConfig:
     grammar_timeout_s        longest compilation of a structured-output constraint
     step_timeout_s           silence of the loop after which the engine is restarted; readiness fails at a quarter
     default_decoding         policy of requests that denoise and name none; None = the model's own (`auto`)
-    denoise_block_size       tokens of a block, for a checkpoint that can denoise and does not say
+    denoise_block_size       tokens of a block, for a checkpoint that can denoise and leaves it open
     delta_interval_s         tokens of faster steps are sent together, at most this long after the last message
     kv_share                 of the memory that the pool would take unasked: the others' pools have the rest
     also                     the engine's other models, each with all its settings; those of the process (the step

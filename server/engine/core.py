@@ -97,7 +97,11 @@ class EngineCore:
         if not request.output:
             self._patience.add(request.id, self._clock())
         if request.sampling.grammar is None:
-            self._enter(request)
+            if (problem := self._undenoisable(request)) is None:
+                self._enter(request)
+            else:
+                self._refuse(request.id, problem)
+                self._release(request.id)
         elif (fault := self._preparation.add(request)) is not None:
             self._refuse(request.id, fault)
 
@@ -158,6 +162,15 @@ class EngineCore:
             return deltas, None
         more, stats = self.execute(plan)
         return deltas + more, stats
+
+    def _undenoisable(self, request: Request) -> Fault | None:
+        """Why this model cannot denoise as asked. Nothing is compiled for that, so it need not leave the loop."""
+        if request.decoding is not None:
+            try:
+                self._worker.prepare(request)
+            except ValueError as problem:
+                return Fault(400, str(problem), "decoding")
+        return None
 
     def _enter(self, request: Request) -> None:
         fault = self._scheduler.add(request, self._clock(), request.id in self._resubmitted)

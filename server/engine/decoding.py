@@ -44,6 +44,8 @@ def conflict(
         return "prompt_logprobs", "is given"
     if has_grammar and decoding.selector.name != "sequential":
         return "grammar", f"is read from left to right and needs the selector sequential, not {decoding.selector.name}"
+    if has_grammar and decoding.steps is not None:
+        return "grammar", "is followed token by token, which leaves no choice of decoding.steps"
     if has_grammar and decoding.stopper.name == "prophet":
         return "grammar", "is read from left to right, and the stopper prophet fills many masks at once"
     return None

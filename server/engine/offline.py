@@ -24,6 +24,7 @@ from scheduler.types import (
     FinishReason,
     Request,
     Sampling,
+    Snapshot,
     Speculation,
     SpeculationMode,
     SpeculationUsage,
@@ -46,7 +47,7 @@ class GenerationError(Exception):
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What one prompt gave. `text` leaves out the stop string or token that ended it; `decoding` is what denoising
-    took, None where it was generated token by token."""
+    took, None where it was generated token by token; `snapshots` are its blocks after each step, where asked for."""
 
     text: str
     tokens: tuple[int, ...]
@@ -55,6 +56,7 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     speculation: SpeculationUsage = field(default_factory=SpeculationUsage)
     decoding: DecodingUsage | None = None
+    snapshots: tuple[Snapshot, ...] = ()
 
 
 class _Choice:
@@ -68,6 +70,7 @@ class _Choice:
         self._prompt_logprobs: list[TokenLogprob] = []
         self._speculation = SpeculationUsage()
         self._decoding: DecodingUsage | None = None
+        self._snapshots: list[Snapshot] = []
         self.finish_reason: FinishReason | None = None
 
     def absorb(self, delta: Delta) -> str:
@@ -87,6 +90,8 @@ class _Choice:
             self._speculation += delta.speculation
         if delta.decoding is not None:
             self._decoding = delta.decoding + (self._decoding or DecodingUsage())
+        if delta.snapshot is not None:
+            self._snapshots.append(delta.snapshot)
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             piece += self._detokenizer.finish()
@@ -105,6 +110,7 @@ class _Choice:
             tuple(self._prompt_logprobs),
             self._speculation,
             self._decoding,
+            tuple(self._snapshots),
         )
 
 
@@ -118,6 +124,8 @@ class Engine:
 
     def __init__(self, model: str = "braid-tiny", **options: Any) -> None:
         config = replace(EngineConfig(model=model, progress=False, queue_timeout_s=None), **options)
+        if config.also:
+            raise ValueError("also is given, but an Engine is one model; make an Engine for each")
         self._ready = threading.Event()
         self._core, self.info = build_core(config, self._ready.set)
         self.tokenizer = Tokenizer.load(resolve_model(config.model, config.revision, config.download_dir))
@@ -145,6 +153,7 @@ class Engine:
         stop_ids: Sequence[int] | None = None,
         speculation: Speculation | None = None,
         decoding: str | Diffusion | None = None,
+        seeds: Sequence[int] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Continue all prompts, batched. Completions in the order of the prompts.
@@ -154,11 +163,12 @@ class Engine:
         speculation how drafts are used; None = as the engine was told (`EngineConfig.speculation`)
         decoding    how the text is denoised: a policy's name or all of it; "autoregressive" = token by token; None =
                     token by token, or the default policy of a model that can only denoise
+        seeds       one per prompt; `seed` among `sampling` is one for all, and their noise is then the same
         sampling    fields of `Sampling`: temperature, top_p, seed, logprobs, grammar ... (temperature 0 by default)
         Raises GenerationError if any of them fails, with all others aborted; ValueError for a prompt without tokens
         and for what the model cannot do.
         """
-        choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, decoding, sampling)
+        choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, decoding, sampling, seeds)
         try:
             for name, delta in self._deltas(choices):
                 choice = choices[name]
@@ -195,9 +205,12 @@ class Engine:
         speculation: Speculation | None,
         decoding: str | Diffusion | None,
         sampling: dict[str, Any],
+        seeds: Sequence[int] | None = None,
     ) -> dict[str, _Choice]:
         if isinstance(prompts, str):
             raise TypeError("prompts is a string; give a list of prompts")
+        if seeds is not None and ("seed" in sampling or len(seeds) != len(prompts)):
+            raise ValueError("seeds is one for each prompt, and goes with no seed for all")
         values = Sampling(**{"temperature": 0.0, **sampling})
         drafting = self._checked(speculation)
         denoising = self._denoising(decoding, max_tokens == 0, values, speculation)
@@ -205,16 +218,20 @@ class Engine:
             drafting = Speculation(SpeculationMode.OFF)
         ids = tuple(self.info.eos_ids if stop_ids is None else stop_ids)
         requests, choices = [], {}
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             tokens = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
             wrong = [token for token in tokens if not 0 <= token < self.info.vocab_size]
             if not tokens or wrong:
                 raise ValueError(
                     f"token id {wrong[0]} is not in [0, {self.info.vocab_size})" if wrong else "a prompt has no tokens"
                 )
-            seeded = values if "seed" in sampling else replace(values, seed=secrets.randbits(63))
+            seed = values.seed if "seed" in sampling else secrets.randbits(63) if seeds is None else seeds[number]
             name = f"offline-{next(self._ids)}"
-            requests.append(Request(name, tokens, max_tokens, seeded, ids, speculation=drafting, decoding=denoising))
+            requests.append(
+                Request(
+                    name, tokens, max_tokens, replace(values, seed=seed), ids, speculation=drafting, decoding=denoising
+                )
+            )
             choices[requests[-1].id] = _Choice(self.tokenizer, tokens, tuple(stop), values.min_tokens)
         for request in requests:
             self._core.add(request)

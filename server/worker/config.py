@@ -23,7 +23,7 @@ class WorkerConfig:
     seed            of random weights
     num_threads     CPU threads of the forward pass; None = one per core this process may use
     remember_profile  keep the warm-up's step times on disk (XDG cache), so that the next start is faster
-    denoise_block_size  tokens of a block, for a checkpoint that can denoise and does not say
+    denoise_block_size  tokens of a block, for a checkpoint that can denoise and leaves it open
     speculation     which drafters are built; None = none, and nothing is ever proposed
     """
 

@@ -242,9 +242,10 @@ def test_a_constraint_is_read_from_left_to_right(dual: Server, fields: dict[str,
         assert param == field
         assert "needs the selector sequential" in message
         assert "decoding.policy" in message
-    param, message = refused(dual, decoding={"selector": "sequential", "stopper": "prophet"}, **fields)
-    assert param == field
-    assert "stopper prophet" in message
+    for more, why in (({"stopper": "prophet"}, "stopper prophet"), ({"steps": 4}, "decoding.steps")):
+        param, message = refused(dual, decoding={"selector": "sequential", **more}, **fields)
+        assert param == field
+        assert why in message
     free = {"response_format": {"type": "text"}}
     assert denoised(dual, model="tiny-diffusion", **free).selector.name == "auto"
 

@@ -93,6 +93,19 @@ def test_a_page_size_that_cuts_a_block_is_refused(tmp_path: Path) -> None:
         make(folder, page_size=32)
 
 
+def test_a_block_size_that_the_file_leaves_open_can_be_asked_for(tmp_path: Path) -> None:
+    silent = write_tiny_checkpoint(tmp_path / "silent", "sdar", block_size=None)
+    assert make(silent).info.diffusion == DiffusionModel(MASK, 4, CAUSAL)
+    asked = make(silent, denoise_block_size=64).info
+    assert asked.diffusion == DiffusionModel(MASK, 64, CAUSAL)
+    assert asked.page_size == 64
+    both = write_tiny_checkpoint(tmp_path / "both", "llada")
+    assert make(both, denoise_block_size=16).info.diffusion == DiffusionModel(MASK, 16, ALL)
+    stated = write_tiny_checkpoint(tmp_path / "stated", "sdar")
+    with pytest.raises(ValueError, match="denoise-block-size is 8, but this model was trained on blocks of 4"):
+        make(stated, denoise_block_size=8)
+
+
 @pytest.mark.parametrize("model_type", ["sdar", "Fast_dLLM_Qwen", "Dream", "llada2_moe"])
 def test_families_with_the_usual_field_names_can_be_made_at_random(model_type: str, tmp_path: Path) -> None:
     shape = f"model_type={model_type},hidden=16,layers=2,heads=2,kv_heads=1,mlp=16,vocab=157184"
