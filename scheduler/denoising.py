@@ -12,7 +12,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from math import inf
 
-from scheduler.budget import BudgetPolicy
+from scheduler.budget import MIN_CHUNK, BudgetPolicy
 from scheduler.decoding.auto_threshold import under_load
 from scheduler.draft_plan import Backlog, DraftPlan
 from scheduler.sequence import Sequence
@@ -61,7 +61,9 @@ class Denoising:
         if not seqs:
             return
         states = [seq.denoising or self._meet(seq) for seq in seqs]
-        offers = [_offer(seq, state) for seq, state in zip(seqs, states, strict=True)]
+        # Where nobody decodes there is no one to protect, and all that fit take part.
+        most_passed = _MOST_PASSED if draft.num_decodes else 0
+        offers = [_offer(seq, state, most_passed) for seq, state in zip(seqs, states, strict=True)]
         room = self._room(draft, offers, backlog)
         seconds, bound_s = self._prices(draft, seqs)
         rows = buy_spans(offers, draft.num_decodes, room, seconds, bound_s)
@@ -86,7 +88,7 @@ class Denoising:
         room = self._limits.max_batched_tokens - draft.num_decodes
         if backlog is None:
             return room
-        kept = backlog.fewest if draft.num_decodes else max(backlog.fewest, room // 2)
+        kept = max(backlog.fewest, MIN_CHUNK if draft.num_decodes else room // 2)
         longest = max(offers, key=lambda offer: offer.num_passed)
         return max(room - min(backlog.tokens, kept), min(room, longest.narrow))
 
@@ -126,6 +128,6 @@ class Denoising:
                 self._all.learn(rows, tokens)
 
 
-def _offer(seq: Sequence, state: DenoiseState) -> SpanOffer:
+def _offer(seq: Sequence, state: DenoiseState, most_passed: int) -> SpanOffer:
     narrow, wide = seq.decoding.widths
-    return SpanOffer(narrow, wide, state.yield_per_row, state.num_passed, state.num_passed >= _MOST_PASSED)
+    return SpanOffer(narrow, wide, state.yield_per_row, state.num_passed, state.num_passed >= most_passed)

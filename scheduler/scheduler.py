@@ -159,7 +159,7 @@ class Scheduler:
         # KVMemory.num_missing, written out: the call would cost a quarter of `schedule`.
         short = [s for s in queues.running if s.prefill_end <= s.num_committed >= len(s.pages) * page_size]
         if queues.num_denoisers:
-            short = [seq for seq in queues.running if memory.num_missing(seq)]
+            short += [s for s in queues.running if s.decoding.is_denoiser and memory.num_missing(s)]
         if short:
             draft.num_preempted = self._preempt_for(sum(map(memory.num_missing, short)))
             for seq in short:

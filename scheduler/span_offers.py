@@ -54,7 +54,8 @@ def buy_spans(
             time_s = seconds(num_spans + 1, taken + width)
             new_value = value + width * offer.yield_per_row
             new_goodput = new_value / time_s if time_s > 0.0 else inf
-            if num_spans and (time_s > bound_s or (new_goodput < goodput and not offer.is_due)):
+            must = num_spans == 0 and width == offer.narrow
+            if not must and (time_s > bound_s or (new_goodput < goodput and not offer.is_due)):
                 continue
             rows[index] = width
             num_spans, taken, value, goodput = num_spans + 1, taken + width, new_value, new_goodput

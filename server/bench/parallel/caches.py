@@ -1,4 +1,4 @@
-"""`python -m server.bench.parallel_caches`: what each approximate cache of a bidirectional model costs and saves.
+"""`python -m server.bench.parallel.caches`: what each approximate cache of a bidirectional model costs and saves.
 
 Runs the list tasks of the embedded model (server/embedded/canvases.py) through the engine in this process, once per
 cache and once without one under the same selector and planner. A cache that shows the accuracy of its base line and
@@ -120,14 +120,14 @@ def table(results: Sequence[Result]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m server.bench.parallel_caches", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m server.bench.parallel.caches", description=__doc__)
     parser.add_argument("--model", default="braid-tiny-bidirectional")
     parser.add_argument("--samples", type=int, default=20, help="examples a task")
     parser.add_argument("--length", type=int, choices=LENGTHS, default=max(LENGTHS), help="tokens of the canvas")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     examples = draw(args.samples, args.seed)
-    with Engine(args.model, dtype="float32", max_seqs=16) as engine:
+    with Engine(args.model, dtype="float32", max_seqs=16, max_queued_requests=len(examples)) as engine:
         bar = tqdm(measure(engine, examples, SETTINGS, args.length), total=len(SETTINGS), desc="caches")
         sys.stdout.write(table(list(bar)) + "\n")
 
