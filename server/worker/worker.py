@@ -175,8 +175,7 @@ class Worker:
         errors = {index: state.failure for index, state in enumerate(states) if state.failure is not None}
         errors.update(dict.fromkeys(broken, NOT_FINITE))
         readings = self._read_tokens(logits_of, spans, states, batch, errors)
-        reader = self._denoiser
-        denoised = reader.read(logits_of, spans, states, batch.first_rows, errors) if reader is not None else {}
+        denoised = self._denoiser.read(logits_of, spans, states, batch.first_rows, errors) if self._denoiser else {}
         if self._attention is not None:
             self._attention.report(denoised)
         self._accept(spans, states, batch, readings)
