@@ -31,10 +31,10 @@ class AttentionRows:
                  a window
     slots        int64 [T], page_id * page_size + offset: where the row's K and V are written
     span_starts  int32 [spans + 1], ascending from 0 to T: rows of one span are contiguous and of one sequence
-    tree         int64 [T], or None in a step without draft trees and shadows. Not 0: the row is of a tree whose keys lie
-                 at tree_start, tree_start + 1, ..., parents before children. It sees the keys before tree_start and key
-                 tree_start + i if bit i is set: its ancestors and itself (a shadow row: its block without one key, and
-                 itself). Its `visible` says nothing. With a window
+    tree         int64 [T], or None in a step without trees and shadows. Not 0: the row is of a tree whose keys lie at
+                 tree_start, tree_start + 1, ..., parents before children. It sees the keys before tree_start and key
+                 tree_start + i if bit i is set: its ancestors and itself (a shadow row: its block without one key,
+                 and itself). Its `visible` says nothing. With a window
                  it sees the keys before tree_start from `low` on and its last `window` bits (the n-th bit of a path
                  stands at position tree_start + n)
     tree_starts  int32 [T], there if `tree` is; read where tree is not 0
