@@ -50,8 +50,9 @@ def choose_experts(logits_TE: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     if ranks_TE is not scores_TE:
         weights_Tk = scores_TE.gather(1, experts_Tk)
     if router.norm_topk_prob:
-        # Sigmoids may all be next to nothing; of a softmax the smallest possible sum is far above this.
-        weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdim=True) + 1e-20)
+        total_T1 = weights_Tk.sum(-1, keepdim=True)
+        # Sigmoids may all be next to nothing, a softmax's largest values never.
+        weights_Tk = weights_Tk / (total_T1 + 1e-20 if router.is_sigmoid else total_T1)
     return (weights_Tk if router.scale == 1.0 else weights_Tk * router.scale), experts_Tk
 
 

@@ -96,5 +96,17 @@ def _switch(value: object) -> object:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+def parse_shares(value: object) -> object:
+    """`3,1`: whole numbers above 0; a list in a file."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        return value
+    shares = tuple(int(text) if (text := str(item).strip()).isdecimal() else 0 for item in items)
+    if 0 in shares:
+        raise ValueError("expected whole numbers above 0 with commas between them, such as 3,1")
+    return shares
+
+
+Shares = Annotated[tuple[int, ...], BeforeValidator(lambda value: parse_shares(() if value == "auto" else value))]
 Switch = BeforeValidator(_switch)
 Table = Annotated[tuple[tuple[int, int], ...], BeforeValidator(parse_table)]

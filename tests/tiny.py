@@ -57,6 +57,8 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
     llada has as many kv heads as query heads, llada2_moe a dense layer more.
     """
     head: dict[str, Any] = {"architectures": [(ARCHITECTURES | DIFFUSION)[model_type]], "model_type": model_type}
+    if model_type in DIFFUSION:
+        head["auto_map"] = {"AutoModel": f"modeling.{DIFFUSION[model_type]}"}  # all of them come with code
     ends = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "dtype": "float32"}
     if model_type in ("llada", "llada2_moe"):
         return head | (LLADA if model_type == "llada" else LLADA2_MOE) | ends | overrides

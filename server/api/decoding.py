@@ -14,7 +14,8 @@ from server.api.errors import MAX_MESSAGE_CHARS, ApiError, invalid, shown, unsup
 from server.api.facts import ModelFacts
 from server.api.grammar import grammar_field
 from server.api.schema import CompletionBody, DecodingFields, DenoiseBody, GenerationBody
-from server.engine.decoding import AUTOREGRESSIVE, conflict
+from server.api.speculation import asked_speculation
+from server.engine.decoding import AUTOREGRESSIVE, conflict, ordered_drafts
 from server.text.tokenizer import Tokenizer
 
 SETTINGS = ("steps", "block_size", "gen_length", "confidence", "eos")
@@ -112,6 +113,8 @@ def _made(
         )
     except BadPolicy as error:
         raise _as_api_error(error, policy) from error
+    if (misfit := model.misfit(decoding)) is not None:
+        raise _as_api_error(BadPolicy(*misfit), policy)
     if decoding.planner.name == "adablock" and not decoding.delimiters:
         message = "decoding.planner is adablock, but no token of this model ends a line; choose another planner"
         raise invalid("decoding.planner", message)
@@ -180,12 +183,8 @@ def _check_company(
     """What else the request says must be possible for a text that is not written from left to right."""
     if isinstance(body, CompletionBody) and body.echo:
         raise invalid("echo", f"echo is true, but {_why(body, decoding)}: prompts are not evaluated")
-    asked = body.speculation
-    if asked is not None:
-        orders = {"mode": asked.mode == "on", "max_tokens": asked.max_tokens is not None}
-        orders |= {"drafter": asked.drafter != "auto", "verify": asked.verify != "coupled", "tree": bool(asked.tree)}
-        for name in (name for name, is_order in orders.items() if is_order):
-            raise invalid("speculation", f"speculation.{name} asks for drafts, but {_why(body, decoding)}")
+    if (order := ordered_drafts(asked_speculation(body))) is not None:
+        raise invalid("speculation", f"speculation.{order} asks for drafts, but {_why(body, decoding)}")
     found = conflict(decoding, max_tokens == 0, body.prompt_logprobs is not None, has_grammar)
     if found is not None:
         name = grammar_field(body) if found[0] == "grammar" else found[0]

@@ -7,23 +7,22 @@ from dataclasses import dataclass, field
 from scheduler.types import DiffusionModel
 from server.api.errors import ApiError, shown
 from server.api.speculation import SpeculationFacts
-from server.text.tokenizer import Tokenizer
-
-DIFFUSION_SUFFIX = "-diffusion"
-MAX_DELIMITERS = 64
+from server.engine.decoding import DIFFUSION_SUFFIX
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """Lengths in tokens.
 
-    names        all that a request may give as `model`; the first is the default
+    names        all that a request may give as `model`, those of other models too; the first is the default
+    model        the engine's name of this one (`Request.model`)
     diffusion    how the model denoises; None = it only generates token by token
     delimiters   token ids with a line's end in them, for the planner that looks for them
     max_step     tokens of a step: a bidirectional model computes prompt and canvas in one
     """
 
     names: tuple[str, ...]
+    model: str
     model_len: int
     vocab_size: int
     eos_ids: tuple[int, ...]
@@ -62,14 +61,3 @@ def served_names(names: tuple[str, ...], diffusion: DiffusionModel | None) -> tu
                 f"this model answers under {name}{DIFFUSION_SUFFIX} too"
             )
     return (*names, *(name + DIFFUSION_SUFFIX for name in names))
-
-
-def find_delimiters(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The first token ids whose text holds a line's end, special tokens aside. Looks at the whole vocabulary."""
-    found: list[int] = []
-    for token in range(tokenizer.vocab_size):
-        if token not in tokenizer.special_ids and b"\n" in tokenizer.token_bytes(token, is_kept=False):
-            found.append(token)
-            if len(found) == MAX_DELIMITERS:
-                break
-    return tuple(found)

@@ -128,7 +128,7 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": cached},
             **speculation_usage(
                 self.call.checked.body,
-                bool(self._services.engine.info.drafters) and not self.is_denoised,
+                bool(self._services.info.drafters) and not self.is_denoised,
                 sum((choice.speculation for choice in self.choices), start=SpeculationUsage()),
             ),
             **(decoding_usage(self._denoising(), num_output) if self.is_denoised else {}),
@@ -139,7 +139,7 @@ class Generation:
 
     def shown_snapshot(self, piece: Piece) -> dict[str, Any]:
         """The block of a piece that has one, for whoever watches."""
-        diffusion = self._services.engine.info.diffusion
+        diffusion = self._services.info.diffusion
         assert diffusion is not None
         assert piece.snapshot is not None
         num_prompt = len(self.choices[piece.index].prompt.ids)
@@ -183,7 +183,7 @@ class Generation:
     def _note_undrafted(self) -> None:
         if self.is_denoised:
             return
-        if not self._services.engine.info.drafters:
+        if not self._services.info.drafters:
             self._metrics.count_undrafted("server")
         elif self.call.requests[0].speculation.mode is SpeculationMode.OFF:
             self._metrics.count_undrafted("request")

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 
 from scheduler.types import StepStats
 from server.api.services import Services
@@ -58,11 +57,16 @@ async def _measure_lag(services: Services) -> None:
         services.metrics.observe_lag(max(0.0, time.monotonic() - before - LAG_INTERVAL_S))
 
 
+def _totals(services: Services) -> StepTotals:
+    """Of all models together, as a value that no step changes."""
+    return sum((its.metrics.totals for its in services.all), start=StepTotals())
+
+
 async def _report(services: Services) -> None:
-    before, at = replace(services.metrics.totals), time.monotonic()
+    before, at = _totals(services), time.monotonic()
     while True:
         await asyncio.sleep(services.settings.status_interval_s)
-        totals, now = replace(services.metrics.totals), time.monotonic()
+        totals, now = _totals(services), time.monotonic()
         line = status_line(before, totals, now - at, services.engine.stats)
         before, at = totals, now
         if line is not None:

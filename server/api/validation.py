@@ -14,7 +14,7 @@ from server.api.decoding import read_decoding
 from server.api.errors import invalid
 from server.api.facts import ModelFacts, check_model
 from server.api.grammar import read_grammar
-from server.api.lengths import DEFAULT_COMPLETION_TOKENS, check_prompt_bytes, fitting_max_tokens, truncated
+from server.api.lengths import check_prompt_bytes, fitting_max_tokens, truncated
 from server.api.prompts import RawPrompt, read_prompts
 from server.api.sampling import check_ids, check_numbers, check_range, check_stop, make_sampling
 from server.api.schema import ChatBody, CompletionBody, GenerationBody
@@ -123,11 +123,8 @@ def _check(
         if limits.max_output_tokens is not None and max_tokens > limits.max_output_tokens:
             message = f"max_tokens is {max_tokens}, but this server gives at most {limits.max_output_tokens}"
             raise invalid("max_tokens", message)
-    check_range(
-        "min_tokens", body.min_tokens, 0, DEFAULT_COMPLETION_TOKENS if _is_default(body, max_tokens) else 1 << 62
-    )
-    if max_tokens is not None and body.min_tokens > max_tokens:
-        raise invalid("min_tokens", f"min_tokens is {body.min_tokens}, but max_tokens is only {max_tokens}")
+    check_range("min_tokens", body.min_tokens, 0, 1 << 62)
+    _check_min(body, max_tokens)
     num_choices = len(prompts) * body.n
     most = min(limits.max_choices, facts.max_choices)
     if num_choices > most:
@@ -152,8 +149,9 @@ def _check(
     )
 
 
-def _is_default(body: GenerationBody, max_tokens: int | None) -> bool:
-    return max_tokens is None and isinstance(body, CompletionBody)
+def _check_min(body: GenerationBody, max_tokens: int | None) -> None:
+    if max_tokens is not None and body.min_tokens > max_tokens:
+        raise invalid("min_tokens", f"min_tokens is {body.min_tokens}, but max_tokens is only {max_tokens}")
 
 
 def _check_salt(salt: str | None, limits: Limits) -> None:
@@ -192,6 +190,7 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
         if not ids:
             raise invalid("prompt", "the prompt has no tokens; give at least one (an empty prompt cannot be continued)")
         max_tokens = fitting_max_tokens(len(ids), checked.max_tokens, is_chat, facts, limits, decoding)
+        _check_min(body, max_tokens)
         prompts.append(Prompt(tuple(ids), raw.text if body.truncate_prompt_tokens is None else None))
         for i in range(body.n):
             request_id = f"{call_id}-{p * body.n + i}"
@@ -205,13 +204,15 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
                     priority=body.priority,
                     cache_salt=salt,
                     speculation=speculation,
+                    model=facts.model,
                     decoding=decoding,
                 )
             )
     total = sum(len(prompt.ids) for prompt in prompts)
     if total > facts.max_queued_tokens:
         raise invalid("prompt", f"the prompts have {total} tokens together, the limit is {facts.max_queued_tokens}")
-    call = Call(checked, tuple(prompts), tuple(requests), _stop_conditions(checked))
+    stop = StopConditions(checked.stop, body.include_stop_str_in_output, body.min_tokens)
+    call = Call(checked, tuple(prompts), tuple(requests), stop)
     if call.num_logprobs > limits.max_logprob_entries:
         name = "logprobs" if checked.logprobs is not None else "prompt_logprobs"
         raise invalid(

@@ -1,4 +1,5 @@
-"""When deltas cross to the front end, and the joining of several deltas of one request into one.
+"""When deltas cross to the front end, the joining of several deltas of one request into one, and of several models'
+gauges.
 
 A message costs the front end a wake-up, and each delta a detokenizer call and a socket write, on cores that the step
 needs. Steps faster than the interval therefore share a message; a first token, a snapshot and an end never wait.
@@ -7,6 +8,7 @@ needs. Steps faster than the interval therefore share a message; a first token, 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from scheduler.types import DecodingUsage, Delta, SpeculationUsage, StepStats
 from server.engine.link import Update
@@ -41,6 +43,22 @@ def _sum_of(usages: list[SpeculationUsage]) -> SpeculationUsage | None:
 
 def _decoding_of(usages: list[DecodingUsage]) -> DecodingUsage | None:
     return sum(usages, start=DecodingUsage()) if usages else None
+
+
+def together(steps: Iterable[StepStats]) -> StepStats:
+    """The last step of each model as one value: gauges are summed, counts are of the latest."""
+    last = list(steps)
+    if len(last) < 2:
+        return last[0] if last else StepStats()
+    return replace(
+        last[-1],
+        num_running=sum(stats.num_running for stats in last),
+        num_waiting=sum(stats.num_waiting for stats in last),
+        pages_used=sum(stats.pages_used for stats in last),
+        pages_cached=sum(stats.pages_cached for stats in last),
+        pages_total=sum(stats.pages_total for stats in last),
+        oldest_waiting_s=max(stats.oldest_waiting_s for stats in last),
+    )
 
 
 class Outgoing:

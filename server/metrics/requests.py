@@ -74,22 +74,43 @@ class Metrics:
     """All metrics, in a registry of their own (several servers can live in one process, as tests do).
 
     drafters, max_drafts   of the engine, for the labels of its drafts
+    beside   of another model of the same server: its registry, and its metrics of HTTP, are these
     """
 
+    _make: Families
+    _auth_failures: Counter
+    _lag: Histogram
+    _http: Counter
+    _http_s: Histogram
+
     def __init__(
-        self, model_name: str, model_len: int = 8192, drafters: Sequence[str] = (), max_drafts: int = 8
+        self,
+        model_name: str,
+        model_len: int = 8192,
+        drafters: Sequence[str] = (),
+        max_drafts: int = 8,
+        beside: Metrics | None = None,
     ) -> None:
         disable_created_metrics()  # a timestamp per series would double the scrape
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        make = Families(self.registry, model_name)
+        if beside is None:
+            self.registry = CollectorRegistry()
+            ProcessCollector(registry=self.registry)
+        else:
+            self.registry = beside.registry
+        self._make = Families(self.registry, model_name, None if beside is None else beside._make)
+        make = self._make
         self._steps = StepMetrics(make)
         self._speculation = SpeculationMetrics(make, drafters, max_drafts)
         self._denoising = DenoisingMetrics(make)
         self._make_engine_metrics(make)
         self._make_request_metrics(make, length_buckets(model_len))
         self._make_latency_metrics(make)
-        self._make_http_metrics(make)
+        self._make_edge_metrics(make)
+        if beside is None:
+            self._make_http_metrics(make)
+        else:
+            self._auth_failures, self._lag = beside._auth_failures, beside._lag
+            self._http, self._http_s = beside._http, beside._http_s
 
     @property
     def totals(self) -> StepTotals:
@@ -128,7 +149,7 @@ class Metrics:
         self._decode_s = make.histogram("vllm:request_decode_time_seconds", "Time in decode", REQUEST_BUCKETS)
         self._inference_s = make.histogram("vllm:request_inference_time_seconds", "Prefill and decode", REQUEST_BUCKETS)
 
-    def _make_http_metrics(self, make: Families) -> None:
+    def _make_edge_metrics(self, make: Families) -> None:
         self._rejected = {
             reason: make.counter("vllm:admission_rejections", "Requests refused for load", reason=reason)
             for reason in REJECTIONS
@@ -138,6 +159,8 @@ class Metrics:
             for stage in ABORT_STAGES
             for cause in ABORT_CAUSES
         }
+
+    def _make_http_metrics(self, make: Families) -> None:
         self._auth_failures = make.counter("braid_auth_failures", "Requests without a valid key")
         self._lag = make.histogram("braid_event_loop_lag_seconds", "How late the event loop runs", LAG_BUCKETS)
         # These two carry no model label: that is how the instrumentators that dashboards know write them.

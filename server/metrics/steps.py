@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from scheduler.types import StepStats
 from server.metrics.families import Families
@@ -23,6 +23,10 @@ class StepTotals:
     drafted: int = 0
     accepted: int = 0
     denoised: int = 0
+
+    def __add__(self, other: StepTotals) -> StepTotals:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return StepTotals(*(mine + its for mine, its in pairs))
 
 
 class StepMetrics:

@@ -60,7 +60,9 @@ class ModelConfig:
     windows       per layer: sliding window in tokens, the token itself included, or None
     dtype         as published, None where the file does not say; of a loaded model: what it runs in
     eos_token_ids config.json's and generation_config.json's together
-    mask_token_id, block_size  of checkpoints that denoise (block_size: of bidirectional ones a default)
+    mask_token_id, block_size  of checkpoints that denoise
+    block_size_is_default  nothing fixes the block size: the model is bidirectional, or its file does not say (the
+                   family's usual one is stated then)
     bidirectional  it denoises a whole canvas: every row sees every key; else rows see blocks up to their own
     logit_shift    1: when it denoises, row i answers for token i + 1
     is_causal      it generates token by token, too
@@ -91,6 +93,7 @@ class ModelConfig:
     pad_token_id: int | None = None
     mask_token_id: int | None = None
     block_size: int | None = None
+    block_size_is_default: bool = False
     bidirectional: bool = False
     logit_shift: int = 0
     is_causal: bool = True

@@ -22,8 +22,11 @@ def denoising(
     eos_token_id: int | None = None,
     bidirectional: bool = False,
     logit_shift: int = 0,
+    block_size_name: str = "block_size",
 ) -> ModelConfig:
     """`config` of a model that denoises and does not generate token by token; ids and size where `raw` has none.
+
+    block_size_name  the entry of config.json that has the block size
 
     Raises CheckpointError if an id is outside the vocabulary, or a layer has a sliding window: nobody has published
     what it means to rows that see keys behind them.
@@ -34,6 +37,7 @@ def denoising(
             "is not supported"
         )
     mask = config.mask_token_id if config.mask_token_id is not None else mask_token_id
+    stated = Fields(raw).integer(block_size_name) if raw.get(block_size_name) is not None else None
     ends = config.eos_token_ids or (() if eos_token_id is None else (eos_token_id,))
     within_vocab("mask_token_id", (mask,), config.vocab_size)
     if mask in ends:
@@ -41,7 +45,8 @@ def denoising(
     return replace(
         config,
         mask_token_id=mask,
-        block_size=Fields(raw).integer("block_size", default=block_size),
+        block_size=block_size if stated is None else stated,
+        block_size_is_default=bidirectional or stated is None,
         eos_token_ids=within_vocab("eos_token_id", ends, config.vocab_size),
         bidirectional=bidirectional,
         logit_shift=logit_shift,

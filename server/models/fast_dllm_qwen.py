@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.models import qwen2
-from server.models.config import Fields, ModelConfig
+from server.models.config import ModelConfig
 from server.models.diffusion import denoising
 
 MASK, END_OF_TURN, BLOCK = 151665, 151645, 32
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
-    block_size = Fields(raw).integer("bd_size", default=BLOCK)
     return denoising(
         qwen2.read_config(raw),
         raw,
         mask_token_id=MASK,
-        block_size=block_size,
+        block_size=BLOCK,
         eos_token_id=END_OF_TURN,
         logit_shift=1,
+        block_size_name="bd_size",
     )

@@ -188,10 +188,24 @@ class SparseMlp:
         return x_TH + ops.moe(normed_TH, router_TE, self._router, self._gate_up, self._down)
 
 
+class LayerOps(Protocol):
+    """The part of `Ops` that runs layers. Methods as there."""
+
+    def attention_block(
+        self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
+    ) -> Tensor: ...
+
+    def dense_layers(
+        self, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
+    ) -> Tensor: ...
+
+
 class DenseRun:
     """Layers in order, all with dense MLPs: one call of the back end."""
 
-    def __init__(self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, MlpBlock]], ops: Ops) -> None:
+    def __init__(
+        self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, MlpBlock]], ops: LayerOps
+    ) -> None:
         self.indices = indices
         self._layers, self._ops = DenseLayers(tuple(layers)), ops
 
@@ -202,11 +216,16 @@ class DenseRun:
         kept = [layer for index, layer in zip(self.indices, self._layers.layers, strict=True) if index in indices]
         return DenseRun(indices, kept, self._ops)
 
+    def through(self, ops: LayerOps) -> DenseRun:
+        return DenseRun(self.indices, self._layers.layers, ops)
+
 
 class SparseRun:
     """Layers in order, all with experts."""
 
-    def __init__(self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, SparseMlp]], ops: Ops) -> None:
+    def __init__(
+        self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, SparseMlp]], ops: LayerOps
+    ) -> None:
         self.indices = indices
         self._layers, self._ops = layers, ops
 
@@ -218,6 +237,9 @@ class SparseRun:
     def subset(self, indices: Sequence[int]) -> SparseRun:
         kept = [layer for index, layer in zip(self.indices, self._layers, strict=True) if index in indices]
         return SparseRun(indices, kept, self._ops)
+
+    def through(self, ops: LayerOps) -> SparseRun:
+        return SparseRun(self.indices, self._layers, ops)
 
 
 def layer_runs(config: ModelConfig, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> list[DenseRun | SparseRun]:
@@ -263,6 +285,12 @@ class Decoder:
         """The same weights running these layers alone; its `forward` takes the pages of all layers, too."""
         part = copy.copy(self)
         part._runs = [run.subset(kept) for run in self._runs if (kept := [i for i in run.indices if i in layers])]
+        return part
+
+    def through(self, ops: LayerOps) -> Decoder:
+        """The same weights whose layers run through `ops`, which has them from the back end that packed them."""
+        part = copy.copy(self)
+        part._runs = [run.through(ops) for run in self._runs]
         return part
 
     def logits(self, hidden_JH: Tensor) -> Tensor:

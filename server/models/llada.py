@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from server.models.config import Fields, ModelConfig, common_config, with_defaults
+from server.models.config import CheckpointError, Fields, ModelConfig, common_config, with_defaults
 from server.models.diffusion import denoising
 
 MASK, END_OF_TEXT, BLOCK = 126336, 126081, 32
@@ -56,6 +56,10 @@ _ONLY: Mapping[str, Any] = MappingProxyType(
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     fields = with_defaults(raw, DEFAULTS)
+    if fields.get("num_experts") is not None:
+        raise CheckpointError(
+            "config.json: num_experts is set; LLaDA-MoE, published under the same model_type, is not supported"
+        )
     fields.expect(_ONLY)
     config = common_config({**fields.raw, **_in_our_words(fields)})
     return denoising(config, raw, mask_token_id=MASK, block_size=BLOCK, eos_token_id=END_OF_TEXT, bidirectional=True)

@@ -26,7 +26,7 @@ from server.models import (
     sdar_moe,
 )
 from server.models.config import CheckpointError, ModelConfig, read_raw
-from server.models.layers import Decoder, Weights
+from server.models.layers import Decoder, LayerOps, Weights
 from server.models.rope import rotary_table
 
 ReadConfig = Callable[[Mapping[str, Any]], ModelConfig]
@@ -77,6 +77,10 @@ class Model(Protocol):
 
     def subset(self, layers: Collection[int]) -> Model:
         """The same weights running only these layers; `forward` takes the pages of all layers all the same."""
+        ...
+
+    def through(self, ops: LayerOps) -> Model:
+        """The same weights whose layers run through `ops`: a wrapper of the back end that packed them."""
         ...
 
 

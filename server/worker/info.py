@@ -35,11 +35,11 @@ class WorkerInfo:
 def diffusion_model(config: ModelConfig, asked: int | None) -> DiffusionModel | None:
     """How a model of this configuration denoises; None = it does not.
 
-    asked  the block size where the checkpoint leaves it open: it says none, or it is bidirectional and has a default
+    asked  the block size where the checkpoint leaves it open: it says none, or the model is bidirectional
     Raises ValueError for a block size that the model cannot have.
     """
-    block = asked if config.block_size is None or config.bidirectional else config.block_size
-    block = config.block_size if block is None else block
+    is_open = config.block_size is None or config.block_size_is_default
+    block = asked if is_open and asked is not None else config.block_size
     if config.mask_token_id is None or block is None:
         if asked is not None:
             raise ValueError(f"denoise-block-size is {asked}, but this model has no mask token and cannot denoise")

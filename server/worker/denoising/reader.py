@@ -174,21 +174,25 @@ class DenoiseReader:
 
         verdicts = None
         if block.decoding.selector.name == "learn2pd":
-            verdicts = self._verdicts(block, stats)[positions[rows] - block.denoise.lo]
+            verdicts = self._verdicts(block, stats, positions[rows])
         # With a grammar only the leftmost mask has a row, so that its quota is one whatever was asked.
         quota = max(1, block.denoise.quota)
         return Masks(positions[rows], confidence, margin, entropy, quota, block.denoise.threshold, noise, verdicts)
 
-    def _verdicts(self, block: Block, stats: RowStats) -> NDArray[np.float32]:
-        size = block.denoise.hi - block.denoise.lo
-        targets = [row.target - block.denoise.lo for row in (*block.rows, *block.fixed)]
-        if self._learnt is None or self._learnt.block_size != size or len(targets) != size:
-            raise ValueError(
-                f"span of sequence {block.span.seq_id} has {len(targets)} judged rows for learn2pd in a block of {size}"
-            )
-        confidences = np.zeros(size, dtype=np.float32)
-        confidences[targets] = stats.top[: len(targets)]
-        return self._learnt(confidences)
+    def _verdicts(self, block: Block, stats: RowStats, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The filter's word on each of `positions`. It reads the confidences of a whole block: of the judged rows.
+
+        A canvas that was cut (EoTP) may end inside the block. Departure: what would stand behind counts as sure.
+        """
+        targets = np.array([row.target for row in (*block.rows, *block.fixed)], dtype=np.int64)
+        first, size, learnt = int(targets.min()), int(np.ptp(targets)) + 1, self._learnt
+        is_whole = learnt is not None and (size == learnt.block_size or first + size == block.denoise.hi)
+        if learnt is None or targets.size != size or not is_whole or size > learnt.block_size:
+            raise ValueError(f"span of sequence {block.span.seq_id} judges {targets.tolist()} for learn2pd: no block")
+        confidences = np.ones(learnt.block_size, dtype=np.float32)
+        confidences[targets - first] = stats.top[: targets.size]
+        verdicts: NDArray[np.float32] = learnt(confidences)[positions - first]
+        return verdicts
 
     def _edits(self, block: Block, stats: RowStats) -> list[Change]:
         if block.decoding.selector.name != "edit":

@@ -13,7 +13,7 @@ from scheduler.types import (
     EosRule,
     SpeculationMode,
 )
-from server.api.facts import find_delimiters, served_names
+from server.api.facts import served_names
 from server.api.settings import ApiSettings
 from tests.server.api.denoising import BC, CANVAS, DUAL, FB, ONLY, PATHS, ask, denoised, denoising, refused, submitted
 from tests.server.api.fake_engine import MODEL_LEN, byte_tokenizer
@@ -242,9 +242,10 @@ def test_a_constraint_is_read_from_left_to_right(dual: Server, fields: dict[str,
         assert param == field
         assert "needs the selector sequential" in message
         assert "decoding.policy" in message
-    param, message = refused(dual, decoding={"selector": "sequential", "stopper": "prophet"}, **fields)
-    assert param == field
-    assert "stopper prophet" in message
+    for more, why in (({"stopper": "prophet"}, "stopper prophet"), ({"steps": 4}, "decoding.steps")):
+        param, message = refused(dual, decoding={"selector": "sequential", **more}, **fields)
+        assert param == field
+        assert why in message
     free = {"response_format": {"type": "text"}}
     assert denoised(dual, model="tiny-diffusion", **free).selector.name == "auto"
 
@@ -316,8 +317,9 @@ def test_a_canvas_that_cannot_be_had_is_refused(
 
 def test_line_ends_are_found_in_the_vocabulary() -> None:
     tokenizer = byte_tokenizer()
-    assert find_delimiters(tokenizer) == (198,)
-    assert tokenizer.token_bytes(198) == b"\n"
+    newline = tokenizer.encode("\n", add_special_tokens=False)[0]
+    assert tokenizer.line_end_ids(64) == (newline,)
+    assert tokenizer.line_end_ids(0) == ()
 
 
 def test_the_openapi_document_lists_the_parameters() -> None:

@@ -156,7 +156,7 @@ def _grouped_experts(config: dict[str, Any], get: Get, name: str, y_TH: Tensor) 
         size = groups.shape[1]
         allowed = [expert for group in best for expert in range(group * size, (group + 1) * size)]
         chosen = sorted(allowed, key=lambda expert: -float(ranks[expert]))[: config["num_experts_per_tok"]]
-        total = scores[chosen].sum() + 1e-20
+        total = scores[chosen].sum() + 1e-20 if len(chosen) > 1 else 1.0
         routed = sum(
             scores[expert] / total * config["routed_scaling_factor"] * gated_hf(y, get, f"{name}.experts.{expert}")
             for expert in chosen
