@@ -69,7 +69,8 @@ class DenseLinear:
         return self.weight_NK.nbytes + (0 if self.bias_N is None else self.bias_N.nbytes)
 
 
-def _dense(weight: PackedLinear) -> DenseLinear:
+def dense_weight(weight: PackedLinear) -> DenseLinear:
+    """The weight, if this back end (or one that multiplies with torch) packed it; TypeError otherwise."""
     if not isinstance(weight, DenseLinear):
         raise TypeError(f"this weight was packed by another back end ({type(weight).__name__})")
     return weight
@@ -95,12 +96,12 @@ class ReferenceOps:
         return DenseLinear(weight_NK.contiguous(), bias_N)
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
-        dense = _dense(weight)
+        dense = dense_weight(weight)
         y_TN = F.linear(x_TK, dense.weight_NK, dense.bias_N)
         return y_TN if residual_TN is None else y_TN + residual_TN
 
     def logits(self, x_JK: Tensor, weight: PackedLinear) -> Tensor:
-        dense = _dense(weight)
+        dense = dense_weight(weight)
         x_JK = x_JK.float()
         tiles = [F.linear(x_JK, tile.float()) for tile in torch.split(dense.weight_NK, LOGITS_TILE)]
         logits_JV = torch.cat(tiles, dim=1)
@@ -302,6 +303,32 @@ def _seen_in_trees(rows: AttentionRows, tiles: Tensor, index: Tensor, window: in
     inside = bits.gather(2, offset.clamp(0, 63)) & (offset < 64)
     is_tree = (rows.tree[tiles] != 0).unsqueeze(2)
     return seen.where(~is_tree | (offset < 0), inside)
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What `row_statistics` finds, each [J]: float32, `best_id` int64."""
+
+    best_id: Tensor
+    best: Tensor
+    second: Tensor
+    lse: Tensor
+    entropy: Tensor
+    logit: Tensor
+
+
+def row_statistics(logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
+    """Of each row: the best id (the lowest of equals), two greatest logits, log-sum-exp, entropy in nats, id's logit.
+
+    -inf marks banned ids; at least one id of each row must be allowed. A second best is -inf where only one id is.
+    Probability of an id: exp(logit - lse). The triton back end needs no [rows, vocabulary] copy for them.
+    """
+    logits = logits_JV.float()
+    log_probs = torch.log_softmax(logits, dim=-1)
+    best, best_id = logits.max(dim=-1)
+    second = logits.scatter(1, best_id[:, None], float("-inf")).amax(dim=-1)
+    entropy = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+    return RowStatistics(best_id, best, second, logits.logsumexp(-1), entropy, logits.gather(1, ids_J[:, None])[:, 0])
 
 
 def gumbel_noise(

@@ -105,7 +105,14 @@ ALLOWED: dict[str, set[str]] = {
     # The step-time benchmark runs the engine's own parts in-process.
     "server.bench.steps": {"torch", "tqdm", "kernels", "scheduler", "server.models", "server.worker", "server.engine"},
     # So does the quality benchmark of denoising, on the tasks of the embedded models.
-    "server.bench.parallel": {"tqdm", "matplotlib", "scheduler", "server.engine", "server.embedded.tasks"},
+    "server.bench.parallel": {
+        "tqdm",
+        "matplotlib",
+        "scheduler",
+        "server.engine",
+        "server.embedded.tasks",
+        "server.embedded.canvases",
+    },
 }
 
 # Only functions may import these: at the top they would slow every start or be missing on a plain install.

@@ -111,41 +111,41 @@ def canvas_length(request: Request, asked: Diffusion, model: DiffusionModel, max
     """
     size = block_size_of(asked, model)
     wanted = -(-request.max_tokens // size) * size if asked.gen_length is None else asked.gen_length
-    return min(wanted, max_model_len - len(request.prompt))
+    return min(wanted, max_model_len - num_shadows(asked, model) - len(request.prompt))
+
+
+def num_shadows(asked: Diffusion, model: DiffusionModel) -> int:
+    """Rows behind the canvas that stand for a block's own (WINO)."""
+    return block_size_of(asked, model) if asked.selector.name == "wino" else 0
 
 
 def refuse_canvas(request: Request, asked: Diffusion, model: DiffusionModel, limits: Limits) -> Fault | None:
-    """A 400 for a canvas that can never be computed. The request has passed `admission.refuse_impossible`."""
+    """A 400 for a canvas that can never be computed, or that the method has no rows for."""
     num_prompt, size = len(request.prompt), block_size_of(asked, model)
-    if request.max_tokens < 1:
-        return Fault(400, f"max_tokens is {request.max_tokens}; a model that fills a canvas needs 1", "max_tokens")
-    if request.sampling.prompt_logprobs is not None:
-        return Fault(400, "a bidirectional model gives no log-probabilities of the prompt", "prompt_logprobs")
     if asked.gen_length is not None and (asked.gen_length < 1 or asked.gen_length % size):
-        return Fault(
-            400, f"gen_length is {asked.gen_length}; it must be a multiple of block_size ({size})", "gen_length"
-        )
-    if asked.gen_length is not None and num_prompt + asked.gen_length > limits.max_model_len:
-        most = limits.max_model_len - num_prompt
-        return Fault(
-            400,
-            f"gen_length is {asked.gen_length}, but behind this prompt the context has room for {most}",
-            "gen_length",
-        )
-    total = num_prompt + canvas_length(request, asked, model, limits.max_model_len)
+        message = f"gen_length is {asked.gen_length}; it must be a multiple of block_size ({size})"
+        return Fault(400, message, "gen_length")
+    most = limits.max_model_len - num_shadows(asked, model) - num_prompt
+    if (asked.gen_length or 1) > most:
+        message = f"behind this prompt the context has room for {max(0, most)} tokens of the {asked.gen_length or 1}"
+        return Fault(400, message, "prompt" if asked.gen_length is None else "gen_length")
+    if asked.selector.name == "wino" and asked.planner.name not in ("fixed", "sub_blocks"):
+        message = f"selector is wino, which goes with planner fixed or sub_blocks here, not {asked.planner.name}"
+        return Fault(400, message, "decoding.planner")
+    length = canvas_length(request, asked, model, limits.max_model_len)
+    if len(request.output) >= length:
+        message = f"output has {len(request.output)} tokens already and the canvas has {length}"
+        return Fault(400, message, "max_tokens")
+    total, room = num_prompt + length + num_shadows(asked, model), limits.num_pages * limits.page_size
     if total > limits.max_batched_tokens:
-        return Fault(
-            400,
+        message = (
             f"prompt and canvas have {total} tokens, and this model computes them all in one step, which holds "
-            f"{limits.max_batched_tokens}. Reduce max_tokens or the prompt, or serve with a larger max_batched_tokens.",
-            "max_tokens" if num_prompt < limits.max_batched_tokens else "prompt",
+            f"{limits.max_batched_tokens}. Reduce max_tokens or the prompt, or serve with a larger max_batched_tokens."
         )
-    pages = -(-total // limits.page_size)
-    if pages > limits.num_pages:
-        room = limits.num_pages * limits.page_size
-        return Fault(
-            400, f"prompt and canvas need KV for {total} tokens, but the whole KV cache holds {room}", "max_tokens"
-        )
+        return Fault(400, message, "max_tokens" if num_prompt < limits.max_batched_tokens else "prompt")
+    if total > room:
+        message = f"prompt and canvas need KV for {total} tokens, but the whole KV cache holds {room}"
+        return Fault(400, message, "max_tokens" if num_prompt < room else "prompt")
     return None
 
 

@@ -6,8 +6,10 @@ from scheduler.decoding.autoregressive import Autoregressive
 from scheduler.decoding.base import Decoding
 from scheduler.decoding.block import refuse_blocks
 from scheduler.decoding.block_diffusion import BlockDiffusion
+from scheduler.decoding.canvas import refuse_canvas
+from scheduler.decoding.full_diffusion import FullDiffusion
 from scheduler.sequence import Sequence
-from scheduler.types import DiffusionModel, Fault, Limits, Request
+from scheduler.types import DiffusionModel, Fault, Limits, Request, Topology
 
 
 def refuse_decoding(request: Request, limits: Limits, model: DiffusionModel | None) -> Fault | None:
@@ -27,7 +29,8 @@ def refuse_decoding(request: Request, limits: Limits, model: DiffusionModel | No
         return Fault(400, "denoising gives no log-probabilities of the prompt", "prompt_logprobs")
     if (misfit := model.misfit(request.decoding)) is not None:
         return Fault(400, misfit[1], f"decoding.{misfit[0]}")
-    return refuse_blocks(request, request.decoding, model, limits)
+    refuse = refuse_canvas if model.topology is Topology.BIDIRECTIONAL else refuse_blocks
+    return refuse(request, request.decoding, model, limits)
 
 
 def make_decoding(seq: Sequence, limits: Limits, model: DiffusionModel | None) -> Decoding:
@@ -35,4 +38,5 @@ def make_decoding(seq: Sequence, limits: Limits, model: DiffusionModel | None) -
     if seq.request.decoding is None:
         return Autoregressive(seq, limits.max_model_len)
     assert model is not None, "a request to denoise came to a model that cannot"
-    return BlockDiffusion(seq, limits.max_model_len, model)
+    machine = FullDiffusion if model.topology is Topology.BIDIRECTIONAL else BlockDiffusion
+    return machine(seq, limits.max_model_len, model)

@@ -24,6 +24,7 @@ from scheduler.decoding.canvas import (
     drawn_order,
     judged_positions,
     make_span,
+    num_shadows,
 )
 from scheduler.decoding.windows import plan_window
 from scheduler.sequence import Sequence
@@ -96,7 +97,7 @@ class FullDiffusion:
     @property
     def reach(self) -> int:
         """Pages for everything from the first step on; shadows stand behind the canvas (WINO)."""
-        return self._canvas.end + (self._block_size if self._asked.selector.name == "wino" else 0)
+        return self._canvas.end + num_shadows(self._asked, self._model)
 
     @property
     def least_rows(self) -> int:

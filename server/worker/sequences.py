@@ -82,7 +82,6 @@ class SequenceState:
     slot        its row of the page table
     history     prompt and output tokens; a span's tokens are put in at its start, drafts only once they are accepted,
                 a block's only once a span brings them as clean ones: before its own block
-    scattered   {position: token} brought behind the history's end, of bidirectional caches
     num_pages   entries of its page-table row in use; pages_step is the step that last added some
     failure     set when its grammar cannot be used: it ends with this message when its row is read
     draft_q     float32 [drafts, V]: what a drafter that samples drew its last offer from; it sets this. None = its
@@ -103,7 +102,6 @@ class SequenceState:
     failure: str | None = None
     draft_q: Tensor | None = None
     draft_q_at: dict[int, Tensor] = field(default_factory=dict)
-    scattered: dict[int, int] = field(default_factory=dict)
     num_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,18 +125,9 @@ class SequenceState:
     def _put_clean(self, span: Span, lo: int) -> None:
         """Enter the tokens before the block; the history ends there, whatever the block holds.
 
-        Where only some rows are brought, a token may come before its neighbours do: it waits in `scattered`.
+        A span that brings only some rows is of a canvas, and what is before that is the prompt.
         """
-        if span.positions:
-            for position, token in zip(span.positions, span.tokens, strict=False):
-                if position < len(self.history):
-                    self.history[position] = token
-                else:
-                    self.scattered[position] = token
-            while len(self.history) < lo and len(self.history) in self.scattered:
-                self.history.append(self.scattered.pop(len(self.history)))
-        elif span.start < lo and span.start <= len(self.history):
-            self.scattered.clear()
+        if not span.positions and span.start < lo and span.start <= len(self.history):
             clean = span.tokens[: lo - span.start]
             self.history[span.start : span.start + len(clean)] = clean
         del self.history[lo:]

@@ -27,7 +27,7 @@ def test_lladas_quotas_are_even_with_the_larger_ones_first() -> None:
 
 
 REFUSED = [
-    ({"max_tokens": 0}, {}, "max_tokens is 0"),
+    ({"prompt": 64, "max_tokens": 4}, {}, "room for 0"),
     ({}, {"gen_length": 6}, "multiple of block_size"),
     ({}, {"gen_length": 64}, "room for 59"),
     ({"max_tokens": 40}, {}, "45 tokens"),

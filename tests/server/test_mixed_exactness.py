@@ -40,8 +40,9 @@ def requests() -> list[Request]:
         policy = None if i % 3 == 0 else POLICIES[i % len(POLICIES)]
         decoding = None
         if policy is not None:
-            values = {"delimiters": (203, 10)} if policy == "adablock" else {}
-            decoding = make_diffusion(policy, Topology.BLOCK_CAUSAL, **values)
+            decoding = make_diffusion(
+                policy, Topology.BLOCK_CAUSAL, delimiters=(203, 10) if policy == "adablock" else ()
+            )
         made.append(
             Request(
                 f"r{i}",

@@ -1,0 +1,1 @@
+"""The CUDA back end of `Ops`: our own Triton kernels; `ops.TritonOps` is its face."""

@@ -1,0 +1,150 @@
+"""`TritonOps`: the CUDA back end of `Ops`. Our kernels for all but the products, which are cuBLAS's through torch.
+
+Runs on CPU tensors too where Triton interprets (TRITON_INTERPRET=1), which is for tests: thousands of times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
+from kernels.ops import AttentionRows, PackedLinear
+from kernels.reference import DenseLinear, ReferenceOps, RowStatistics, dense_weight
+from kernels.routing import Router
+from kernels.triton.move import move_kv
+from kernels.triton.norm import add_rms_norm, rms_norm
+from kernels.triton.paged import PagedAttention
+from kernels.triton.rope import qkv_rope_write
+from kernels.triton.sample import sample
+from kernels.triton.silu import silu_mul
+from kernels.triton.statistics import row_statistics
+
+
+class TritonOps:
+    """`Ops` on a CUDA device.
+
+    quantization  None, "int8" or "int4": as in `ReferenceOps`, the rounding without the saving
+    num_programs  pieces that attention's work is cut into; default: by the device's multiprocessors
+    """
+
+    def __init__(self, quantization: str | None = None, num_programs: int | None = None) -> None:
+        self._torch = ReferenceOps(quantization)
+        num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
+        self._attention = PagedAttention(num_sms, num_programs)
+        self.owns_threads = False
+        self.name = "triton" if quantization is None else f"triton-{quantization}"
+
+    def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> DenseLinear:
+        return self._torch.pack_linear(weight_NK, bias_N)
+
+    def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
+        return self._torch.linear(x_TK, weight, residual_TN)
+
+    def logits(self, x_JK: Tensor, weight: PackedLinear) -> Tensor:
+        dense = dense_weight(weight)
+        if not x_JK.is_cuda or x_JK.dtype == torch.float32:
+            return self._torch.logits(x_JK, weight)
+        # The product's float32 sums as they are: no widened copy of the head, no rounding on the way.
+        logits_JV = torch.mm(x_JK, dense.weight_NK.t(), out_dtype=torch.float32)
+        return logits_JV if dense.bias_N is None else logits_JV + dense.bias_N.float()
+
+    def embed(self, table_VH: Tensor, ids_T: Tensor) -> Tensor:
+        return self._torch.embed(table_VH, ids_T)
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        return rms_norm(x_TH, weight_H, eps)
+
+    def qkv_rope_write(
+        self,
+        qkv_TX: Tensor,
+        num_q: int,
+        num_kv: int,
+        head_dim: int,
+        cos_sin_MR: Tensor,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        rows: AttentionRows,
+    ) -> Tensor:
+        return qkv_rope_write(
+            qkv_TX, num_q, num_kv, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows
+        )
+
+    def paged_attention(
+        self,
+        q_TQD: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        rows: AttentionRows,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window)
+
+    def attention_block(
+        self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
+    ) -> Tensor:
+        return composed_attention_block(self, x_TH, block, k_pages, v_pages, rows)
+
+    def dense_layers(
+        self, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
+    ) -> Tensor:
+        """`composed_dense_layers` with each residual added in the norm that follows it."""
+        change_TH: Tensor | None = None  # what the last half layer adds to x
+        for (attention, mlp), (k_pages, v_pages) in zip(run.layers, kv, strict=True):
+            a = attention
+            normed_TH, x_TH = self._add_norm(x_TH, change_TH, a.norm_H, a.eps)
+            q_TQD = self.qkv_rope_write(
+                self.linear(normed_TH, a.qkv), a.num_q, a.num_kv, a.head_dim, a.cos_sin_MR, a.q_norm_D, a.k_norm_D,
+                a.eps, k_pages, v_pages, rows,
+            )  # fmt: skip
+            out_TQD = self.paged_attention(q_TQD, k_pages, v_pages, rows, a.scale, a.window)
+            normed_TH, x_TH = self._add_norm(x_TH, self.linear(out_TQD.flatten(1), a.out), mlp.norm_H, mlp.eps)
+            change_TH = self.linear(self.silu_mul(self.linear(normed_TH, mlp.gate_up)), mlp.down)
+        return x_TH if change_TH is None else x_TH + change_TH
+
+    def _add_norm(self, x_TH: Tensor, change_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if change_TH is None:
+            return self.rms_norm(x_TH, weight_H, eps), x_TH
+        return add_rms_norm(change_TH, x_TH, weight_H, eps)
+
+    def silu_mul(self, gate_up_TX: Tensor) -> Tensor:
+        return silu_mul(gate_up_TX)
+
+    def moe(
+        self,
+        x_TH: Tensor,
+        router_logits_TE: Tensor,
+        router: Router,
+        gate_up: Sequence[PackedLinear],
+        down: Sequence[PackedLinear],
+    ) -> Tensor:
+        return self._torch.moe(x_TH, router_logits_TE, router, gate_up, down)
+
+    def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
+        """Not of `Ops` yet: see `reference.row_statistics`."""
+        return row_statistics(logits_JV, ids_J)
+
+    def sample(
+        self,
+        logits_JV: Tensor,
+        seeds_J: Tensor,
+        sample_index_J: Tensor,
+        positions_J: Tensor,
+        greedy_J: Tensor,
+        stream: int = 0,
+    ) -> Tensor:
+        return sample(logits_JV, seeds_J, sample_index_J, positions_J, greedy_J, stream)
+
+    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+        move_kv(k_pages, v_pages, from_slots_M, to_slots_M)
+
+    def allocate_kv(
+        self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        return self._torch.allocate_kv(num_pages, page_size, num_kv, head_dim, dtype, device)
