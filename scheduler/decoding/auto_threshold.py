@@ -6,8 +6,9 @@ have changed nothing. Guesses just below the threshold are such trials for a low
 by `_FALL`, a miss raises it by `_RISE`: it settles where about one trial in twenty is a miss.
 
 Pure and deterministic: a function of the request's own past, carried from block to block, so that the crowd changes no
-text. A resubmitted request starts anew. It is ours, with no paper behind it; the trial is that of Prophet and dParallel
-(a token's argmax is mostly right long before its mask is fixed), the two steps are those of additive-increase control.
+text. A resubmitted request is denoised again from its first block, and so led to the same place. It is ours, with no
+paper behind it; the trial is that of Prophet and dParallel (a token's argmax is mostly right long before its mask is
+fixed), the two steps are those of additive-increase control.
 """
 
 from __future__ import annotations

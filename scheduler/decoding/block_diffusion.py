@@ -56,7 +56,9 @@ class BlockDiffusion:
         self._stop_ids = frozenset(request.stop_ids)
         self._wants_logprobs = request.sampling.logprobs is not None
         self._usage = _NOTHING
-        self._block = self._block_at(len(seq.tokens) // self._size * self._size)
+        # What `auto` has learnt hangs on all of its past: a resubmitted request walks through it again.
+        first = len(seq.tokens) if self._auto is None else len(request.prompt)
+        self._block = self._block_at(first // self._size * self._size)
         self._saved = self._save()
         self._prompt_end = self._block.lo
 
@@ -215,8 +217,8 @@ class BlockDiffusion:
             block.fresh_window = denoise.window
 
     def _as_emitted(self, position: int, token: int) -> int:
-        """A resubmitted request's last block is denoised again. That gives the tokens it gave; if it should not, what
-        is on a client's screen stands."""
+        """A resubmitted request's last block is denoised again, all of its blocks for `auto`. That gives the tokens it
+        gave; if it should not, what is on a client's screen stands."""
         seq = self._seq
         is_out = position < len(seq.tokens) and token != self._model.mask_id
         return seq.tokens[position] if is_out and not self._rules.is_final_late else token

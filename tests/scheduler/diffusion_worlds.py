@@ -20,7 +20,7 @@ from scheduler.types import (
     Topology,
 )
 from tests.scheduler.draft_worlds import RandomDrafter, flat_cost, random_settings, random_speculation
-from tests.scheduler.lone_diffusion import denoise_alone
+from tests.scheduler.lone_diffusion import Alone, denoise_alone
 from tests.scheduler.worlds import VOCAB, World, play, random_limits
 
 MASK = VOCAB
@@ -51,14 +51,21 @@ class DiffusionWorld(World):
     def truth(self, request: Request) -> tuple[tuple[int, ...], FinishReason, tuple[TokenLogprob, ...]]:
         if request.decoding is None:
             return super().truth(request)
-        alone = denoise_alone(request, self.limits.max_model_len, self.model, VOCAB)
+        alone = self._alone(request)
         return tuple(alone.tokens), alone.reason, ()
 
     def true_logprobs(self, request: Request, tokens: tuple[int, ...]) -> tuple[TokenLogprob, ...]:
         if request.decoding is None:
             return super().true_logprobs(request, tokens)
-        alone = denoise_alone(request, self.limits.max_model_len, self.model, VOCAB)
-        return tuple(alone.logprobs[: len(tokens)])
+        return tuple(self._alone(request).logprobs[: len(tokens)])
+
+    def _alone(self, request: Request) -> Alone:
+        """`auto` is led by all of its past, so one that is sent again gives the rest of what it would have given."""
+        max_len, num_out = self.limits.max_model_len, len(request.output)
+        if request.decoding is None or request.decoding.selector.name != "auto" or not num_out:
+            return denoise_alone(request, max_len, self.model, VOCAB)
+        whole = denoise_alone(replace(request, output=()), max_len, self.model, VOCAB)
+        return replace(whole, tokens=whole.tokens[num_out:], logprobs=whole.logprobs[num_out:])
 
 
 def num_denoise_spans(plan: StepPlan) -> int:

@@ -194,7 +194,7 @@ def test_a_preemption_before_any_step_changes_no_text(policy: str, shift: int) -
     raise AssertionError("the request did not end")
 
 
-@pytest.mark.parametrize("policy", ["threshold", "llada2_edit", "fast_dllm_v2_cache", "sdar_dynamic"])
+@pytest.mark.parametrize("policy", ["auto", "threshold", "llada2_edit", "fast_dllm_v2_cache", "sdar_dynamic"])
 def test_a_request_that_is_sent_again_goes_on_after_what_was_out(policy: str) -> None:
     request = denoising(prompt=B + 1, max_tokens=3 * B, policy=policy)
     world = make_world(is_dual=False)
