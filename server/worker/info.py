@@ -35,7 +35,7 @@ class WorkerInfo:
 def diffusion_model(config: ModelConfig, asked: int | None) -> DiffusionModel | None:
     """How a model of this configuration denoises; None = it does not.
 
-    asked  the block size where the checkpoint leaves it open: it says none, or the model is bidirectional
+    asked  the block size where the checkpoint leaves it open: it says none, or only has a default
     Raises ValueError for a block size that the model cannot have.
     """
     is_open = config.block_size is None or config.block_size_is_default

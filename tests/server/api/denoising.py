@@ -21,9 +21,9 @@ from tests.server.api.running import Server
 MASK = 259
 HELLO = tuple(byte_tokenizer().encode("hello", add_special_tokens=False))
 BC, FB = Topology.BLOCK_CAUSAL, Topology.BIDIRECTIONAL
-DUAL = DiffusionModel(MASK, 8, is_dual=True)
+DUAL = DiffusionModel(MASK, 8, is_dual=True, learnt_block=8)
 ONLY = DiffusionModel(MASK, 8)
-CANVAS = DiffusionModel(MASK, 8, FB)
+CANVAS = DiffusionModel(MASK, 8, FB, learnt_block=8)
 PATHS = ("/v1/completions", "/v1/chat/completions")
 
 

@@ -96,7 +96,8 @@ def test_a_block_size_is_taken_where_the_checkpoint_leaves_it_open() -> None:
     assert found(None, mask_token_id=5) is None
     assert found(16, mask_token_id=5) == (16, causal)
     assert found(8, mask_token_id=5, block_size=8) == found(None, mask_token_id=5, block_size=8) == (8, causal)
-    assert found(16, mask_token_id=5, block_size=8, bidirectional=True) == (16, whole)
+    fields: dict[str, Any] = {"mask_token_id": 5, "block_size": 8, "block_size_is_default": True}
+    assert found(16, **fields, bidirectional=True) == (16, whole)
     assert found(None, mask_token_id=5, block_size=8, bidirectional=True) == (8, whole)
     with pytest.raises(ValueError, match="trained on blocks of 8 tokens"):
         found(16, mask_token_id=5, block_size=8)
