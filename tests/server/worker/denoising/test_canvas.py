@@ -98,32 +98,6 @@ def test_after_a_step_of_all_rows_a_step_of_some_gives_the_same(model: TinyModel
             assert dict(a.top) == pytest.approx(dict(b.top), abs=1e-5)
 
 
-def test_tokens_that_came_one_by_one_are_known_when_the_next_block_begins(model: TinyModel) -> None:
-    """A cache may bring a fixed token once and never again; penalties of later blocks still count it."""
-    asked = request("rare", "low_confidence", {}, 5, canvas=8, parts={"cache": "dual"}, frequency_penalty=1.5)
-    worker, state = make_worker(model, diffusion=CANVAS), None
-    driver = BlockDriver(worker)
-    full = driver.generate([request("rare", "low_confidence", {}, 5, canvas=8, frequency_penalty=1.5)])[0]
-    span = next(span for span in full.spans if span.denoise is not None and span.denoise.lo == 9)
-    fresh = make_worker(model, diffusion=CANVAS)
-    first = full.spans[0]
-    fresh.run(plan_of(asked, asked.prompt, first))
-    for step, place in enumerate((7, 5, 8, 6), 2):
-        own = span._replace(
-            seq_id=1, tokens=(span.tokens[place],), positions=(place,), start=place, judged=(), read=Read.NOTHING
-        )
-        assert own.denoise is not None
-        fresh.run(StepPlan(step, (own._replace(denoise=first.denoise),)))
-    state = fresh._sequences[1]
-    assert state.history == list(asked.prompt)
-    fresh.run(StepPlan(9, (span._replace(seq_id=1, tokens=span.tokens[9:], positions=tuple(range(9, 13)), start=9,
-        judged=(0, 1, 2, 3)),)))  # fmt: skip
-    assert state.history == list(span.tokens[:9])
-    counted = state.counts
-    assert counted is not None
-    assert sum(counted.after().counts.tolist()) == 4
-
-
 def crowd() -> list[Request]:
     return [
         causal("ar", 13, 9),
