@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from scheduler.policies import make_diffusion
 from scheduler.types import (
     MASK_ALL,
     Denoised,
+    EosRule,
     FinishReason,
     Outcome,
     Read,
@@ -290,6 +292,13 @@ def test_prophet_may_fill_all_masks_at_once() -> None:
     logprobs = tuple(logprob(0, p, 7) for p in masks)
     run.take(span, Outcome(1, (7,) * 7, logprobs, denoised=Denoised(tuple(masks))))
     assert (len(run.tokens), run.forwards) == (8, 2)
+
+
+@pytest.mark.parametrize("others", [{"eos": EosRule.LAST}, {"stopper": "prophet"}, {"planner": "adablock"}])
+def test_a_random_order_is_not_drawn_beforehand_where_all_masks_are_looked_at(others: dict[str, Any]) -> None:
+    drawn = Run(request(diffusion("random"), max_tokens=16)).machine.next_span(1)
+    seen = Run(request(diffusion("random", **others), max_tokens=16)).machine.next_span(1)
+    assert (len(drawn.judged), len(seen.judged)) == (1, 16 if "stopper" in others else 4)
 
 
 def test_edits_go_on_until_a_step_changes_nothing() -> None:
