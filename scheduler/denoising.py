@@ -62,7 +62,7 @@ class Denoising:
             return
         states = [seq.denoising or self._meet(seq) for seq in seqs]
         # Where nobody decodes there is no one to protect, and all that fit take part.
-        most_passed = _MOST_PASSED if draft.num_decodes else 0
+        most_passed = _MOST_PASSED if draft.num_decodes or draft.others.stream_s else 0
         offers = [_offer(seq, state, most_passed) for seq, state in zip(seqs, states, strict=True)]
         room = self._room(draft, offers, backlog)
         seconds, bound_s = self._prices(draft, seqs)
@@ -96,18 +96,7 @@ class Denoising:
         """The time of the step with (spans, rows of them), and the longest it may be."""
         cost, features = self._budget.cost, draft.features
         mean = sum(seq.num_committed for seq in seqs) // len(seqs)
-
-        def joined(num_spans: int, rows: int) -> float:
-            return cost.predict(
-                features._replace(
-                    tokens=features.tokens + rows,
-                    decode_seqs=features.decode_seqs + num_spans,
-                    context_tokens=features.context_tokens + num_spans * mean,
-                    judged=features.judged + rows - num_spans,
-                    draft_context=features.draft_context + (rows - num_spans) * mean,
-                )
-            )
-
+        joined = cost.span_curve(features, mean)
         if not draft.num_decodes and not draft.others.stream_s:
             return joined, inf
         streams = features._replace(

@@ -75,8 +75,9 @@ SELECTORS: Methods = {
 }
 """Which masks of the window are fixed in a step; each fixes at least one."""
 
-WITH_QUOTA = {"sequential", "low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy"}
-WITH_QUOTA |= {"dynamic", "learn2pd"}
+WITH_QUOTA = frozenset(
+    {"sequential", "low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy", "dynamic"}
+) | {"learn2pd"}
 """Selectors that `Diffusion.steps` means something to."""
 
 PLANNERS: Methods = {

@@ -12,7 +12,6 @@ from itertools import pairwise
 from scheduler.decoding.base import BadOutcome
 from scheduler.decoding.windows import plan_window, quota
 from scheduler.types import (
-    MAX_TREE_NODES,
     Denoised,
     Diffusion,
     DiffusionModel,
@@ -69,15 +68,10 @@ def most_tokens(how: Diffusion, size: int, max_model_len: int) -> int:
 def refuse_blocks(request: Request, how: Diffusion, model: DiffusionModel, limits: Limits) -> Fault | None:
     """A 400 for blocks that can never be computed, or that the method has no rows for."""
     size, selector = model.block_size, how.selector.name
-    if selector in ("wino", "learn2pd") and model.shift:
-        return Fault(
-            400, f"selector is {selector}; it needs a model whose rows answer for their own tokens", "decoding"
-        )
-    if selector == "wino" and 2 * size > MAX_TREE_NODES:
-        most = MAX_TREE_NODES // 2
-        return Fault(
-            400, f"selector is wino, for blocks of at most {most} tokens; this model's have {size}", "decoding"
-        )
+    if selector == "learn2pd" and model.shift:
+        # No row of a block answers for its first token, and the filter wants all of them.
+        why = "selector is learn2pd; it needs a model whose rows answer for their own tokens"
+        return Fault(400, why, "decoding.selector")
     if 2 * size > limits.max_batched_tokens:
         return Fault(
             400,

@@ -15,7 +15,6 @@ from scheduler.decoding.caches import CacheState
 from scheduler.decoding.windows import quota
 from scheduler.types import (
     MASK_ALL,
-    MAX_TREE_NODES,
     Denoise,
     Diffusion,
     DiffusionModel,
@@ -130,13 +129,9 @@ def refuse_canvas(request: Request, asked: Diffusion, model: DiffusionModel, lim
     if (asked.gen_length or 1) > most:
         message = f"behind this prompt the context has room for {max(0, most)} tokens of the {asked.gen_length or 1}"
         return Fault(400, message, "prompt" if asked.gen_length is None else "gen_length")
-    has_blocks = asked.planner.name in ("fixed", "sub_blocks")
-    if asked.selector.name == "wino" and (model.shift or 2 * size > MAX_TREE_NODES or not has_blocks):
-        message = (
-            f"selector is wino; it needs a model whose rows answer for their own tokens, planner fixed or sub_blocks, "
-            f"and blocks of at most {MAX_TREE_NODES // 2} tokens, not {size}"
-        )
-        return Fault(400, message, "decoding")
+    if asked.selector.name == "wino" and asked.planner.name not in ("fixed", "sub_blocks"):
+        message = f"selector is wino, which goes with planner fixed or sub_blocks here, not {asked.planner.name}"
+        return Fault(400, message, "decoding.planner")
     length = canvas_length(request, asked, model, limits.max_model_len)
     if len(request.output) >= length:
         message = f"output has {len(request.output)} tokens already and the canvas has {length}"

@@ -65,7 +65,9 @@ def diffusion_model(config: EngineConfig, found: DiffusionModel | None) -> Diffu
     if found is None:
         raise ValueError(f"default-decoding is {config.default_decoding}, but {config.model} cannot denoise")
     try:
-        make_diffusion(config.default_decoding, found.topology)
+        asked = make_diffusion(config.default_decoding, found.topology)
+        if (misfit := found.misfit(asked)) is not None:
+            raise BadPolicy(*misfit)
     except BadPolicy as error:
         raise ValueError(f"default-decoding: {error}") from error
     return replace(found, policy=config.default_decoding)

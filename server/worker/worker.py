@@ -33,7 +33,7 @@ from server.worker.denoising.learn2pd import Filter
 from server.worker.denoising.reader import DenoiseReader
 from server.worker.grammar import GrammarCompiler
 from server.worker.info import WorkerInfo as WorkerInfo
-from server.worker.judged import Judged, check_drafts, in_vocabulary, judge
+from server.worker.judged import Judged, embedded, judge
 from server.worker.kv_pool import KVPool
 from server.worker.probes import Prober, beside, states_of
 from server.worker.profile import ProfileMemory, measure_steps
@@ -157,7 +157,7 @@ class Worker:
             state.put(span)
         probes = self._prober.probes(spans, states) if self._prober is not None else ()
         batch = build_batch(
-            beside(_embedded(spans, self.info.vocab_size), probes),
+            beside(embedded(spans, self.info.vocab_size), probes),
             states_of(states, probes),
             self._sequences.page_table,
             self.info.page_size,
@@ -175,8 +175,7 @@ class Worker:
         errors = {index: state.failure for index, state in enumerate(states) if state.failure is not None}
         errors.update(dict.fromkeys(broken, NOT_FINITE))
         readings = self._read_tokens(logits_of, spans, states, batch, errors)
-        reader = self._denoiser
-        denoised = reader.read(logits_of, spans, states, batch.first_rows, errors) if reader is not None else {}
+        denoised = self._denoiser.read(logits_of, spans, states, batch.first_rows, errors) if self._denoiser else {}
         if self._attention is not None:
             self._attention.report(denoised)
         self._accept(spans, states, batch, readings)
@@ -260,19 +259,6 @@ class Worker:
         started_at = time.perf_counter()
         drafts = propose(self._speculator, plan.spans, states, readings, plan.draft_depth, probed)
         return drafts, time.perf_counter() - started_at
-
-
-def _embedded(spans: Sequence[Span], vocab_size: int) -> Sequence[Span]:
-    """The spans as the model may see them; raises ValueError for VERIFY spans that break the rules of `Span`."""
-    verify = Read.VERIFY
-    verified = [index for index, span in enumerate(spans) if span.read is verify]
-    if not verified:
-        return spans
-    embedded = list(spans)
-    for index in verified:
-        check_drafts(spans[index])
-        embedded[index] = in_vocabulary(spans[index], vocab_size)
-    return embedded
 
 
 def _parts(judged: list[tuple[int, Judged]], most_rows: int) -> Iterator[list[tuple[int, Judged]]]:

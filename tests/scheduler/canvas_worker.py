@@ -122,7 +122,16 @@ def read(span: Span, request: Request, context: int, shift: int) -> Outcome:
     tokens = tuple(guesses[p][0] for p in fixed)
     wants = request.sampling.logprobs is not None
     logprobs = tuple(logprob(context, p, t) for p, t in zip(fixed, tokens, strict=True)) if wants else ()
-    return Outcome(span.seq_id, tokens, logprobs, denoised=Denoised(tuple(fixed)))
+    is_stale, tracked = drift(context, span) if asked.cache.name == "elastic" else (False, ())
+    return Outcome(span.seq_id, tokens, logprobs, denoised=Denoised(tuple(fixed), None, None, is_stale, tracked))
+
+
+def drift(context: int, span: Span) -> tuple[bool, tuple[int, ...]]:
+    """(is_stale, tracked) of an elastic span, as a hash says: never stale where all rows were computed."""
+    assert span.denoise is not None
+    word = mix(context, digest(list(span.tokens)))
+    is_full = len(span.tokens) == span.kv_len
+    return not is_full and word % 3 == 0, (word % span.denoise.lo,)
 
 
 @dataclass

@@ -27,7 +27,7 @@ MASK = VOCAB
 
 
 def dual_model(block_size: int = 4, shift: int = 0, is_dual: bool = True) -> DiffusionModel:
-    return DiffusionModel(MASK, block_size, shift=shift, is_dual=is_dual)
+    return DiffusionModel(MASK, block_size, shift=shift, is_dual=is_dual, learnt_block=block_size)
 
 
 class DiffusionWorld(World):
@@ -70,6 +70,8 @@ def random_diffusion(rng: random.Random, model: DiffusionModel) -> Diffusion:
     names = [name for name, policy in POLICIES.items() if policy.topology in (None, Topology.BLOCK_CAUSAL)]
     if model.shift:
         names = [name for name in names if POLICIES[name].selector not in ("wino", "learn2pd")]
+    if model.is_dual:
+        names = [name for name in names if POLICIES[name].selector != "edit"]
     name = rng.choice(names)
     policy = POLICIES[name]
     parts: dict[str, str] = {}
@@ -98,7 +100,7 @@ def random_diffusion(rng: random.Random, model: DiffusionModel) -> Diffusion:
 
 
 def random_model(rng: random.Random) -> DiffusionModel:
-    return dual_model(rng.choice((1, 2, 4, 8)), rng.choice((0, 0, 1)))
+    return dual_model(rng.choice((1, 2, 4, 8)), rng.choice((0, 0, 1)), is_dual=rng.random() < 0.75)
 
 
 def diffusion_world(seed: int) -> DiffusionWorld:
@@ -123,7 +125,7 @@ def play_diffusion(world: DiffusionWorld, seed: int) -> None:
 
     def decorate(request: Request) -> Request:
         request = random_speculation(rng, request)
-        if rng.random() < 0.4:
+        if world.model.is_dual and rng.random() < 0.4:
             return request
         sampling = replace(request.sampling, prompt_logprobs=None)
         asked = replace(

@@ -31,8 +31,8 @@ from tests.scheduler.worlds import VOCAB, make_limits
 B = 4
 
 
-def make_world(shift: int = 0, **limits: object) -> DiffusionWorld:
-    return DiffusionWorld(make_limits(**limits), dual_model(B, shift))  # type: ignore[arg-type]
+def make_world(shift: int = 0, is_dual: bool = True, **limits: object) -> DiffusionWorld:
+    return DiffusionWorld(make_limits(**limits), dual_model(B, shift, is_dual))  # type: ignore[arg-type]
 
 
 def denoising(
@@ -46,7 +46,7 @@ def denoising(
 
 
 def text_of(request: Request, shift: int = 0) -> tuple[int, ...]:
-    world = make_world(shift)
+    world = make_world(shift, is_dual=False)
     world.add(request)
     world.finish()
     return world.stories[request.id].tokens
@@ -82,7 +82,7 @@ def test_all_lengths_around_a_block_are_generated_and_a_longer_text_begins_with_
 def test_nothing_follows_a_stop_token_wherever_in_a_block_it_stands(place: int, policy: str) -> None:
     whole = text_of(denoising(prompt=2 * B, max_tokens=3 * B, policy=policy))
     stop = whole[place]
-    world = make_world()
+    world = make_world(is_dual=False)
     world.add(denoising(prompt=2 * B, max_tokens=3 * B, policy=policy, stop_ids=(stop,)))
     world.finish()
     story = world.stories["d"]
@@ -178,7 +178,7 @@ def test_a_preemption_before_any_step_changes_no_text(policy: str, shift: int) -
     request = denoising(prompt=2 * B + 1, max_tokens=3 * B, policy=policy)
     right = text_of(request, shift)
     for number in range(1, 40):
-        world = make_world(shift)
+        world = make_world(shift, is_dual=False)
         world.add(request)
         for _ in range(number):
             world.step()
@@ -197,7 +197,7 @@ def test_a_preemption_before_any_step_changes_no_text(policy: str, shift: int) -
 @pytest.mark.parametrize("policy", ["threshold", "llada2_edit", "fast_dllm_v2_cache", "sdar_dynamic"])
 def test_a_request_that_is_sent_again_goes_on_after_what_was_out(policy: str) -> None:
     request = denoising(prompt=B + 1, max_tokens=3 * B, policy=policy)
-    world = make_world()
+    world = make_world(is_dual=False)
     world.add(request)
     world.finish()
     out: list[int] = []

@@ -105,8 +105,8 @@ def test_a_step_counts_its_denoise_rows() -> None:
         (dual_model(B), denoising(max_tokens=0), "max_tokens"),
         (dual_model(B), denoising(sampling=Sampling(prompt_logprobs=0)), "prompt_logprobs"),
         (dual_model(B), denoising(prompt=256, max_tokens=4), "prompt"),
-        (dual_model(B, shift=1), denoising(policy="wino"), "decoding"),
-        (dual_model(B, shift=1), denoising(policy="learn2pd"), "decoding"),
+        (dual_model(B, shift=1), denoising(policy="wino"), "decoding.selector"),
+        (dual_model(B, shift=1), denoising(policy="learn2pd"), "decoding.selector"),
     ],
 )
 def test_what_can_never_run_is_refused_with_the_parameter_to_blame(

@@ -17,6 +17,8 @@ import pytest
 from tests.server.test_main import PATIENCE_S, Running, children_of, run, running
 
 NAMES = ("braid-tiny", "small")
+ASKED = (*NAMES, "small-diffusion")
+"""The last is the second model denoising: one autoregressive and one diffusion model under one target."""
 FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--kv-cache-memory", "32MiB")
 
 
@@ -47,6 +49,7 @@ def alone() -> dict[str, str]:
     for name, model in zip(NAMES, ("braid-tiny", "braid-tiny-draft"), strict=True):
         with running(model, *FLAGS) as single:
             texts[name] = ask(single, model)["choices"][0]["text"]
+            texts[f"{name}-diffusion"] = ask(single, f"{model}-diffusion")["choices"][0]["text"]
     assert texts["small"] != texts["braid-tiny"]
     return texts
 
@@ -57,7 +60,7 @@ def test_each_name_answers_with_its_model_whoever_else_is_asking(server: Running
     def call(name: str, index: int) -> None:
         found[name, index] = ask(server, name)
 
-    threads = [threading.Thread(target=call, args=(name, i)) for name in NAMES for i in range(4)]
+    threads = [threading.Thread(target=call, args=(name, i)) for name in ASKED for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -65,7 +68,8 @@ def test_each_name_answers_with_its_model_whoever_else_is_asking(server: Running
     for (name, _), answer in found.items():
         assert answer["model"] == name
         assert answer["choices"][0]["text"] == alone[name]
-    assert len(found) == 8
+        assert ("decoding" in answer["usage"]) == (name == "small-diffusion")
+    assert len(found) == 12
     assert ask(server, None)["model"] == "braid-tiny"
 
 

@@ -114,7 +114,7 @@ def measure(
 def table(results: Sequence[Result]) -> str:
     """As Markdown. Rows per token count the prompt's: every step of a bidirectional model may compute them again."""
     head = (
-        "| selector, planner | cache | right | as without cache | forwards an answer | rows an answer | rows a token |"
+        "| selector, planner | cache | right | same text | forwards an answer | rows an answer | rows a token |"
     )
     return "\n".join([head, "| --- | --- | --- | --- | --- | --- | --- |", *(result.row() for result in results)])
 
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     examples = draw(args.samples, args.seed)
-    with Engine(args.model, dtype="float32", max_seqs=16) as engine:
+    with Engine(args.model, dtype="float32", max_seqs=16, max_queued_requests=len(examples)) as engine:
         bar = tqdm(measure(engine, examples, SETTINGS, args.length), total=len(SETTINGS), desc="caches")
         sys.stdout.write(table(list(bar)) + "\n")
 

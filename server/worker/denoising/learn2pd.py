@@ -30,7 +30,9 @@ class Filter:
         """In (0, 1) for each position of the block, fixed ones too."""
         hidden_N = np.maximum(self._w1 @ confidences_B + self._b1, 0)
         logits_B: Floats = self._w2 @ hidden_N + self._b2
-        return np.float32(1) / (np.float32(1) + np.exp(-logits_B))
+        # The logistic function, without an exponential that could overflow.
+        passed_B: Floats = 0.5 + 0.5 * np.tanh(0.5 * logits_B)
+        return passed_B
 
 
 def load_filter(folder: Path) -> Filter | None:

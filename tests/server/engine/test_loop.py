@@ -76,6 +76,8 @@ def test_the_default_policy_is_the_configured_one_where_the_model_can_have_it() 
     assert found == replace(model, policy="sdar_static")
     with pytest.raises(ValueError, match="default-decoding: policy is dual, which is for bidirectional models"):
         diffusion_model(EngineConfig(default_decoding="dual"), model)
+    with pytest.raises(ValueError, match="default-decoding: selector is learn2pd, which needs a filter"):
+        diffusion_model(EngineConfig(default_decoding="learn2pd"), model)
     with pytest.raises(ValueError, match=r"default-decoding is auto, but some/model cannot denoise"):
         diffusion_model(EngineConfig(model="some/model", default_decoding="auto"), None)
     assert ServerConfig(default_decoding="dual", denoise_block_size=4).engine_config() == replace(

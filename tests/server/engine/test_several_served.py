@@ -17,6 +17,7 @@ import pytest
 from scheduler.types import Request, Sampling, StepStats
 from server.engine.client import EngineClient
 from server.engine.config import EngineConfig, EngineState
+from server.engine.decoding import default_decoding
 from server.engine.offline import Engine
 from server.engine.process import COMMAND
 from tests.server.engine.fakes import expected, request
@@ -93,11 +94,13 @@ def test_a_model_that_is_not_here_never_leaves_the_front_end() -> None:
     asyncio.run(run())
 
 
-def test_two_real_models_give_the_tokens_that_each_gives_alone(tmp_path: Path) -> None:
-    """Different families and vocabularies, float32, greedy and sampled, prompts in chunks, killed midway."""
+@pytest.mark.parametrize("family", ["qwen3", "sdar"])
+def test_two_real_models_give_the_tokens_that_each_gives_alone(family: str, tmp_path: Path) -> None:
+    """Different families and vocabularies, float32, greedy and sampled, prompts in chunks, killed midway. SDAR is not
+    autoregressive: one model generates token by token, the other block by block."""
     folders = [
         write_tiny_checkpoint(tmp_path / "llama", "llama"),
-        write_tiny_checkpoint(tmp_path / "qwen3", "qwen3", seed=9, vocab_size=400, num_hidden_layers=3),
+        write_tiny_checkpoint(tmp_path / family, family, seed=9, vocab_size=400, num_hidden_layers=3),
     ]
     common = EngineConfig(
         dtype="float32", num_threads=1, max_seqs=8, max_batched_tokens=64, max_model_len=256, progress=False
@@ -128,13 +131,16 @@ def test_two_real_models_give_the_tokens_that_each_gives_alone(tmp_path: Path) -
 
             async def everything(kind: str) -> dict[str, list[int]]:
                 names = [(name, made) for name in ("", "b") for made in asked]
-                made = [replace(one, id=f"{kind}{name}{one.id}", model=name) for name, one in names]
+                how = {model.name: default_decoding(model.diffusion) for model in client.info.models}
+                made = [replace(one, id=f"{kind}{name}{one.id}", model=name, decoding=how[name]) for name, one in names]
                 found = await asyncio.gather(*(tokens(client, one) for one in made))
                 return {f"{name}/{one.id}": out for (name, one), out in zip(names, found, strict=True)}
 
             assert await everything("crowd") == alone
             both = [stats.model for stats in steps]
             assert min(both.count(""), both.count("b")) > 20
+            assert (sum(stats.denoise_tokens for stats in steps if stats.model == "b") > 0) == (family == "sdar")
+            assert not any(stats.denoise_tokens for stats in steps if stats.model == "")
             before = len(steps)
             going = asyncio.create_task(everything("killed"))
             deadline = time.monotonic() + 120

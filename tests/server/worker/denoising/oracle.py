@@ -60,6 +60,8 @@ class Row:
 
 Rule = Callable[[list[Row], int, int], list[Row]]
 """(rows, step in the block, masks that the block began with) -> the rows to fix."""
+Choose = Callable[[Tensor, list[int], int, int], Row]
+"""(logits [V], tokens with masks, position, step) -> what the position would become."""
 
 
 def row_of(logits: Tensor, position: int, mask_id: int) -> Row:
@@ -108,8 +110,20 @@ class Text:
     logprobs: dict[int, float]
 
 
-def generate(model: TinyModel, asked: Request, size: int, mask_id: int, rule: Rule, shift: int = 0) -> Text:
-    """Block after block, each filled by `rule`, every forward dense and uncached over all blocks so far."""
+def generate(
+    model: TinyModel,
+    asked: Request,
+    size: int,
+    mask_id: int,
+    rule: Rule,
+    shift: int = 0,
+    choose: Choose | None = None,
+) -> Text:
+    """Block after block, each filled by `rule`, every forward dense and uncached over all blocks so far.
+
+    choose  makes a row of its logits, the tokens so far, its position and the step; None = the likeliest token
+    """
+    choose = choose or (lambda logits, tokens, position, step: row_of(logits, position, mask_id))
     tokens, prompt_len, fixed = list(asked.prompt), len(asked.prompt), list[int]()
     logprobs: dict[int, float] = {}
     while len(tokens) - prompt_len < asked.max_tokens:
@@ -122,11 +136,11 @@ def generate(model: TinyModel, asked: Request, size: int, mask_id: int, rule: Ru
             if shift and places[0] == lo:
                 # Fast-dLLM v2: the pass that writes the finished block gives the next block's first token.
                 logits = dense(model, tokens[:lo], block_causal(lo, size))
-                rows = [row_of(logits[lo - 1], lo, mask_id)]
+                rows = [choose(logits[lo - 1], tokens, lo, step)]
                 chosen = rows
             else:
                 logits = dense(model, tokens, block_causal(end, size))
-                rows = [row_of(logits[place - shift], place, mask_id) for place in places]
+                rows = [choose(logits[place - shift], tokens, place, step) for place in places]
                 chosen = rule(rows, step, masks)
             for row in chosen:
                 tokens[row.position] = row.token
