@@ -113,9 +113,7 @@ def measure(
 
 def table(results: Sequence[Result]) -> str:
     """As Markdown. Rows per token count the prompt's: every step of a bidirectional model may compute them again."""
-    head = (
-        "| selector, planner | cache | right | same text | forwards an answer | rows an answer | rows a token |"
-    )
+    head = "| selector, planner | cache | right | same text | forwards an answer | rows an answer | rows a token |"
     return "\n".join([head, "| --- | --- | --- | --- | --- | --- | --- |", *(result.row() for result in results)])
 
 
