@@ -51,7 +51,9 @@ def _lines(
         if policy in (AUTOREGRESSIVE.policy, SEQUENTIAL):
             style = {**style, "marker": "*", "markersize": 14, "linestyle": "none"}
         axis.plot([x for x, _ in line], [y for _, y in line], label=policy, linewidth=1.2, **style)
-    axis.set(title=title, xlabel="tokens per forward", ylabel="accuracy, mean of the tasks", ylim=(-0.02, 1.02))
+    low = min((total.accuracy for total in found), default=0.0)
+    limits = (max(-0.02, low - 0.1), 1.02)
+    axis.set(title=title, xlabel="tokens per forward", ylabel="accuracy, mean of the tasks", ylim=limits)
     axis.grid(alpha=0.3)
 
 
@@ -60,6 +62,7 @@ def _theory(axis: Any, figures: Sequence[Figures], styles: dict[str, dict[str, A
         style = styles[c.figures.policy]
         axis.errorbar(c.predicted, c.figures.accuracy, yerr=SIGMAS * c.sigma, linewidth=0.8, **style)
     axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    axis.set_ylim(-0.05, 1.05)
     axis.set(
         title="random tasks against theory, 3 sigma", xlabel="perfect model x own accuracy", ylabel="measured accuracy"
     )

@@ -174,6 +174,16 @@ def test_a_sampler_that_ignores_what_is_fixed_is_outside() -> None:
     assert "random steps=1 shuffle" in str(verdict)
 
 
+def test_a_model_that_has_not_learnt_a_task_shows_nothing_about_the_sampler() -> None:
+    settings = read_settings(["random:4"], MODEL)
+    figures, _ = measure(PerfectDecoder(0.6), settings, cases("shuffle", "remove-random"), True, is_quiet=True)
+    assert all(c.is_within and not c.is_telling for c in comparisons(figures))
+    (verdict,) = verdicts(figures)
+    assert not verdict.holds
+    assert "0 of 0; untested, right too seldom with one token a step: shuffle" in verdict.text
+    assert as_table(figures).count("tells nothing") == 2
+
+
 def figures_of(policy: str, value: float | None, task: str, right: int, forwards: int) -> Figures:
     label = policy if value is None else f"{policy} {value:g}"
     return Figures(policy, label, value, task, 100, right, 700, forwards, 10)
