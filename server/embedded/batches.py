@@ -7,7 +7,7 @@ is full, which is how a denoised answer says that it is over.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +76,19 @@ class BatchSource:
     """Owns the tokenizer, the filler's tokens and the functions' texts; `batch(step)` has no memory."""
 
     def __init__(
-        self, tokenizer: Tokenizer, filler: Tensor, seed: int, num_rows: int, num_filler_rows: int, row_len: int
+        self,
+        tokenizer: Tokenizer,
+        filler: Tensor,
+        seed: int,
+        num_rows: int,
+        num_filler_rows: int,
+        row_len: int,
+        weights: Mapping[str, float] = tasks.WEIGHTS,
     ) -> None:
-        """filler: int32 [N], N > row_len. Raises ValueError if row_len is not a multiple of the block size."""
+        """filler: int32 [N], N > row_len; weights: of the tasks.
+
+        Raises ValueError if row_len is not a multiple of the block size.
+        """
         if row_len % BLOCK_SIZE:
             raise ValueError(f"row_len is {row_len}, but must be a multiple of the block size {BLOCK_SIZE}")
         self.tokenizer = tokenizer
@@ -87,6 +97,7 @@ class BatchSource:
         self.num_task_rows = num_rows - num_filler_rows
         self.num_filler_rows = num_filler_rows
         self.row_len = row_len
+        self.weights = weights
         self.functions = list(functions.parse_functions().values())
         self.mask_id = token_id(tokenizer, MASK)
         self.pad_id = token_id(tokenizer, PAD)
@@ -96,7 +107,7 @@ class BatchSource:
             if rng.random() < FUNCTION_SHARE:
                 example = functions.draw_function(self.functions, rng)
             else:
-                example = _vary_space(tasks.draw_example(rng), rng)
+                example = _vary_space(tasks.draw_example(rng, self.weights), rng)
             document = encode_example(self.tokenizer, example)
             if len(document.ids) <= self.row_len:
                 return document

@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from server.embedded import words
@@ -197,9 +197,9 @@ def make_example(task: str, rng: random.Random) -> Example:
     return MAKERS[task](rng)
 
 
-def draw_example(rng: random.Random) -> Example:
-    """Draw a task by `WEIGHTS`, then an example of it."""
-    task = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
+def draw_example(rng: random.Random, weights: Mapping[str, float] = WEIGHTS) -> Example:
+    """Draw a task by its weight, then an example of it."""
+    task = rng.choices(list(weights), weights=list(weights.values()))[0]
     return make_example(task, rng)
 
 

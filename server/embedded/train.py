@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from server.embedded import checkpoint, corpus
+from server.embedded import checkpoint, corpus, tasks
 from server.embedded.batches import Batch, BatchSource
 from server.embedded.canvases import CanvasBatch, CanvasSource, canvas_loss
 from server.embedded.model import PRESETS, TinyModel
@@ -84,7 +84,8 @@ class Trainer:
         return {
             "first_step": self.state.step, "device": args.device, "threads": torch.get_num_threads(), "rows": args.rows,
             "filler_rows": args.filler_rows, "row_len": args.row_len, "torch": torch.__version__,
-            "init": "" if args.init is None else args.init.name,
+            "init": "" if args.init is None else args.init.name, "rate": args.rate, "muon_rate": args.muon_rate,
+            "task_weights": ",".join(f"{task}={weight:g}" for task, weight in args.task_weight),
             "python": platform.python_version(), "processor_cores": os.cpu_count() or 0,
         }  # fmt: skip
 
@@ -169,6 +170,14 @@ def show_progress(trainer: Trainer) -> None:
             bar.update(int(1000 * progress) - bar.n)
 
 
+def task_weight(text: str) -> tuple[str, float]:
+    """`sort=6`. Raises ArgumentTypeError, which argparse shows."""
+    task, _, weight = text.partition("=")
+    if task not in tasks.WEIGHTS or not weight.replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=WEIGHT with a task of {', '.join(tasks.WEIGHTS)}")
+    return task, float(weight)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; `--causal-only` is on by default for the draft model, whose mask loss nothing uses, and
     `--bidirectional` for the model of that name."""
@@ -183,6 +192,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop-at", type=int, default=None, help="stop and save at this step, as if interrupted")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     parser.add_argument("--init", type=Path, default=None, help="begin with the weights of this exported folder")
+    parser.add_argument(
+        "--task-weight",
+        type=task_weight,
+        nargs="*",
+        default=[],
+        metavar="TASK=WEIGHT",
+        help="in place of the usual one",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=12, help="packed rows a step")
     parser.add_argument("--filler-rows", type=int, default=2, help="how many of them are standard-library text")
@@ -217,7 +234,8 @@ def main(argv: list[str] | None = None) -> Trainer:
         source = CanvasSource(tokenizer, args.seed, args.rows, args.row_len)
     else:
         filler = filler_tokens(tokenizer, args.filler_files)
-        source = BatchSource(tokenizer, filler, args.seed, args.rows, args.filler_rows, args.row_len)
+        weights = tasks.WEIGHTS | dict(args.task_weight)
+        source = BatchSource(tokenizer, filler, args.seed, args.rows, args.filler_rows, args.row_len, weights)
     trainer = Trainer(args, source)
     show_progress(trainer)
     return trainer

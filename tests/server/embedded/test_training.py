@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from server.embedded import corpus, train
+from server.embedded import corpus, tasks, train
 from server.embedded.batches import IGNORED, BatchSource, encode_example
 from server.embedded.evaluate import Vocabulary, decode_autoregressive, decode_diffusion, surer_than
 from server.embedded.model import BLOCK_SIZE, PRESETS, TinyModel
 from server.embedded.tasks import Example
-from server.embedded.train import HERE, rate_factor
+from server.embedded.train import HERE, parse_arguments, rate_factor
 
 SMALL = ["--preset", "test", "--rows", "4", "--filler-rows", "1", "--row-len", "64", "--filler-files", "3",
          "--dtype", "float32", "--threads", "1", "--steps", "6"]  # fmt: skip
@@ -136,3 +137,14 @@ def test_every_mode_decodes_the_text_the_model_wants(
         answers, count = decode_diffusion(model, [prompt], vocab, surer_than(threshold))
     assert answers == [[15, 16, 17, 18, 19, 20, 21, 22]]
     assert count == model.forwards == forwards
+
+
+def test_a_task_can_be_given_a_weight_of_its_own() -> None:
+    assert parse_arguments(["--output", "x", "--task-weight", "sort=6", "copy=0.5"]).task_weight == [
+        ("sort", 6.0),
+        ("copy", 0.5),
+    ]
+    only = {task: float(task == "sort") for task in tasks.WEIGHTS}
+    assert {tasks.draw_example(random.Random(seed), only).task for seed in range(20)} == {"sort"}
+    with pytest.raises(SystemExit):
+        parse_arguments(["--output", "x", "--task-weight", "sorting=6"])
