@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers
+from kernels.routing import Router
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,15 @@ class AttentionRows:
 
     page_table   int32 [N, max_pages]; entries past a sequence's last page are never read
     row_seq      int32 [T], the row of page_table that belongs to each query row
-    positions    int32 [T], KV index of the row = its RoPE position
+    positions    int32 [T], the row's RoPE position; it is the row's KV index but in trees and for shadow rows
     visible      int32 [T], >= 1: the row sees keys [low, visible), low = max(0, position - window + 1), or 0 without
                  a window
     slots        int64 [T], page_id * page_size + offset: where the row's K and V are written
     span_starts  int32 [spans + 1], ascending from 0 to T: rows of one span are contiguous and of one sequence
-    tree         int64 [T], or None in a step without draft trees. Not 0: the row is of a tree whose keys lie at
+    tree         int64 [T], or None in a step without trees and shadows. Not 0: the row is of a tree whose keys lie at
                  tree_start, tree_start + 1, ..., parents before children. It sees the keys before tree_start and key
-                 tree_start + i if bit i is set: its ancestors and itself. Its `visible` says nothing. With a window
+                 tree_start + i if bit i is set: its ancestors and itself (a shadow row: its block without one key,
+                 and itself). Its `visible` says nothing. With a window
                  it sees the keys before tree_start from `low` on and its last `window` bits (the n-th bit of a path
                  stands at position tree_start + n)
     tree_starts  int32 [T], there if `tree` is; read where tree is not 0
@@ -151,15 +153,13 @@ class Ops(Protocol):
         self,
         x_TH: Tensor,
         router_logits_TE: Tensor,
+        router: Router,
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
-        top_k: int,
-        norm_topk_prob: bool,
     ) -> Tensor:
-        """Sum over the row's top_k experts of softmax weight * down(silu_mul(gate_up(x))), [T, H].
+        """Sum over the row's chosen experts of weight * down(silu_mul(gate_up(x))), [T, H].
 
-        Router weights are a float32 softmax over all E experts; with `norm_topk_prob` the chosen ones are scaled to
-        sum to one.
+        Choice and weights are those of `routing.choose_experts`.
         """
         ...
 

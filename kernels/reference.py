@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
 from kernels.ops import AttentionRows, PackedLinear
+from kernels.routing import Router, choose_experts
 
 TILE_ROWS = 256
 """Longer spans are attended in tiles of this many rows, which bounds the score matrix."""
@@ -172,14 +173,11 @@ class ReferenceOps:
         self,
         x_TH: Tensor,
         router_logits_TE: Tensor,
+        router: Router,
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
-        top_k: int,
-        norm_topk_prob: bool,
     ) -> Tensor:
-        weights_Tk, experts_Tk = torch.softmax(router_logits_TE.float(), dim=-1).topk(top_k, dim=-1)
-        if norm_topk_prob:
-            weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
+        weights_Tk, experts_Tk = choose_experts(router_logits_TE, router)
         out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         for expert in sorted(set(experts_Tk.flatten().tolist())):
             token, choice = (experts_Tk == expert).nonzero(as_tuple=True)

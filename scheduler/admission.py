@@ -1,8 +1,11 @@
-"""What is refused on arrival: what can never run, and what does not fit the queue. Pure functions."""
+"""What is refused on arrival: what can never run, and what does not fit the queue. Pure functions.
+
+What a way of decoding cannot do is refused by `decoding/factory.py`.
+"""
 
 from __future__ import annotations
 
-from scheduler.types import Fault, Limits, Request
+from scheduler.types import DiffusionModel, Fault, Limits, Request, Topology
 
 
 def refuse_impossible(request: Request, limits: Limits) -> Fault | None:
@@ -62,8 +65,13 @@ def refuse_overload(
     return None
 
 
-def check_limits(limits: Limits) -> None:
-    """Raise ValueError for limits under which the rules cannot be kept."""
+def check_limits(limits: Limits, model: DiffusionModel | None = None) -> None:
+    """Raise ValueError for limits under which the rules cannot be kept. `model`: how the model denoises, if it can."""
+    if model is not None and model.topology is Topology.BLOCK_CAUSAL and limits.page_size % model.block_size:
+        raise ValueError(
+            f"page_size is {limits.page_size}; it must be a multiple of the model's block size, {model.block_size}: "
+            "a shared page must not end within a block"
+        )
     for name in ("max_batched_tokens", "max_seqs", "max_model_len", "num_pages", "page_size", "max_queued_requests"):
         if getattr(limits, name) < 1:
             raise ValueError(f"{name} is {getattr(limits, name)}; it must be at least 1")

@@ -12,7 +12,7 @@ def share_out(
 ) -> tuple[int, int]:
     """Append (sequence, chunk size) for each of `seqs`. Returns the tokens and the judged rows that are left."""
     for seq in seqs:
-        size = min(room, share, seq.prefill_end - seq.num_committed)
+        size = chunk_size(seq, room, share)
         if seq.decoding.judges_prompt:
             size = min(size, judged)
             judged -= size
@@ -20,3 +20,14 @@ def share_out(
             chunks.append((seq, size))
             room -= size
     return room, judged
+
+
+def chunk_size(seq: Sequence, room: int, share: int) -> int:
+    """Rows of a prompt's next chunk, of at most `room` and about `share`: whole grains, or all there are."""
+    decoding = seq.decoding
+    if decoding.is_denoising:
+        narrow = decoding.widths.narrow
+        return narrow if narrow <= room else 0
+    grain = decoding.grain
+    size = min(room, max(share, grain), seq.prefill_end - seq.num_committed)
+    return size // grain * grain

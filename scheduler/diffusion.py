@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+_MASK_BITS = 64
+"""A block and its shadows (WINO) are one visibility mask per row."""
+
 
 class Topology(StrEnum):
     """Which keys a row of a diffusion model sees (diffusion reference, section 1).
@@ -39,6 +42,7 @@ class DiffusionModel:
     shift          0: row i answers for token i; 1: row i answers for token i + 1 (Dream, Fast-dLLM v2)
     is_dual        it answers autoregressive requests too (causal mask)
     policy         the default of requests that name none: a key of `policies.POLICIES`
+    learnt_block   block size for which it brings a Learn2PD filter; 0 = none
     """
 
     mask_id: int
@@ -47,6 +51,21 @@ class DiffusionModel:
     shift: int = 0
     is_dual: bool = False
     policy: str = "auto"
+    learnt_block: int = 0
+
+    def misfit(self, decoding: Diffusion) -> tuple[str, str] | None:
+        """(field, what is wrong with it) of a method that these weights were not trained for, or None."""
+        selector = decoding.selector.name
+        if selector == "edit" and self.is_dual:
+            return "selector", "selector is edit, but this model's tokens answer for the next one, not for themselves"
+        size = decoding.block_size or self.block_size
+        if selector == "wino" and (self.shift or 2 * size > _MASK_BITS):
+            why = "answers for the next position" if self.shift else f"has blocks of {size}; {_MASK_BITS // 2} at most"
+            return "selector", f"selector is wino, whose shadows answer for their own position; this model {why}"
+        if selector == "learn2pd" and self.learnt_block != size:
+            trained = f"has one for blocks of {self.learnt_block}" if self.learnt_block else "has none"
+            return "selector", f"selector is learn2pd, which needs a filter for blocks of {size}; this model {trained}"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +149,7 @@ class Denoised(NamedTuple):
     end         the text ends before this position, whatever stands behind it (EoTP); None = no such news
     window_end  where the planner ended the block's window (AdaBlock); None = it had no choice to make
     is_stale    cached keys have drifted: all rows are due next (Elastic-Cache)
+    tracked     rows to bring next time, whose attention tells of drift; never masks (Elastic-Cache)
     guesses     (position, token, confidence) of masks that are left, for the `auto` controller; () where not asked
     """
 
@@ -137,6 +157,7 @@ class Denoised(NamedTuple):
     end: int | None = None
     window_end: int | None = None
     is_stale: bool = False
+    tracked: tuple[int, ...] = ()
     guesses: tuple[tuple[int, int, float], ...] = ()
 
 

@@ -14,11 +14,27 @@ class Backlog(NamedTuple):
     tokens       rows that could be computed now, about
     start        KV index from which the first prompt goes on
     num_prompts  unfinished and queued ones: sequences that will decode soon
+    fewest       rows that the first one needs to go on at all
     """
 
     tokens: int
     start: int
     num_prompts: int
+    fewest: int = 1
+
+
+class Others(NamedTuple):
+    """The other models of the engine that have work: their steps come between ours, and ours between theirs.
+
+    num       models
+    stream_s  predicted seconds of what their running streams ask of one step of each, without prompts or drafts
+    """
+
+    num: int = 0
+    stream_s: float = 0.0
+
+
+ALONE = Others()
 
 
 class Verified(NamedTuple):
@@ -30,15 +46,26 @@ class Verified(NamedTuple):
 
 
 class DraftPlan:
-    """Collects one step. `spans` and `owners` run in parallel; decodes come first."""
+    """Collects one step. `spans` and `owners` run in parallel: decodes, then denoise spans, then prompts.
 
-    def __init__(self) -> None:
+    num_denoise   rows of the denoise spans, of num_denoising sequences; denoise_value tokens they are expected to fix;
+    lengths       tokens that each of these had before the step
+    num_fused     rows of prompts' last chunks that denoise already
+    """
+
+    def __init__(self, others: Others = ALONE) -> None:
+        self.others = others
         self.spans: list[Span] = []
         self.owners: list[Sequence] = []
         self.admitted: list[Admission] = []
         self.new_pages: dict[int, list[int]] = {}
         self.budget = 0
         self.num_decodes = 0
+        self.num_denoising = 0
+        self.num_denoise = 0
+        self.denoise_value = 0.0
+        self.lengths: list[int] = []
+        self.num_fused = 0
         self.num_prefill = 0
         self.num_recomputed = 0
         self.num_preempted = 0
@@ -57,14 +84,24 @@ class DraftPlan:
     @property
     def features(self) -> StepFeatures:
         return StepFeatures(
-            self.num_decodes + self.num_drafts + self.num_prefill,
+            self.num_decodes + self.num_denoise + self.num_drafts + self.num_prefill,
             self.num_prefill,
-            self.num_decodes,
+            self.num_decodes + self.num_denoising,
             self.context_tokens,
             self.prefill_context,
             self.num_drafts + self.num_judged,
             self.draft_context,
         )
+
+    @property
+    def streams(self) -> StepFeatures:
+        """What the time between tokens is measured by before drafts and prompts join: the decodes, with a row for each
+        that denoises; where nobody decodes, the denoise spans as they are."""
+        if not self.num_decodes or not self.num_denoise:
+            return self.features
+        extra = self.num_denoise - self.num_denoising
+        features = self.features
+        return features._replace(tokens=features.tokens - extra, judged=0, draft_context=0)
 
     def add_page(self, seq_id: int, page: int) -> None:
         """One entry per sequence: a worker takes them in once a step, so that it can repeat the step."""
@@ -79,10 +116,25 @@ class DraftPlan:
         rows = len(span.tokens)
         self.spans.append(span)
         self.owners.append(seq)
+        if span.denoise is not None:
+            self.num_fused += rows - max(0, span.denoise.lo - span.start)
         self.num_prefill += rows
         self.num_judged += len(span.judged)
         self.num_recomputed += max(0, min(span.kv_len, seq.high_water) - span.start)
         self.prefill_context += rows * span.start + rows * (rows + 1) // 2
+
+    def place_denoise(self, seq: Sequence, span: Span, value: float) -> None:
+        """Add a denoise span: a decode of many rows, expected to fix `value` tokens."""
+        rows = len(span.tokens)
+        self.spans.append(span)
+        self.owners.append(seq)
+        self.num_denoising += 1
+        self.num_denoise += rows
+        self.denoise_value += value
+        self.lengths.append(len(seq.tokens))
+        self.context_tokens += span.kv_len
+        self.num_judged += max(0, len(span.judged) - 1)
+        self.draft_context += (rows - 1) * span.kv_len
 
     def place_drafts(self, index: int, num_drafts: int, num_asked: int) -> None:
         """Let a decode verify its first `num_drafts` drafts, and ask for `num_asked` new ones as the step ends."""

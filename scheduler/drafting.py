@@ -19,7 +19,6 @@ from scheduler.draft_plan import Backlog, DraftPlan
 from scheduler.goodput import Allocation, Outlook, make_policy
 from scheduler.kv_memory import KVMemory
 from scheduler.sequence import Sequence
-from scheduler.step_cost import StepCost
 from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
 
 _PRICE_BOUNDS = (0.05, 1.0)
@@ -40,10 +39,9 @@ class _Offer(NamedTuple):
 
 
 def make_step_policy(
-    limits: Limits, cost: StepCost, memory: KVMemory, speculation: SpeculationSettings | None
+    budget: BudgetPolicy, limits: Limits, memory: KVMemory, speculation: SpeculationSettings | None
 ) -> StepPolicy:
     """Without settings no drafter is ever asked. Raises ValueError for settings that contradict themselves."""
-    budget = BudgetPolicy(limits, cost)
     return budget if speculation is None else DraftingPolicy(budget, limits, memory, speculation)
 
 
@@ -64,6 +62,10 @@ class DraftingPolicy:
         self._draft_s = 0.0
 
     @property
+    def stream_s(self) -> float:
+        return self._budget.stream_s
+
+    @property
     def price(self) -> float:
         """Output tokens that a prompt row is worth: those that a prompt unlocks, over its length."""
         if self._settings.price is not None:
@@ -73,9 +75,9 @@ class DraftingPolicy:
         return min(highest, max(lowest, output / prompt))
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
-        bound_s = self._budget.bound_s(draft.features, backlog)
+        bound_s = self._budget.bound_s(draft, backlog)
         if draft.num_decodes and self.cost.is_ready:
-            states = [seq.drafting or self._meet(seq) for seq in draft.owners]
+            states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
             offers = self._offers(draft, states)
             free = [offer for offer in offers if not offer.state.is_forced]
             forced = [offer for offer in offers if offer.state.is_forced]
@@ -95,7 +97,7 @@ class DraftingPolicy:
     def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:
         offers = []
         may_branch = draft.num_decodes <= self._settings.tree_max_seqs
-        for row, (seq, state) in enumerate(zip(draft.owners, states, strict=True)):
+        for row, (seq, state) in enumerate(zip(draft.owners, states, strict=False)):
             drafts = seq.decoding.drafts
             if drafts is None or not state.limit:
                 continue
@@ -108,7 +110,7 @@ class DraftingPolicy:
 
     def _force(self, draft: DraftPlan, forced: Many[_Offer], backlog: Backlog | None) -> dict[int, int]:
         """Drafts of requests that want all that are offered, as far as the budget goes (R1)."""
-        room = self._limits.max_batched_tokens - draft.num_decodes
+        room = self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise
         room = max(0, room - min(backlog.tokens, MIN_CHUNK)) if backlog else room
         lengths = {}
         for offer in forced:
@@ -127,16 +129,21 @@ class DraftingPolicy:
         curve = self.cost.curve(draft.features, backlog.start if backlog else 0)
         taken, overhead_s = sum(lengths.values()), self._draft_s
         waiting = backlog.tokens if backlog else 0
+        value = sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced)
         return Outlook(
-            value=draft.num_decodes + sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced),
-            room=self._limits.max_batched_tokens - draft.num_decodes - taken,
+            value=draft.num_decodes + draft.denoise_value + value,
+            room=self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise - taken,
             backlog=waiting,
             price=self.price,
             seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
             bound_s=bound_s,
             fewest=min(waiting, MIN_CHUNK),
-            draft_bound_s=bound_s if self._limits.tbt_slo_s is not None else _DRAFT_LEEWAY * bound_s,
+            draft_bound_s=bound_s if self._has_target(draft) else _DRAFT_LEEWAY * bound_s,
         )
+
+    def _has_target(self, draft: DraftPlan) -> bool:
+        """Our streams may gain by a long step what it costs them; those of another model only wait."""
+        return self._limits.tbt_slo_s is not None or draft.others.stream_s > 0.0
 
     def _note_gains(self, offers: Many[_Offer], allocation: Allocation, outlook: Outlook) -> None:
         """What each offer saves: its share, by expected tokens, of the time that the step saves over plain decoding."""

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+from scheduler.fake_denoiser import run_block_span
+from scheduler.hashing import EMPTY, mix
 from scheduler.types import (
     Admission,
+    DiffusionModel,
     Drafts,
     FinishReason,
     Outcome,
@@ -22,17 +26,6 @@ from scheduler.types import (
     StepPlan,
     TokenLogprob,
 )
-
-_MASK = (1 << 64) - 1
-_EMPTY = 0x9E3779B97F4A7C15
-
-
-def mix(state: int, value: int) -> int:
-    """A 64-bit hash of `state` and `value` (the finaliser of splitmix64 over their combination)."""
-    z = (state * 0x100000001B3 + value + 0x632BE59BD9B4E019) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
 
 
 def next_token(request: Request, kv: int, vocab_size: int) -> int:
@@ -50,7 +43,7 @@ def run_alone(
     request: Request, max_model_len: int, vocab_size: int
 ) -> tuple[tuple[int, ...], FinishReason, tuple[TokenLogprob, ...]]:
     """The oracle: new output tokens, finish reason and prompt logprobs of a request, computed without a scheduler."""
-    kv = _EMPTY
+    kv = EMPTY
     logprobs = []
     for index, token in enumerate(request.prompt):
         if index and request.sampling.prompt_logprobs is not None and not request.output:
@@ -74,7 +67,7 @@ def output_logprobs(request: Request, tokens: tuple[int, ...]) -> tuple[TokenLog
     """The oracle's logprobs of new output `tokens`, if the request asks for any."""
     if request.sampling.logprobs is None:
         return ()
-    kv = _EMPTY
+    kv = EMPTY
     for token in (*request.prompt, *request.output):
         kv = mix(kv, token)
     logprobs = []
@@ -103,16 +96,23 @@ FakeDrafter = Callable[[Known, int, Truth], Drafts | None]
 class FakeWorker:
     """Executes plans on hashes.
 
-    drafter   asked for every span with num_drafts > 0
+    drafter    asked for every span with num_drafts > 0
+    diffusion  how its model denoises; None = it cannot
     Raises AssertionError when a plan reads KV that was never written, or breaks the protocol.
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, vocab_size: int = 97, drafter: FakeDrafter | None = None
+        self,
+        num_pages: int,
+        page_size: int,
+        vocab_size: int = 97,
+        drafter: FakeDrafter | None = None,
+        diffusion: DiffusionModel | None = None,
     ) -> None:
         self.page_size = page_size
         self.vocab_size = vocab_size
         self._drafter = drafter
+        self._diffusion = diffusion
         self._kv: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self._known: dict[int, Known] = {}
         self._last_seq_id = 0
@@ -143,7 +143,7 @@ class FakeWorker:
 
     def _read(self, known: Known, index: int) -> int:
         if index < 0:
-            return _EMPTY
+            return EMPTY
         kv = self._kv[known.pages[index // self.page_size]][index % self.page_size]
         assert kv is not None, f"KV index {index} is read but was never written"
         return kv
@@ -153,6 +153,11 @@ class FakeWorker:
 
     def _run_span(self, span: Span) -> Outcome:
         known = self._known[span.seq_id]
+        if known.request.decoding is not None:
+            assert self._diffusion is not None, "a model that cannot denoise is asked to"
+            read, write = partial(self._read, known), partial(self._write, known)
+            return run_block_span(known.request, self._diffusion, read, write, span, self.vocab_size)
+        assert span.mask_block == 1, "an autoregressive span is not causal"
         assert span.kv_len == span.start + len(span.tokens), "a span ends where its tokens end"
         capacity = len(known.pages) * self.page_size
         assert span.kv_len + span.num_drafts <= capacity, "the drafts that are wanted have no pages"
@@ -230,20 +235,20 @@ class FakeWorker:
 
 
 def features_of(plan: StepPlan) -> StepFeatures:
-    """The features of a plan, from its spans alone (a verify span, or one of one judged row, is a decode)."""
-    verified = [span for span in plan.spans if span.read is Read.VERIFY]
+    """The features of a plan, from its spans alone: one that verifies, denoises or has a single judged row decodes."""
+    wide = (Read.VERIFY, Read.DENOISE)
+    verified = [span for span in plan.spans if span.read in wide]
     decodes = [span for span in plan.spans if _is_decode(span)]
-    prefills = [span for span in plan.spans if span.read is not Read.VERIFY and not _is_decode(span)]
+    prefills = [span for span in plan.spans if span.read not in wide and not _is_decode(span)]
     rows = sum(len(span.tokens) for span in prefills)
     context = sum(len(s.tokens) * s.start + len(s.tokens) * (len(s.tokens) + 1) // 2 for s in prefills)
-    drafts = sum(len(span.tokens) - 1 for span in verified)
     return StepFeatures(
         tokens=plan.num_tokens,
         prefill_tokens=rows,
         decode_seqs=len(decodes) + len(verified),
         context_tokens=sum(span.kv_len for span in (*decodes, *verified)),
         prefill_context=context,
-        judged=drafts + sum(len(span.judged) for span in prefills),
+        judged=sum(len(span.judged) - 1 for span in verified) + sum(len(span.judged) for span in prefills),
         draft_context=sum((len(span.tokens) - 1) * span.kv_len for span in verified),
     )
 

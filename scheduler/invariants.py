@@ -43,7 +43,7 @@ def check_memory(memory: KVMemory, running: Many[Sequence]) -> None:
         assert seq.num_committed <= len(seq.pages) * size, "committed tokens have no page"
         assert seq.num_committed <= len(seq.tokens), "more tokens are committed than known"
         names: list[bytes] = []
-        memory.index.extend_names(names, seq.tokens, seq.request.cache_salt)
+        memory.name_pages(seq, names, seq.tokens)
         for number, page in enumerate(seq.pages):
             is_committed = (number + 1) * size <= seq.num_committed
             if memory.pool.num_owners(page) > 1:

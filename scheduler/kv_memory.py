@@ -7,7 +7,7 @@ committed, and it writes past its committed tokens (R2, R3).
 from __future__ import annotations
 
 from scheduler.pages import PagePool
-from scheduler.prefix import PrefixIndex
+from scheduler.prefix import PageName, PrefixIndex
 from scheduler.sequence import Sequence
 
 
@@ -30,12 +30,16 @@ class KVMemory:
         """False for a request whose prompt is to be judged: it needs every row."""
         return self.is_caching and not seq.decoding.judges_prompt
 
-    def is_short(self, seq: Sequence) -> bool:
-        """Whether `seq` decodes and its next token has no page yet."""
-        return seq.prefill_end <= seq.num_committed >= len(seq.pages) * self.page_size
+    def num_missing(self, seq: Sequence) -> int:
+        """Pages that a running sequence lacks for its next span."""
+        return max(0, self.num_pages_for(seq.decoding.reach) - len(seq.pages))
+
+    def name_pages(self, seq: Sequence, names: list[PageName], tokens: list[int]) -> None:
+        """Append to `names` what is missing for all full pages of `tokens`, the first tokens of `seq`."""
+        self.index.extend_names(names, tokens, seq.request.cache_salt, seq.decoding.mask_block)
 
     def find_prefix(self, seq: Sequence) -> list[int] | None:
-        """Indexed pages that `seq` can start from, at most num_tokens - 1 tokens: one must be computed to get logits.
+        """Indexed pages that `seq` can start from, as far as its way of decoding can use any.
 
         None if the next page is being computed right now by a sequence that comes before `seq`: it should wait (n > 1
         samples of one prompt share pages that way).
@@ -44,8 +48,8 @@ class KVMemory:
             return []
         if seq.deferred_on is not None and self._is_computed_elsewhere(seq, seq.deferred_on):
             return None
-        usable = (len(seq.tokens) - 1) // self.page_size
-        self.index.extend_names(seq.page_names, seq.tokens, seq.request.cache_salt)
+        usable = seq.decoding.most_cached // self.page_size
+        self.name_pages(seq, seq.page_names, seq.tokens)
         hits = self.index.lookup(seq.page_names[:usable])
         seq.deferred_on = None
         if len(hits) < usable and self._is_computed_elsewhere(seq, seq.page_names[len(hits)]):
@@ -59,23 +63,23 @@ class KVMemory:
         return owner is not None and owner < seq.order
 
     def fits(self, seq: Sequence, hits: list[int], watermark_pages: int) -> bool:
-        """Whether all tokens of `seq` have room above the watermark (idle hits leave the available pages, too)."""
-        missing = self.num_pages_for(len(seq.tokens)) - len(hits)
+        """Whether `seq` has room up to its reach above the watermark (idle hits leave the available pages, too)."""
+        missing = self.num_pages_for(seq.decoding.reach) - len(hits)
         return self.pool.num_available - self.pool.num_idle_among(hits) - missing >= watermark_pages
 
     def reserve(self, seq: Sequence, hits: list[int]) -> None:
-        """Give an admitted sequence its hits and pages for all its tokens, and announce what it is going to compute."""
+        """Give an admitted sequence its hits and pages up to its reach, and announce what it is going to compute."""
         self.pool.share(hits)
-        seq.pages = hits + self.pool.take(self.num_pages_for(len(seq.tokens)) - len(hits))
+        seq.pages = hits + self.pool.take(self.num_pages_for(seq.decoding.reach) - len(hits))
         seq.num_committed = len(hits) * self.page_size
         seq.num_entered = len(hits)
         if self.is_caching:
-            self.index.extend_names(seq.page_names, seq.tokens, seq.request.cache_salt)
+            self.name_pages(seq, seq.page_names, seq.tokens)
             seq.num_announced = len(seq.tokens) // self.page_size
             self.index.announce(seq.page_names[len(hits) : seq.num_announced], seq.order)
 
     def grow(self, seq: Sequence) -> int:
-        """One more page for a decode; returns its id."""
+        """One more page; returns its id."""
         (page,) = self.pool.take(1)
         seq.pages.append(page)
         return page
@@ -88,7 +92,7 @@ class KVMemory:
             return
         names = seq.page_names
         if len(names) < full:
-            self.index.extend_names(names, seq.tokens[: full * self.page_size], seq.request.cache_salt)
+            self.name_pages(seq, names, seq.tokens[: full * self.page_size])
         for number in range(first, full):
             if self.index.enter(names[number], seq.pages[number]):
                 self.pool.keep(seq.pages[number])

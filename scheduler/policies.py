@@ -75,6 +75,11 @@ SELECTORS: Methods = {
 }
 """Which masks of the window are fixed in a step; each fixes at least one."""
 
+WITH_QUOTA = frozenset(
+    {"sequential", "low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy", "dynamic"}
+) | {"learn2pd"}
+"""Selectors that `Diffusion.steps` means something to."""
+
 PLANNERS: Methods = {
     "fixed": {},
     "sub_blocks": {"sub_block": Parameter(8, 1, 1024, "tokens of a sub-block, filled left to right", is_integer=True)},
@@ -167,7 +172,7 @@ POLICIES: Mapping[str, Policy] = {
     "entropy_bounded": Policy("entropy_bounded", source="EB sampler; SDAR"),
     "sdar_static": Policy("low_confidence", topology=_BC, source="SDAR"),
     "sdar_dynamic": Policy("dynamic", topology=_BC, source="SDAR"),
-    "llada2": Policy("threshold", values={"threshold": 0.95}, topology=_BC, source="LLaDA2.0"),
+    "llada2": Policy("threshold", values={"selector.threshold": 0.95}, topology=_BC, source="LLaDA2.0"),
     "llada2_edit": Policy("edit", topology=_BC, source="LLaDA2.1"),
     "hierarchy": Policy("hierarchy", source="dInfer"),
     "vicinity": Policy("threshold", cache="vicinity", topology=_FB, source="dInfer"),
@@ -282,7 +287,7 @@ def table() -> str:
     """The policies as a Markdown table."""
     lines = ["| policy | selector | planner | cache | stopper | source |", "| --- | --- | --- | --- | --- | --- |"]
     for name, p in POLICIES.items():
-        selector = p.selector + "".join(f", {key} {value:g}" for key, value in p.values.items())
+        selector = p.selector + "".join(f", {key.rpartition('.')[2]} {value:g}" for key, value in p.values.items())
         lines.append(
             f"| `{name}` | {selector} | {p.planner} | {p.cache or 'exact / none'} | {p.stopper} | {p.source} |"
         )

@@ -1,8 +1,9 @@
 """The prefix index: which page holds the KV of which token prefix.
 
 A full page is named by a chained SHA-256: H(name of the page before, its tokens); the first page's predecessor is
-H(random root of this process, typed length-prefixed salt). Equal names therefore mean equal tokens from position 0 on
-and an equal salt. 64-bit or unsalted hashes are not enough here: a crafted collision would hand out another user's KV.
+H(random root of this process, typed length-prefixed salt, mask block). Equal names therefore mean equal tokens from
+position 0 on, an equal salt and an equal mask (a causal and a block-causal row of one token have different KV). 64-bit
+or unsalted hashes are not enough here: a crafted collision would hand out another user's KV.
 
 Only pages whose KV is committed are entered (R3). A page that is being computed right now is announced as pending, so
 that a sibling with the same prompt can wait for it instead of computing it again. Source: vLLM v1's hash chain;
@@ -35,19 +36,20 @@ class PrefixIndex:
         self._name_of: dict[int, PageName] = {}
         self._pending: dict[PageName, Owner] = {}
 
-    def root_name(self, salt: str) -> PageName:
+    def root_name(self, salt: str, mask_block: int = 1) -> PageName:
         """The predecessor of a first page. The salt is typed and length-prefixed: no other field can imitate it."""
         text = salt.encode("utf-8", "surrogatepass")
-        return hashlib.sha256(self._root + b"salt" + len(text).to_bytes(8, "little") + text).digest()
+        typed = b"salt" + len(text).to_bytes(8, "little") + text + b"mask" + mask_block.to_bytes(8, "little")
+        return hashlib.sha256(self._root + typed).digest()
 
     def name(self, parent: PageName, tokens: Sequence[int]) -> PageName:
         """Name of a full page of `tokens` that follows the page named `parent`."""
         return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
 
-    def extend_names(self, names: list[PageName], tokens: Sequence[int], salt: str) -> None:
+    def extend_names(self, names: list[PageName], tokens: Sequence[int], salt: str, mask_block: int = 1) -> None:
         """Append to `names` what is missing for all full pages of `tokens`. Each page is hashed once in its life."""
         size = self.page_size
-        parent = names[-1] if names else self.root_name(salt)
+        parent = names[-1] if names else self.root_name(salt, mask_block)
         for index in range(len(names), len(tokens) // size):
             parent = self.name(parent, tokens[index * size : (index + 1) * size])
             names.append(parent)

@@ -17,6 +17,7 @@ class Queues:
 
     running    admitted sequences; while a step is in flight also those of it that ended meanwhile
     waiting    sequences without KV
+    num_denoisers   of the running ones, those that denoise, or will
     """
 
     def __init__(self, memory: KVMemory) -> None:
@@ -25,6 +26,7 @@ class Queues:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.num_queued_tokens = 0
+        self.num_denoisers = 0
         self._ended: list[Sequence] = []
         self._released: list[int] = []
         self._last_seq_id = 0
@@ -41,19 +43,21 @@ class Queues:
         self.num_queued_tokens += len(seq.tokens)
 
     def admit(self, seq: Sequence, hits: list[int]) -> None:
-        """Move a waiting sequence to the running ones, under a new seq_id, with pages for all its tokens."""
+        """Move a waiting sequence to the running ones, under a new seq_id, with pages up to its reach."""
         self.waiting.remove(seq)
         self.num_queued_tokens -= len(seq.tokens)
         self._last_seq_id += 1
         seq.seq_id = self._last_seq_id
         seq.status = Status.RUNNING
-        seq.prefill_end = len(seq.tokens)
+        seq.prefill_end = seq.decoding.prompt_end
+        self.num_denoisers += seq.decoding.is_denoiser
         self._memory.reserve(seq, hits)
         insort(self.running, seq, key=_ORDER)
 
     def preempt_last(self, now: float) -> None:
         """The last running sequence loses its pages and waits again, in its old place in the order."""
         seq = self.running.pop()
+        self.num_denoisers -= seq.decoding.is_denoiser
         seq.high_water = max(seq.high_water, seq.num_committed)
         self._memory.drop(seq)
         self._released.append(seq.seq_id)
@@ -78,6 +82,7 @@ class Queues:
         for seq in self._ended:
             self._memory.drop(seq)
             self._released.append(seq.seq_id)
+            self.num_denoisers -= seq.decoding.is_denoiser
         self._ended = []
         self.running = [seq for seq in self.running if seq.status is Status.RUNNING]
 

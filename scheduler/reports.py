@@ -16,7 +16,10 @@ _NO_NEWS = News()
 def make_delta(seq: Sequence, now: float, news: News = _NO_NEWS, fault: Fault | None = None) -> Delta:
     """A delta with all that the first (cached_tokens) and the last (finish reason, times) one carry."""
     if seq.has_sent and seq.finish_reason is None and fault is None:
-        return Delta(seq.request.id, news.tokens, news.logprobs, news.prompt_logprobs, speculation=news.speculation)
+        tokens, logprobs, prompt_logprobs, speculation, decoding, snapshot = news
+        if decoding is None:
+            return Delta(seq.request.id, tokens, logprobs, prompt_logprobs, speculation=speculation)
+        return Delta(seq.request.id, tokens, logprobs, decoding=decoding, snapshot=snapshot)
     is_first, seq.has_sent = not seq.has_sent, True
     return Delta(
         request_id=seq.request.id,
@@ -29,6 +32,8 @@ def make_delta(seq: Sequence, now: float, news: News = _NO_NEWS, fault: Fault | 
         times=None if seq.finish_reason is None else _times(seq, now),
         fault=fault,
         speculation=news.speculation,
+        decoding=news.decoding,
+        snapshot=news.snapshot,
     )
 
 
@@ -53,7 +58,8 @@ def step_stats(
         predicted_s=predicted_s,
         budget=draft.budget,
         decode_tokens=draft.num_decodes,
-        prefill_tokens=draft.num_prefill,
+        prefill_tokens=draft.num_prefill - draft.num_fused,
+        denoise_tokens=draft.num_denoise + draft.num_fused,
         draft_tokens=draft.num_drafts,
         generated_tokens=generated,
         num_preempted=draft.num_preempted,

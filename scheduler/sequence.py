@@ -11,6 +11,7 @@ from scheduler.types import FinishReason, Request
 if TYPE_CHECKING:
     from scheduler.asking import DraftState
     from scheduler.decoding.base import Decoding
+    from scheduler.denoising import DenoiseState
 
 
 class Status(IntEnum):
@@ -27,12 +28,14 @@ class Sequence:
     seq_id          the worker's name for it; a new one at each admission, 0 while it waits
     tokens          prompt + output so far
     num_committed   tokens whose KV is final; KV past it is scratch (R3)
-    prefill_end     tokens to compute before it decodes: all tokens it had when it was admitted
+    prefill_end     KV tokens to compute before it decodes: all tokens it had when it was admitted; where it denoises,
+                    the end of its block, which is always ahead
     high_water      most tokens ever committed: what is computed again below it was lost to a preemption
     pages           page table; page_names the chained names of its full pages; num_entered pages offered to the index
     num_announced   pages announced as pending in the index
     deferred_on     name of the page it waits for a running sequence to compute
     waiting_since_s when it entered the queue, last time
+    denoising       what is known of its denoise spans; None until it has one
     drafting        what is known of its drafts; None where nobody drafts
     """
 
@@ -60,10 +63,7 @@ class Sequence:
     first_token_s: float | None = None
     has_sent: bool = False
     drafting: DraftState | None = None
-
-    @property
-    def is_prefilling(self) -> bool:
-        return self.num_committed < self.prefill_end
+    denoising: DenoiseState | None = None
 
     @property
     def num_output(self) -> int:

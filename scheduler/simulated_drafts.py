@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from scheduler.acceptance import Acceptance, RequestCounts
-from scheduler.fake_worker import Known, Truth, mix
+from scheduler.fake_worker import Known, Truth
 from scheduler.goodput import Marginal, Outlook
+from scheduler.hashing import mix
 from scheduler.simulation import Arrival, Machine, Report, request_of, simulate
 from scheduler.step_cost import StepCost
 from scheduler.types import Drafts, Limits, SpeculationSettings, StepFeatures

@@ -159,7 +159,7 @@ def simulate(
         report.draft_tokens += stats.draft_tokens
         report.accepted_tokens += stats.accepted_tokens
     report.elapsed_s = now
-    report.step_error = scheduler.cost.mean_error
+    report.step_error = scheduler.policy.cost.mean_error
     return report
 
 

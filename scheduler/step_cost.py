@@ -123,6 +123,25 @@ class StepCost:
 
         return seconds
 
+    def span_curve(self, decodes: StepFeatures, keys: int) -> Callable[[int, int], float]:
+        """The predicted seconds of `decodes` joined by (denoise spans, rows of them), each over `keys` keys: a span is
+        a decode of many rows, all judged."""
+        _, per_token, per_seq, per_key, _, per_judged, per_draft_key, *slopes = self._model.coefficients
+        hinges = [(knot, slope) for knot, slope in zip(_KNOTS, slopes, strict=True) if slope > 0.0]
+        before = decodes.tokens
+        base = self.predict(decodes) - sum(slope * max(0, before - knot) for knot, slope in hinges)
+        per_span = per_seq + per_key * keys - per_judged - per_draft_key * keys
+        per_row = per_token + per_judged + per_draft_key * keys
+
+        def seconds(num_spans: int, rows: int) -> float:
+            total = base + per_span * num_spans + per_row * rows
+            for knot, slope in hinges:
+                if before + rows > knot:
+                    total += slope * (before + rows - knot)
+            return total
+
+        return seconds
+
 
 def with_prefill(decodes: StepFeatures, start: int, rows: int) -> StepFeatures:
     """`decodes` joined by `rows` prompt rows from KV index `start` on."""

@@ -68,6 +68,7 @@ class Request:
     priority    lower first
     cache_salt  prefix pages, and what drafters learn, are shared only between equal salts
     decoding    how it is denoised; None = autoregressive
+    model       the engine's name of the model; "" = its first
     """
 
     id: str
@@ -80,6 +81,7 @@ class Request:
     cache_salt: str = ""
     speculation: Speculation = field(default_factory=Speculation)
     decoding: Diffusion | None = None
+    model: str = ""
 
 
 class Span(NamedTuple):
@@ -254,6 +256,7 @@ class StepStats:
                    spent on proposing
     drafts         the same per drafter and position
     goodput_predicted   tokens per second the planner expected of this step (0 = no planner, or nothing known yet)
+    model          whose step it was, as `Request.model`; the gauges are of this model alone
     """
 
     step: int = 0
@@ -280,3 +283,4 @@ class StepStats:
     draft_s: float = 0.0
     drafts: tuple[DraftTally, ...] = ()
     goodput_predicted: float = 0.0
+    model: str = ""

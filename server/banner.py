@@ -6,6 +6,7 @@ import json
 
 from server.config import VERSION, ServerConfig
 from server.engine.config import EngineInfo
+from server.engine.decoding import DIFFUSION_SUFFIX
 
 
 def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tuple[str, float], ...]) -> str:
@@ -22,10 +23,12 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         f"model     {weights}: {_count(facts.num_parameters)} parameters, {facts.dtype}, {facts.device} ({facts.ops})",
         f"memory    weights {_bytes(facts.weight_bytes)}, KV {_bytes(facts.kv_bytes)} = {facts.num_pages} pages of "
         f"{facts.page_size} tokens: room for {room:.1f} sequences of {facts.model_len} tokens",
+        *(line for other in facts.also for line in _also(other)),
         f"limits    {facts.max_seqs} sequences at once, {facts.max_queued_requests} queued; "
         f"{facts.max_batched_tokens} tokens a step, time between tokens {slo}; "
         f"output {'as the context leaves' if output is None else output}",
         f"drafts    {_drafts(config, facts)}",
+        *_denoising(name, facts),
         "start     " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases),
         f"API       {url}/v1      metrics {url}/metrics      health {url}/health",
     ]
@@ -41,6 +44,15 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
     return "\n".join(lines)
 
 
+def _also(facts: EngineInfo) -> tuple[str, str]:
+    """A further model: what differs from the first."""
+    return (
+        f"model     {facts.name}: {_count(facts.num_parameters)} parameters, {facts.dtype}",
+        f"memory    weights {_bytes(facts.weight_bytes)}, KV {_bytes(facts.kv_bytes)} = {facts.num_pages} pages of "
+        f"{facts.page_size} tokens: room for {facts.kv_tokens / facts.model_len:.1f} sequences of {facts.model_len}",
+    )
+
+
 def _drafts(config: ServerConfig, facts: EngineInfo) -> str:
     """Who drafts, and how many; what makes the speed of a test server unreal is said."""
     if not facts.drafters:
@@ -51,6 +63,16 @@ def _drafts(config: ServerConfig, facts: EngineInfo) -> str:
         share = f"{facts.synthetic_acceptance:g} of the drafts of repeated requests are right"
         text += f"; SYNTHETIC: {share}, so speeds are those of a test"
     return text
+
+
+def _denoising(name: str, facts: EngineInfo) -> list[str]:
+    """How the model denoises, if it can, and under which name."""
+    model = facts.diffusion
+    if model is None:
+        return []
+    kind = model.topology.replace("_", "-")
+    text = f"decoding  {kind} diffusion, blocks of {model.block_size} tokens, policy {model.policy}"
+    return [f"{text}: ask for {name}{DIFFUSION_SUFFIX}" if model.is_dual else text]
 
 
 def _count(number: int) -> str:

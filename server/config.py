@@ -13,16 +13,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from scheduler.types import MAX_TREE_NODES
+from server.also import AlsoServed, check_models, name_of, read_also, with_others
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
 from server.engine.config import DRAFTERS, EngineConfig, SpeculationConfig
-from server.values import Auto, AutoCount, Count, Listed, Names, Seconds, Switch, Table, settings_of
+from server.values import Auto, AutoCount, Count, Listed, Names, PolicyName, Seconds, Shares, Switch, Table, settings_of
 
 VERSION = "0.1.0"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_model, _engine, _drafts, _http, _limits, _life = map(
-    settings_of, ("model", "engine", "speculation", "HTTP", "limits of one request", "life cycle and logs")
-)
+_GROUPS = ("model", "engine", "speculation", "diffusion", "HTTP", "limits of one request", "life cycle and logs")
+_model, _engine, _drafts, _denoise, _http, _limits, _life = map(settings_of, _GROUPS)
 
 
 class ServerConfig(BaseModel):
@@ -32,6 +32,7 @@ class ServerConfig(BaseModel):
 
     model: str = _model("braid-tiny", "folder, hub id, or an embedded model (braid-tiny)", min_length=1)
     served_model_name: Names = _model((), "name in the API, repeatable; the first is echoed (default: MODEL)")
+    also_serve: Names = _model((), "a further model, NAME=MODEL or MODEL, repeatable; models take turns, step by step")
     revision: str | None = _model(None, "branch, tag or commit of a hub model")
     download_dir: str | None = _model(None, "where hub models are kept (default: the hub library's cache)")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _model("auto", "auto = bfloat16 where it is native")
@@ -57,6 +58,7 @@ class ServerConfig(BaseModel):
     )
     block_size: AutoCount = _engine(None, "tokens of a KV page; auto = what measured best on the device")
     kv_cache_memory: AutoCount = _engine(None, "bytes of the KV pool (2GiB); auto = a share of what is free")
+    kv_shares: Shares = _engine((), "parts of that memory for each model, the first one first (3,1); auto = equal")
     enable_prefix_caching: bool = _engine(True, "reuse the KV of prompts that begin alike")
     threads: AutoCount = _engine(None, "CPU threads of a step; auto = physical cores")
     grammar_timeout: Seconds = _engine(5.0, "seconds to compile a structured-output constraint")
@@ -87,6 +89,9 @@ class ServerConfig(BaseModel):
     synthetic_acceptance: Annotated[float, Field(gt=0, le=1)] | None = _drafts(
         None, "capacity tests only: repeated requests get drafts that are right this often; the text stays the model's"
     )
+
+    default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
+    denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")
 
     host: str = _http("127.0.0.1", "address to bind; 0.0.0.0 = all interfaces")
     port: int = _http(8000, "port to bind; 0 = any free one", ge=0, le=65535)
@@ -154,6 +159,7 @@ class ServerConfig(BaseModel):
                 raise ValueError(f"{name.replace('_', '-')}: there is no file {str(path)!r}")
         if self.api_key_file is not None and not self.api_keys():
             raise ValueError(f"api-key-file: {str(self.api_key_file)!r} holds no key")
+        check_models(self.model_names(), self.also(), self.kv_shares)
         return self
 
     @model_validator(mode="after")
@@ -182,6 +188,10 @@ class ServerConfig(BaseModel):
             raise ValueError(f"draft-store-file: there is no folder {str(self.draft_store_file.parent)!r}")
         return self
 
+    def also(self) -> tuple[AlsoServed, ...]:
+        """The models besides the first."""
+        return tuple(read_also(entry) for entry in self.also_serve)
+
     def api_keys(self) -> tuple[str, ...]:
         keys = [*self.api_key]
         if self.api_key_file is not None:
@@ -189,24 +199,19 @@ class ServerConfig(BaseModel):
         return tuple(key for key in keys if key)
 
     def model_names(self) -> tuple[str, ...]:
-        """As the API knows the model. A folder is called by its last part: paths are nobody's business."""
-        if self.served_model_name:
-            return self.served_model_name
-        return (Path(self.model).name if Path(self.model).is_dir() else self.model,)
+        """As the API knows the first model."""
+        return self.served_model_name or (name_of(self.model),)
 
     def is_loopback(self) -> bool:
         return self.host in LOOPBACK
 
     def host_names(self) -> tuple[str, ...] | None:
         """Host headers that are served, None = any (S-83)."""
-        if "*" in self.allowed_hosts:
-            return None
-        if self.allowed_hosts:
-            return self.allowed_hosts
-        return LOOPBACK_HOSTS if self.is_loopback() else None
+        default = LOOPBACK_HOSTS if self.is_loopback() else None
+        return None if "*" in self.allowed_hosts else self.allowed_hosts or default
 
     def engine_config(self) -> EngineConfig:
-        return EngineConfig(
+        first = EngineConfig(
             model=self.model,
             dtype=self.dtype,
             device=self.device,
@@ -232,6 +237,8 @@ class ServerConfig(BaseModel):
             step_timeout_s=self.step_timeout,
             delta_interval_s=self.delta_interval_ms / 1000,
             progress=not self.quiet,
+            default_decoding=self.default_decoding,
+            denoise_block_size=self.denoise_block_size,
             speculation=SpeculationConfig(
                 mode=self.speculation,
                 drafters=self.drafters,
@@ -247,6 +254,7 @@ class ServerConfig(BaseModel):
                 synthetic_acceptance=self.synthetic_acceptance,
             ),
         )
+        return with_others(first, self.also(), self.kv_shares)
 
     def api_settings(self) -> ApiSettings:
         limits = Limits(

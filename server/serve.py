@@ -26,6 +26,7 @@ from scheduler.types import StepStats
 from server.banner import banner
 from server.config import ServerConfig
 from server.engine.client import EngineClient, EngineStartError
+from server.engine.config import EngineInfo
 from server.engine.log import configure_logging
 from server.protocol import PatientProtocol
 
@@ -107,6 +108,7 @@ def check_model(config: ServerConfig) -> None:
     from server.models.locate import resolve_model
 
     names = [] if config.random_weights is not None else [config.model]
+    names += [other.model for other in config.also()]
     names += [] if config.draft_model is None or config.speculation == "off" else [config.draft_model]
     for name in names:
         if name.startswith((".", "/", "~")) or Path(name).exists():
@@ -140,7 +142,7 @@ class _Server:
 
     def __init__(self, config: ServerConfig, listener: socket.socket, started_at: float) -> None:
         self._config, self._listener, self._started_at = config, listener, started_at
-        self._observe: list[Callable[[StepStats], None]] = []
+        self._observe: dict[str, Callable[[StepStats], None]] = {}
         self._client = EngineClient(config.engine_config(), self._on_step, config.log_format, config.log_level)
         self._door = FrontDoor()
         self._signals: asyncio.Queue[int] = asyncio.Queue()
@@ -213,17 +215,16 @@ class _Server:
             await asyncio.gather(engine, return_exceptions=True)
             raise
         facts = self._client.info
-        tokenizer = await asyncio.to_thread(self._tokenizer)
-        if facts.vocab_size < tokenizer.vocab_size:
-            raise ValueError(
-                f"the model has a vocabulary of {facts.vocab_size}, but its tokenizer gives ids up to "
-                f"{tokenizer.vocab_size - 1}; with --random-weights ask for vocab={tokenizer.vocab_size} or more"
-            )
         settings = self._config.api_settings()
-        drafters = tuple(name for name, _ in facts.drafters)
-        metrics = Metrics(settings.served_model_names[0], facts.model_len, drafters, facts.max_drafts)
-        self._observe.append(metrics.observe_step)
-        app = create_app(settings, self._client, tokenizer, metrics)
+        parts: list[tuple[str, Any, Metrics]] = []
+        for info in facts.models:
+            tokenizer = await asyncio.to_thread(self._tokenizer, info)
+            drafters = tuple(drafter for drafter, _ in info.drafters)
+            name, first = info.name or settings.served_model_names[0], parts[0][2] if parts else None
+            metrics = Metrics(name, info.model_len, drafters, info.max_drafts, first)
+            parts.append((info.name, tokenizer, metrics))
+            self._observe[info.name] = metrics.observe_step
+        app = create_app(settings, self._client, *parts[0][1:], parts[1:])
         await stack.enter_async_context(app.api.router.lifespan_context(app.api))
         self._door.app = app
         # What is here stays: a full collection need not stop the loop to look at it again.
@@ -235,15 +236,22 @@ class _Server:
             sys.stdout.write(banner(self._config, facts, self._listener.getsockname()[1], phases) + "\n")
             sys.stdout.flush()
 
-    def _tokenizer(self) -> Tokenizer:
-        """Of the model's folder; a hub model is in the cache by now, the engine has fetched it."""
+    def _tokenizer(self, facts: EngineInfo) -> Tokenizer:
+        """Of the model's folder; a hub model is in the cache by now, the engine has fetched it. Raises ValueError."""
         from server.models.locate import resolve_model
         from server.text.tokenizer import Tokenizer
 
-        return Tokenizer.load(resolve_model(self._config.model, self._config.revision, self._config.download_dir))
+        revision = None if facts.name else self._config.revision
+        tokenizer = Tokenizer.load(resolve_model(facts.model, revision, self._config.download_dir))
+        if facts.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"the model {facts.model} has a vocabulary of {facts.vocab_size}, but its tokenizer gives ids up to "
+                f"{tokenizer.vocab_size - 1}; with --random-weights ask for vocab={tokenizer.vocab_size} or more"
+            )
+        return tokenizer
 
     def _on_step(self, stats: StepStats) -> None:
-        for observe in self._observe:
+        if (observe := self._observe.get(stats.model)) is not None:
             observe(stats)
 
     async def _until_end(self, http: asyncio.Task[None]) -> int:
@@ -255,8 +263,7 @@ class _Server:
             task.cancel()
         if self._client.dead.is_set():
             say(f"the engine is given up: {self._client.death_cause}")
-            return 1
-        if http.done():
+        if self._client.dead.is_set() or http.done():
             return 1
         await self._drain()
         return 0

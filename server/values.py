@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from scheduler.policies import POLICIES
+
 _SUFFIXES = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -79,6 +81,13 @@ def parse_table(value: object) -> object:
     return pairs
 
 
+def _known_policy(value: object) -> object:
+    if value is not None and value not in POLICIES:
+        raise ValueError(f"there are {', '.join(POLICIES)}")
+    return value
+
+
+PolicyName = Annotated[str | None, BeforeValidator(lambda value: _known_policy(_auto(value)))]
 Listed = Annotated[tuple[str, ...] | None, BeforeValidator(lambda value: parse_listed(_auto(value)))]
 
 
@@ -87,5 +96,17 @@ def _switch(value: object) -> object:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+def parse_shares(value: object) -> object:
+    """`3,1`: whole numbers above 0; a list in a file."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        return value
+    shares = tuple(int(text) if (text := str(item).strip()).isdecimal() else 0 for item in items)
+    if 0 in shares:
+        raise ValueError("expected whole numbers above 0 with commas between them, such as 3,1")
+    return shares
+
+
+Shares = Annotated[tuple[int, ...], BeforeValidator(lambda value: parse_shares(() if value == "auto" else value))]
 Switch = BeforeValidator(_switch)
 Table = Annotated[tuple[tuple[int, int], ...], BeforeValidator(parse_table)]

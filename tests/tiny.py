@@ -16,6 +16,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from tests.tiny_diffusion import (
+    DIFFUSION,
+    DIFFUSION_VOCAB,
+    LLADA,
+    LLADA2_MOE,
+    QWEN_SHAPED,
+    llada2_moe_tensors,
+    llada_tensors,
+)
+
 VOCAB_SIZE = 320
 PAD, BOS, EOS = 0, 1, 2
 
@@ -31,6 +41,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+"""Those that transformers knows, too; `tests.tiny_diffusion.DIFFUSION` has the others."""
 
 _CORPUS = (
     "the quick brown fox jumps over the lazy dog and then the dog sleeps",
@@ -41,11 +52,18 @@ _CORPUS = (
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
-    """A config.json with 2 layers, hidden 64, 4 query and 2 kv heads of 16; `overrides` replace or add entries."""
-    config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[model_type]],
-        "model_type": model_type,
-        "vocab_size": VOCAB_SIZE,
+    """A config.json with 2 layers, hidden 64, 4 query and 2 kv heads of 16; `overrides` replace or add entries.
+
+    llada has as many kv heads as query heads, llada2_moe a dense layer more.
+    """
+    head: dict[str, Any] = {"architectures": [(ARCHITECTURES | DIFFUSION)[model_type]], "model_type": model_type}
+    if model_type in DIFFUSION:
+        head["auto_map"] = {"AutoModel": f"modeling.{DIFFUSION[model_type]}"}  # all of them come with code
+    ends = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "dtype": "float32"}
+    if model_type in ("llada", "llada2_moe"):
+        return head | (LLADA if model_type == "llada" else LLADA2_MOE) | ends | overrides
+    config: dict[str, Any] = head | {
+        "vocab_size": DIFFUSION_VOCAB if model_type in DIFFUSION else VOCAB_SIZE,
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -57,14 +75,11 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "dtype": "float32",
+        **ends,
     }
     if model_type == "mistral":
         config["sliding_window"] = None
-    if model_type == "qwen3_moe":
+    if model_type in ("qwen3_moe", "sdar_moe"):
         config |= {
             "num_experts": 8,
             "num_experts_per_tok": 2,
@@ -73,11 +88,15 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
             "norm_topk_prob": True,
             "mlp_only_layers": [],
         }
-    return config | overrides
+    return config | QWEN_SHAPED.get(model_type, {}) | overrides
 
 
 def tiny_tensors(config: dict[str, Any], seed: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint by its published name, float32; linear weights of scale 1 / sqrt(inputs)."""
+    model_type = config["model_type"]
+    if model_type in ("llada", "llada2_moe"):
+        yield from (llada_tensors if model_type == "llada" else llada2_moe_tensors)(config, seed)
+        return
     generator = torch.Generator().manual_seed(seed)
     hidden, vocab, head_dim = config["hidden_size"], config["vocab_size"], config["head_dim"]
     num_q, num_kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
@@ -98,16 +117,15 @@ def tiny_tensors(config: dict[str, Any], seed: int = 0) -> Iterator[tuple[str, T
         yield from linear(f"{name}.up_proj", size, hidden, with_bias)
         yield from linear(f"{name}.down_proj", hidden, size, with_bias)
 
-    model_type = config["model_type"]
     attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
     yield "model.embed_tokens.weight", torch.randn(vocab, hidden, generator=generator)
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
         for name, num_out in (("q", num_q), ("k", num_kv), ("v", num_kv)):
-            biased = attention_bias or model_type == "qwen2"
+            biased = attention_bias or model_type in ("qwen2", "Fast_dLLM_Qwen", "Dream")
             yield from linear(f"{layer}.self_attn.{name}_proj", num_out, hidden, biased)
         yield from linear(f"{layer}.self_attn.o_proj", hidden, num_q, attention_bias)
-        if model_type.startswith("qwen3"):
+        if model_type.startswith(("qwen3", "sdar")):
             yield f"{layer}.self_attn.q_norm.weight", 1 + bias(head_dim)
             yield f"{layer}.self_attn.k_norm.weight", 1 + bias(head_dim)
         if _is_sparse(config, index):
@@ -124,7 +142,7 @@ def tiny_tensors(config: dict[str, Any], seed: int = 0) -> Iterator[tuple[str, T
 
 
 def _is_sparse(config: dict[str, Any], index: int) -> bool:
-    if config["model_type"] != "qwen3_moe" or index in config["mlp_only_layers"]:
+    if config["model_type"] not in ("qwen3_moe", "sdar_moe") or index in config["mlp_only_layers"]:
         return False
     return (index + 1) % int(config["decoder_sparse_step"]) == 0
 

@@ -1,6 +1,6 @@
 """`Ops` on the compiled CPU kernels, for bfloat16 and float32.
 
-This file checks shapes and passes pointers; it computes nothing itself except the expert routing of `moe`.
+This file checks shapes and passes pointers; it computes nothing itself except the sums of `moe`.
 The rule: every row's result is bitwise the same whatever the other rows are, and whatever the number of threads is.
 Legend of shapes in kernels/ops.py.
 """
@@ -24,6 +24,7 @@ from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.layers import LayerTables
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
 from kernels.ops import AttentionRows, PackedLinear
+from kernels.routing import Router, choose_experts
 
 AMX_ROWS = 16
 """A tile of the AMX unit has 16 rows; below, memory bandwidth bounds the product and nothing is gained."""
@@ -246,15 +247,12 @@ class CpuOps:
         self,
         x_TH: Tensor,
         router_logits_TE: Tensor,
+        router: Router,
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
-        top_k: int,
-        norm_topk_prob: bool,
     ) -> Tensor:
-        num_rows = x_TH.shape[0]
-        weights_Tk, experts_Tk = torch.softmax(router_logits_TE.float(), dim=-1).topk(top_k, dim=-1)
-        if norm_topk_prob:
-            weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
+        num_rows, top_k = x_TH.shape[0], router.top_k
+        weights_Tk, experts_Tk = choose_experts(router_logits_TE, router)
         order = experts_Tk.flatten().argsort(stable=True)
         counts = torch.bincount(experts_Tk.flatten(), minlength=len(gate_up)).tolist()
         # One output per (row, choice), so that a row's sum runs over its choices in rank order, whoever else is there.

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.reference import DenseLinear, ReferenceOps, RowStatistics, dense_weight
+from kernels.routing import Router
 from kernels.triton.move import move_kv
 from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.paged import PagedAttention
@@ -119,12 +120,11 @@ class TritonOps:
         self,
         x_TH: Tensor,
         router_logits_TE: Tensor,
+        router: Router,
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
-        top_k: int,
-        norm_topk_prob: bool,
     ) -> Tensor:
-        return self._torch.moe(x_TH, router_logits_TE, gate_up, down, top_k, norm_topk_prob)
+        return self._torch.moe(x_TH, router_logits_TE, router, gate_up, down)
 
     def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
         """Not of `Ops` yet: see `reference.row_statistics`."""

@@ -6,7 +6,7 @@ A sequence is prompt + output; a resubmitted or preempted one arrives with outpu
 
 from __future__ import annotations
 
-from scheduler.decoding.base import BadOutcome, News
+from scheduler.decoding.base import BadOutcome, News, Widths
 from scheduler.decoding.drafts import accepted_path, span_parents
 from scheduler.sequence import Sequence
 from scheduler.types import Drafts, FinishReason, Outcome, Read, Span, SpeculationUsage, TokenLogprob
@@ -29,6 +29,10 @@ class Autoregressive:
         "drafts",
     )
 
+    is_denoiser = is_denoising = False
+    grain = mask_block = least_rows = 1
+    widths = Widths(1, 1)
+
     def __init__(self, seq: Sequence, max_model_len: int) -> None:
         request = seq.request
         self._seq = seq
@@ -45,6 +49,19 @@ class Autoregressive:
     @property
     def judges_prompt(self) -> bool:
         return self._num_logprobs_sent < self._num_logprobs_due
+
+    @property
+    def prompt_end(self) -> int:
+        return len(self._seq.tokens)
+
+    @property
+    def reach(self) -> int:
+        return len(self._seq.tokens)
+
+    @property
+    def most_cached(self) -> int:
+        """One token must be computed to get logits."""
+        return len(self._seq.tokens) - 1
 
     @property
     def most_drafts(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from scheduler.types import Drafts, Outcome, Span, SpeculationUsage, TokenLogprob
+from scheduler.types import DecodingUsage, Drafts, Outcome, Snapshot, Span, SpeculationUsage, TokenLogprob
 
 
 class BadOutcome(Exception):
@@ -18,21 +18,50 @@ class News(NamedTuple):
     """What an outcome told: output tokens that can no longer change (R8) and logprobs, each once.
 
     speculation   what the drafts verified for these tokens came to, if there were any
+    decoding      what denoising took since the last news that became a delta
+    snapshot      the block as it stands, where the request asked for it: reason enough for a delta
     """
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     speculation: SpeculationUsage | None = None
+    decoding: DecodingUsage | None = None
+    snapshot: Snapshot | None = None
+
+
+class Widths(NamedTuple):
+    """Rows of the next denoise span: as few as it can do with, and as many as it can use. Nothing in between.
+
+    narrow = wide where there is no choice; a narrow span that only commits a finished block fixes no token.
+    """
+
+    narrow: int
+    wide: int
 
 
 class Decoding(Protocol):
     """The state machine of one sequence, from admission to its end.
 
-    drafts      offered for the next span; forgotten when the sequence loses its KV
+    While `Sequence.num_committed < Sequence.prefill_end` it is not one that decodes token by token: it has prompt rows
+    left, or it denoises. A machine that denoises keeps `prefill_end` ahead for as long as it lives.
+
+    drafts       offered for the next span; forgotten when the sequence loses its KV
+    is_denoiser  it has denoise spans (`is_denoising`, `widths`); otherwise it decodes once its prompt is computed
+    grain        its prompt's chunks are multiples of so many rows
+    mask_block   of its spans; part of the names of its pages, since equal tokens under another mask have other KV
     """
 
     drafts: Drafts | None
+
+    @property
+    def is_denoiser(self) -> bool: ...
+
+    @property
+    def grain(self) -> int: ...
+
+    @property
+    def mask_block(self) -> int: ...
 
     @property
     def judges_prompt(self) -> bool:
@@ -44,10 +73,44 @@ class Decoding(Protocol):
         """Most drafts that the next decode span can use: after them and one more token the sequence is full."""
         ...
 
+    @property
+    def prompt_end(self) -> int:
+        """`Sequence.prefill_end` of a sequence that is admitted now: KV tokens up to the end of its first judged span.
+
+        Chunks of the prompt are cut from the rows before it; the last one may take the first denoise step along.
+        """
+        ...
+
+    @property
+    def reach(self) -> int:
+        """KV tokens that the sequence has room for after its next span, at its widest: pages are taken for them."""
+        ...
+
+    @property
+    def most_cached(self) -> int:
+        """Tokens of a prefix hit, at most: what is behind them must be computed."""
+        ...
+
+    @property
+    def is_denoising(self) -> bool:
+        """No prompt rows are left and the next span denoises. Never true of a machine that is no denoiser."""
+        ...
+
+    @property
+    def widths(self) -> Widths:
+        """Of the next denoise span. Only to be asked of a machine that is denoising."""
+        ...
+
+    @property
+    def least_rows(self) -> int:
+        """The narrowest that any of its spans can have to be: a denoise span cannot be cut."""
+        ...
+
     def next_span(self, budget: int, num_drafts: int = 0) -> Span:
         """The next span, of at most `budget` >= 1 tokens. Asking changes nothing: only `absorb` learns.
 
-        A decode takes its first `budget` - 1 drafts along. `num_drafts` is passed on (`Span.num_drafts`).
+        A decode takes its first `budget` - 1 drafts along. `num_drafts` is passed on (`Span.num_drafts`). A prompt
+        chunk has a multiple of `grain` rows; a denoise span is as wide as `widths` and `budget` allow.
         """
         ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from typing import Protocol
+from collections.abc import Callable
 
 from server.api.errors import ApiError, overloaded
 from server.api.settings import ApiSettings
@@ -20,13 +20,6 @@ MIN_RETRY_S, MAX_RETRY_S = 1, 30
 RATE_WINDOW_S = 30.0
 CALLS_OF_LOGPROBS = 4
 """Log-probabilities held at once, in calls that ask for as many as one may."""
-
-
-class Sized(Protocol):
-    """An engine that says how much it runs and queues."""
-
-    @property
-    def info(self) -> EngineInfo: ...
 
 
 class Permit:
@@ -61,24 +54,25 @@ class Permit:
 
 
 class Admission:
-    """The counters and limits. A call is let in when its requests fit, and when its tokens fit or none are waiting."""
+    """The counters and limits of one model. A call is let in when its requests fit, and when its tokens fit or none are
+    waiting."""
 
-    def __init__(self, settings: ApiSettings, engine: Sized, metrics: Metrics) -> None:
-        self._settings, self._engine = settings, engine
+    def __init__(self, settings: ApiSettings, info: Callable[[], EngineInfo], metrics: Metrics) -> None:
+        self._settings, self._info = settings, info
         self.num_requests = self.num_tokens = self.num_logprobs = 0
         self._metrics = metrics
         self._ends: list[tuple[float, int]] = []
 
     @property
     def max_requests(self) -> int:
-        info = self._engine.info
+        info = self._info()
         asked = self._settings.max_requests
         return info.max_seqs + info.max_queued_requests if asked is None else asked
 
     @property
     def max_tokens(self) -> int:
         asked = self._settings.max_queued_tokens
-        return self._engine.info.max_queued_tokens if asked is None else asked
+        return self._info().max_queued_tokens if asked is None else asked
 
     def admit(self, num_requests: int, num_tokens: int) -> Permit:
         """Raises ApiError 429 with Retry-After."""

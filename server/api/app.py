@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,16 +18,19 @@ from starlette.types import Receive, Scope, Send
 from server.api.admission import Admission
 from server.api.body import BodyMemory
 from server.api.chat import ChatForm
-from server.api.completions import CompletionForm
+from server.api.completions import CompletionForm, DenoiseForm
 from server.api.errors import ApiError, shown
+from server.api.facts import served_names
 from server.api.handler import Form, GenerationResponse
 from server.api.middleware import EdgeMiddleware
 from server.api.monitor import monitoring
 from server.api.pool import TextPool
 from server.api.routes import HealthRoutes, ModelRoutes, ServerRoutes, TextRoutes
-from server.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from server.api.schema import ChatBody, CompletionBody, DenoiseBody, DetokenizeBody, TokenizeBody
 from server.api.services import Engine, Services
 from server.api.settings import ApiSettings
+from server.engine.config import EngineInfo
+from server.engine.decoding import MAX_DELIMITERS
 from server.metrics import Metrics
 from server.text.chat import ChatTemplate
 from server.text.tokenizer import Tokenizer
@@ -43,27 +47,35 @@ class Application:
         await self._edge(scope, receive, send)
 
 
-def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metrics: Metrics) -> Application:
-    """The application over an engine; give `metrics.observe_step` to the engine client as `on_step`.
+def create_app(
+    settings: ApiSettings,
+    client: Engine,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    others: Sequence[tuple[str, Tokenizer, Metrics]] = (),
+) -> Application:
+    """The application over an engine; give each model's `metrics.observe_step` to the engine client as `on_step`.
 
-    Raises ChatTemplateError if the model's template does not compile.
+    others  the engine's further models: name (the engine's and the API's), tokenizer, metrics (`beside` the first's)
+    Raises ChatTemplateError if a model's template does not compile, ValueError for a served name that would be two.
     """
-    source = settings.chat_template if settings.chat_template is not None else tokenizer.chat_template
-    template = None
-    if source is not None:
-        template = ChatTemplate(source, tokenizer, deadline_s=settings.timeouts.template_s)
+    template = _template(settings.chat_template, tokenizer, settings)
     services = Services(
         settings=settings,
         engine=client,
         tokenizer=tokenizer,
         metrics=metrics,
-        admission=Admission(settings, client, metrics),
+        admission=Admission(settings, lambda: client.info, metrics),
         pool=TextPool(settings.text_threads, settings.text_queue, metrics),
         bodies=BodyMemory(settings.max_body_memory),
         chat_template=template,
-        model_names=settings.served_model_names,
+        **_names_and_delimiters(settings.served_model_names, client.info, tokenizer),
         created=int(time.time()),
     )
+    for its in (services, *(_beside(services, *parts) for parts in others)):
+        if twice := [name for name in its.model_names if name in services.by_name]:
+            raise ValueError(f"{twice[0]} is the name of two models; give one another: also-serve NAME=MODEL")
+        services.by_name.update(dict.fromkeys(its.model_names, its))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -84,12 +96,38 @@ def create_app(settings: ApiSettings, client: Engine, tokenizer: Tokenizer, metr
     return Application(api, services)
 
 
+def _template(source: str | None, tokenizer: Tokenizer, settings: ApiSettings) -> ChatTemplate | None:
+    """source: used instead of the tokenizer's own."""
+    source = tokenizer.chat_template if source is None else source
+    return None if source is None else ChatTemplate(source, tokenizer, deadline_s=settings.timeouts.template_s)
+
+
+def _beside(first: Services, name: str, tokenizer: Tokenizer, metrics: Metrics) -> Services:
+    """The services of a further model."""
+    return replace(
+        first,
+        tokenizer=tokenizer,
+        metrics=metrics,
+        admission=Admission(first.settings, lambda: first.engine.info.of(name), metrics),
+        chat_template=_template(None, tokenizer, first.settings),
+        engine_model=name,
+        **_names_and_delimiters((name,), first.engine.info.of(name), tokenizer),
+    )
+
+
+def _names_and_delimiters(names: tuple[str, ...], info: EngineInfo, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Fields of `Services` that depend on how the model can generate."""
+    delimiters = tokenizer.line_end_ids(MAX_DELIMITERS) if info.diffusion is not None else ()
+    return {"model_names": served_names(names, info.diffusion), "delimiters": delimiters}
+
+
 def _add_routes(api: FastAPI, services: Services) -> None:
     models, health = ModelRoutes(services), HealthRoutes(services)
     text, server = TextRoutes(services), ServerRoutes(services)
     routes: list[tuple[str, str, Callable[..., Any], type[BaseModel] | None]] = [
         ("POST", "/v1/completions", _generation(services, CompletionForm), CompletionBody),
         ("POST", "/v1/chat/completions", _generation(services, ChatForm), ChatBody),
+        ("POST", "/v1/denoise/stream", _generation(services, DenoiseForm), DenoiseBody),
         ("GET", "/v1/models", models.list_models, None),
         ("GET", "/v1/models/{model:path}", models.get_model, None),
         ("POST", "/tokenize", text.tokenize, TokenizeBody),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from scheduler.types import Delta, FinishReason, SpeculationUsage, TokenLogprob
+from scheduler.types import DecodingUsage, Delta, FinishReason, Snapshot, SpeculationUsage, TokenLogprob
 from server.api.validation import Call
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ class Judged:
 
 @dataclass(slots=True)
 class Piece:
-    """What is new of choice `index`. `judged` is empty unless logprobs were asked."""
+    """What is new of choice `index`. `judged` is empty unless logprobs were asked, `snapshot` is there where it was."""
 
     index: int
     text: str = ""
@@ -34,6 +34,12 @@ class Piece:
     stop_reason: str | int | None = None
     is_first: bool = False
     num_tokens: int = 0
+    snapshot: Snapshot | None = None
+
+    @property
+    def is_chunk(self) -> bool:
+        """Is there more than a snapshot?"""
+        return bool(self.text or self.token_ids) or self.finish_reason is not None
 
 
 class Choice:
@@ -47,6 +53,7 @@ class Choice:
         self.num_tokens = 0
         self.cached_tokens: int | None = None
         self.speculation = SpeculationUsage()
+        self.decoding = DecodingUsage()
         self.prompt_logprobs: list[TokenLogprob] = []
         self.is_finished = False
         self.wants_prompt_logprobs = checked.body.prompt_logprobs is not None
@@ -69,10 +76,13 @@ class Choice:
         self.prompt_logprobs.extend(delta.prompt_logprobs)
         if delta.speculation is not None:
             self.speculation += delta.speculation
+        if delta.decoding is not None:
+            self.decoding += delta.decoding
         if delta.cached_tokens is not None:
             self.cached_tokens = delta.cached_tokens
+        waiting = None if delta.snapshot is None else Piece(self.index, snapshot=delta.snapshot)
         if not delta.tokens and delta.finish_reason is None:
-            return None
+            return waiting
         if self._echo:
             self._put_echo()
         piece = self._pending
@@ -91,8 +101,9 @@ class Choice:
             piece.text += self._text.finish()
         self._note_end(piece, delta)
         if not piece.text and piece.finish_reason is None and not self._is_counted:
-            return None
+            return waiting
         piece.num_tokens = self.num_tokens
+        piece.snapshot = delta.snapshot
         self._pending = Piece(self.index)
         return piece
 

@@ -8,6 +8,7 @@ from scheduler.types import FinishReason
 from server.api.choice import Choice, Judged, Piece
 from server.api.generation import Generation
 from server.api.logprobs import LogprobFormat
+from server.api.schema import CompletionBody, DenoiseBody
 from server.api.stream import Envelope, to_json
 from server.text.tokenizer import Tokenizer
 
@@ -17,6 +18,7 @@ class CompletionForm:
 
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl-"
+    body_kind: type[CompletionBody] = CompletionBody
 
     def __init__(self, generation: Generation, envelope: Envelope, tokenizer: Tokenizer) -> None:
         checked = generation.call.checked
@@ -53,6 +55,12 @@ class CompletionForm:
         }
         shown.update(extras(choice, piece, self._format))
         return shown
+
+
+class DenoiseForm(CompletionForm):
+    """/v1/denoise/stream: the same chunks; snapshots come beside them (`stream.py`)."""
+
+    body_kind = DenoiseBody
 
 
 def joined(pieces: list[Piece], index: int) -> Piece:

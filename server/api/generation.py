@@ -10,13 +10,15 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
+from typing import Any
 
 from starlette.types import Receive
 
-from scheduler.types import Delta, Fault, FinishReason, SpeculationMode, SpeculationUsage
+from scheduler.types import DecodingUsage, Delta, Fault, FinishReason, SpeculationMode, SpeculationUsage
 from server.api.admission import Permit
 from server.api.body import ClientGone
 from server.api.choice import Choice, Piece
+from server.api.decoding import decoding_usage, show_snapshot
 from server.api.errors import ApiError
 from server.api.grammar import grammar_field
 from server.api.services import Services, Stream
@@ -72,6 +74,10 @@ class Generation:
         self.close()
 
     @property
+    def is_denoised(self) -> bool:
+        return self.call.checked.decoding is not None
+
+    @property
     def is_finished(self) -> bool:
         return self._num_left == 0 and not self._pieces
 
@@ -122,10 +128,22 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": cached},
             **speculation_usage(
                 self.call.checked.body,
-                bool(self._services.engine.info.drafters),
+                bool(self._services.info.drafters) and not self.is_denoised,
                 sum((choice.speculation for choice in self.choices), start=SpeculationUsage()),
             ),
+            **(decoding_usage(self._denoising(), num_output) if self.is_denoised else {}),
         }
+
+    def _denoising(self) -> DecodingUsage:
+        return sum((choice.decoding for choice in self.choices), start=DecodingUsage())
+
+    def shown_snapshot(self, piece: Piece) -> dict[str, Any]:
+        """The block of a piece that has one, for whoever watches."""
+        diffusion = self._services.info.diffusion
+        assert diffusion is not None
+        assert piece.snapshot is not None
+        num_prompt = len(self.choices[piece.index].prompt.ids)
+        return show_snapshot(piece.snapshot, piece.index, num_prompt, diffusion.mask_id, self._services.tokenizer)
 
     async def _pump(self, choice: Choice, stream: Stream) -> None:
         first_s = last_s = None
@@ -138,6 +156,8 @@ class Generation:
                         fault = replace(fault, param=grammar_field(self.call.checked.body))
                     self._fail(self._as_api_error(fault, choice.request.id))
                     return
+                if self.is_denoised:
+                    self._metrics.observe_denoised(delta.decoding, len(delta.tokens))
                 if delta.tokens:
                     now = time.monotonic()
                     if first_s is None or last_s is None:
@@ -161,7 +181,9 @@ class Generation:
             self._fail(ApiError(500, "internal error while producing the text"))
 
     def _note_undrafted(self) -> None:
-        if not self._services.engine.info.drafters:
+        if self.is_denoised:
+            return
+        if not self._services.info.drafters:
             self._metrics.count_undrafted("server")
         elif self.call.requests[0].speculation.mode is SpeculationMode.OFF:
             self._metrics.count_undrafted("request")
@@ -186,6 +208,7 @@ class Generation:
                 first_token_s=first_s,
                 last_token_s=last_s,
                 times=delta.times,
+                decoding=choice.decoding if self.is_denoised else None,
             )
         )
 

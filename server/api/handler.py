@@ -20,13 +20,15 @@ from server.api.chat import ChatForm
 from server.api.choice import Piece
 from server.api.completions import CompletionForm
 from server.api.errors import ApiError, JsonResponse
+from server.api.facts import ModelFacts
 from server.api.generation import Generation
 from server.api.parse import parse_body
 from server.api.prompts import read_conversation
-from server.api.schema import ChatBody, CompletionBody, read_fields
+from server.api.schema import ChatBody, read_fields
 from server.api.services import Services
 from server.api.stream import Envelope, write_stream
-from server.api.validation import Call, Checked, ModelFacts, check_chat, check_completion, prepare
+from server.api.validation import Call, Checked, check_chat, check_completion, prepare
+from server.engine.decoding import DIFFUSION_SUFFIX
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +61,10 @@ class GenerationResponse(Response):
         started_at = time.monotonic()
         services = self._services
         raw = await read_body(scope, receive, services.settings, services.bodies)
-        facts = services.facts()
-        checked = await services.pool.run(len(raw), lambda: self._check(raw, facts))
+        services.require_engine()
+        services, facts, checked = await services.pool.run(len(raw), lambda: self._check(raw))
+        # From here on it is one model's.
+        self._services = services
         permit = services.admission.admit(checked.num_choices, checked.cost_tokens)
         try:
             call = await self._prepare(checked, facts, permit, scope)
@@ -69,19 +73,23 @@ class GenerationResponse(Response):
         finally:
             permit.release()
 
-    def _check(self, raw: bytes, facts: ModelFacts) -> Checked:
+    def _check(self, raw: bytes) -> tuple[Services, ModelFacts, Checked]:
         services = self._services
         limits = services.settings.limits
         body = parse_body(raw, limits.max_depth, limits.max_items)
-        if self._form is CompletionForm:
-            completion, unknown = read_fields(CompletionBody, body)
+        if issubclass(self._form, CompletionForm):
+            completion, unknown = read_fields(self._form.body_kind, body)
+            services = services.of(completion.model)
+            facts = services.facts()
             checked = check_completion(completion, facts, limits, services.tokenizer)
         else:
             chat, unknown = read_fields(ChatBody, body)
+            services = services.of(chat.model)
+            facts = services.facts()
             prompt = read_conversation(chat, services.chat_template, limits)
             checked = check_chat(chat, prompt, facts, limits, services.tokenizer)
         services.log_unknown_fields(unknown)
-        return checked
+        return services, facts, checked
 
     async def _prepare(self, checked: Checked, facts: ModelFacts, permit: Permit, scope: Scope) -> Call:
         services = self._services
@@ -101,9 +109,10 @@ class GenerationResponse(Response):
         is_stream = generation.call.checked.body.stream
         kind = self._form.chunk_kind if is_stream else self._form.kind
         answer_id = self._form.id_prefix + generation.call.requests[0].id.partition("-")[0]
-        envelope = Envelope(
-            answer_id, kind, int(time.time()), settings.served_model_names[0], settings.system_fingerprint
-        )
+        name = self._services.model_names[0]
+        if generation.is_denoised and name + DIFFUSION_SUFFIX in self._services.model_names:
+            name += DIFFUSION_SUFFIX
+        envelope = Envelope(answer_id, kind, int(time.time()), name, settings.system_fingerprint)
         form = self._form(generation, envelope, self._services.tokenizer)
         if is_stream:
             await write_stream(generation, form, envelope, send, settings.timeouts)

@@ -27,7 +27,7 @@ OPEN_PATHS = frozenset({"/health", "/health/live", "/health/generate", "/ping", 
 GUARDED_PATHS = frozenset(
     {
         *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model:path}"),
-        *("/tokenize", "/detokenize", "/openapi.json"),
+        *("/v1/denoise/stream", "/tokenize", "/detokenize", "/openapi.json"),
     }
 )
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/generate", "/ping", "/metrics"})

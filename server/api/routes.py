@@ -13,13 +13,15 @@ from starlette.responses import Response
 from scheduler.types import FinishReason, Request, Sampling
 from server.api.body import read_body
 from server.api.errors import ApiError, JsonResponse, invalid, shown
+from server.api.facts import check_model
+from server.api.lengths import too_long
 from server.api.parse import parse_body
 from server.api.prompts import RawPrompt, read_conversation, read_prompts
 from server.api.schema import DetokenizeBody, TokenizeBody, read_fields
 from server.api.services import STATE_WORDS, Services
-from server.api.validation import check_model, too_long
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineState
+from server.engine.decoding import AUTOREGRESSIVE, DIFFUSION_SUFFIX, default_decoding
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -29,25 +31,31 @@ class ModelRoutes:
         self._services = services
 
     async def list_models(self) -> Response:
-        return JsonResponse({"object": "list", "data": [self._card(name) for name in self._services.model_names]})
+        return JsonResponse({"object": "list", "data": [self._card(name) for name in self._services.by_name]})
 
     async def get_model(self, request: HttpRequest) -> Response:
         name = request.path_params["model"]
-        if name not in self._services.model_names:
+        if name not in self._services.by_name:
             raise ApiError(404, f"the model {shown(name)} does not exist", "model", "model_not_found")
         return JsonResponse(self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:
-        state = self._services.engine.state
+        services = self._services.of(name)
+        state = services.engine.state
         is_known = state in (EngineState.READY, EngineState.HUNG, EngineState.DRAINING)
+        info = services.info
+        decoding: dict[str, Any] = {"policy": AUTOREGRESSIVE}
+        if (model := info.diffusion) is not None and (not model.is_dual or name.endswith(DIFFUSION_SUFFIX)):
+            decoding = {"policy": model.policy, "topology": model.topology, "block_size": model.block_size}
         return {
             "id": name,
             "object": "model",
-            "created": self._services.created,
+            "created": services.created,
             "owned_by": "braid",
-            "root": self._services.model_names[0],
+            "root": services.model_names[0],
             "parent": None,
-            "max_model_len": self._services.engine.info.model_len if is_known else None,
+            "max_model_len": info.model_len if is_known else None,
+            "decoding": decoding,
         }
 
 
@@ -69,11 +77,11 @@ class HealthRoutes:
         return Response(b"", 200)
 
     async def generate(self) -> Response:
-        """200 when one token came within 10 s, now or in the last second. Raises ApiError 503."""
+        """200 when one token of each model came within 10 s, now or in the last second. Raises ApiError 503."""
         timeouts = self._services.settings.timeouts
         is_fresh = time.monotonic() - self._probed_at < timeouts.health_cache_s
         if self._probe is None or (self._probe.done() and not is_fresh):
-            self._probe = asyncio.create_task(self._generate_one())
+            self._probe = asyncio.create_task(self._generate_from_all())
         try:
             # Shielded: one prober's leaving must not cancel the token that the others wait for.
             await asyncio.wait_for(asyncio.shield(self._probe), timeouts.health_generate_s)
@@ -81,8 +89,17 @@ class HealthRoutes:
             raise ApiError(503, f"no token within {timeouts.health_generate_s:g} s") from error
         return Response(b"", 200)
 
-    async def _generate_one(self) -> None:
-        request = Request(f"health-{secrets.token_hex(8)}", (0,), 1, Sampling(temperature=0.0))
+    async def _generate_from_all(self) -> None:
+        try:
+            for services in self._services.all:
+                await self._generate_one(services)
+        finally:
+            self._probed_at = time.monotonic()
+
+    async def _generate_one(self, services: Services) -> None:
+        decoding = default_decoding(services.info.diffusion)
+        greedy, model = Sampling(temperature=0.0), services.engine_model
+        request = Request(f"health-{secrets.token_hex(8)}", (0,), 1, greedy, decoding=decoding, model=model)
         try:
             stream = self._services.engine.generate(request)
             try:
@@ -93,8 +110,6 @@ class HealthRoutes:
                 stream.close()
         except (EngineUnavailable, StopAsyncIteration) as error:
             raise ApiError(503, str(error) or "the engine gave no token") from error
-        finally:
-            self._probed_at = time.monotonic()
         if delta.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
             raise ApiError(503, "the engine failed on a one-token request")
 
@@ -114,6 +129,7 @@ class TextRoutes:
         limits = services.settings.limits
         body, unknown = read_fields(TokenizeBody, parse_body(raw, limits.max_depth, limits.max_items))
         services.log_unknown_fields(unknown)
+        services = services.of(body.model)
         facts = services.facts()
         check_model(body.model, facts)
         if body.messages:
@@ -143,6 +159,7 @@ class TextRoutes:
         limits = services.settings.limits
         body, unknown = read_fields(DetokenizeBody, parse_body(raw, limits.max_depth, limits.max_items))
         services.log_unknown_fields(unknown)
+        services = services.of(body.model)
         facts = services.facts()
         check_model(body.model, facts)
         tokens = body.tokens
@@ -171,7 +188,8 @@ class ServerRoutes:
 
     async def metrics(self) -> Response:
         services = self._services
-        services.metrics.observe_engine(services.engine.state is EngineState.READY, services.engine.restarts)
+        for its in services.all:
+            its.metrics.observe_engine(services.engine.state is EngineState.READY, services.engine.restarts)
         if self._page is None or self._page.done():
             # Some milliseconds, for whoever asks however often: off the loop, and once at a time (R-26).
             self._page = asyncio.create_task(asyncio.to_thread(services.metrics.render))

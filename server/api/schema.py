@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from scheduler.policies import PARTS
 from server.api.errors import ApiError, invalid, shown
 
 REFUSED: dict[str, tuple[object, ...]] = {
@@ -34,7 +35,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "chat_template": (),
     "mm_processor_kwargs": (),
     "media_io_kwargs": (),
-    "decoding": (),
     "truncation_side": ("left",),
 }
 """Field -> values that change nothing and are therefore accepted; any other value is a 400, never silently dropped."""
@@ -61,7 +61,9 @@ IGNORED = frozenset(
 NAMED_STEPS = frozenset(
     {
         *("role", "content", "type", "text", "include_usage", "continuous_usage_stats", "include_obfuscation"),
-        *("mode", "max_tokens", "drafter", "verify", "tree", "quality"),
+        *("mode", "max_tokens", "drafter", "verify", "tree", "quality", "include_snapshots"),
+        *("policy", "selector", "planner", "cache", "stopper", "steps", "block_size", "gen_length"),
+        *("confidence", "eos"),
     }
 )
 """Inner names that an error message may show; others could be the client's own text."""
@@ -73,6 +75,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
+    include_snapshots: bool = False
 
 
 class TextPart(BaseModel):
@@ -103,6 +106,33 @@ class Prediction(BaseModel):
 
     type: Literal["content"]
     content: str | list[TextPart]
+
+
+def _with_parameters(schema: dict[str, Any]) -> None:
+    """The catalogue's parameters in the OpenAPI document."""
+    for methods in PARTS.values():
+        for parameters in methods.values():
+            for name, rule in parameters.items():
+                kind = "integer" if rule.is_integer else "number"
+                schema["properties"].setdefault(name, {"type": kind, "description": rule.meaning})
+
+
+class DecodingFields(BaseModel):
+    """`decoding`: how the answer is denoised. Other keys are parameters of the chosen methods, `name` or `part.name`
+    (`scheduler/policies.py`); they and all values are judged in `decoding.py`."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", json_schema_extra=_with_parameters)
+
+    policy: str | None = None
+    selector: str | None = None
+    planner: str | None = None
+    cache: str | None = None
+    stopper: str | None = None
+    steps: int | None = None
+    block_size: int | None = None
+    gen_length: int | None = None
+    confidence: Literal["raw", "filtered"] | None = None
+    eos: Literal["free", "never", "last"] | None = None
 
 
 class GenerationBody(BaseModel):
@@ -146,6 +176,7 @@ class GenerationBody(BaseModel):
     guided_grammar: str | None = None
     speculation: SpeculationFields | None = None
     prediction: Prediction | None = None
+    decoding: DecodingFields | None = None
     user: str | None = None
 
 
@@ -157,6 +188,12 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = None
     echo: bool = False
     add_special_tokens: bool = True
+
+
+class DenoiseBody(CompletionBody):
+    """POST /v1/denoise/stream: a completion that is denoised and streamed, whatever the model's name says."""
+
+    stream: bool = True
 
 
 class Message(BaseModel):
@@ -247,7 +284,7 @@ def _of_the_other_route(kind: type[BaseModel], body: dict[str, Any]) -> Iterator
         (CompletionBody, ChatBody, "/v1/chat/completions"),
         (ChatBody, CompletionBody, "/v1/completions"),
     ):
-        if kind is mine:
+        if issubclass(kind, mine):
             for name, field in other.model_fields.items():
                 value = body.get(name)
                 if name == "max_completion_tokens" and value == body.get("max_tokens"):
@@ -265,6 +302,8 @@ def _as_api_error(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
     param = str(first["loc"][0]) if first["loc"] else None
     where = param or "body"
+    if param == "decoding" and len(first["loc"]) > 1:
+        param += f".{shown(first['loc'][1])}"
     if first["type"] == "extra_forbidden":
         return invalid(param, f"{where} has the unknown field {shown(first['loc'][-1])}", "unknown_field")
     for step in first["loc"][1:]:

@@ -11,10 +11,10 @@ from scheduler.types import Delta, Request, SpeculationMode, StepStats
 from server.api.admission import Admission
 from server.api.body import BodyMemory
 from server.api.errors import ApiError, shown
+from server.api.facts import ModelFacts
 from server.api.pool import TextPool
 from server.api.settings import ApiSettings
 from server.api.speculation import SpeculationFacts
-from server.api.validation import ModelFacts
 from server.engine.config import EngineInfo, EngineState
 from server.metrics import Metrics
 from server.text.chat import ChatTemplate
@@ -48,6 +48,13 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
+    """Of one model; what is not the model's is shared.
+
+    tokenizer, metrics, admission, chat_template, model_names   the model's; the first name is echoed in answers
+    engine_model   its name in the engine (`Request.model`)
+    by_name        the services of every model of the server, by the names of the API; the first model's come first
+    """
+
     settings: ApiSettings
     engine: Engine
     tokenizer: Tokenizer
@@ -57,15 +64,32 @@ class Services:
     bodies: BodyMemory
     chat_template: ChatTemplate | None
     model_names: tuple[str, ...]
+    delimiters: tuple[int, ...]
     created: int
+    engine_model: str = ""
+    by_name: dict[str, Services] = field(default_factory=dict)
     logged_fields: set[str] = field(default_factory=set)
+
+    @property
+    def all(self) -> tuple[Services, ...]:
+        """Those of each model once, the first model's first."""
+        return tuple({services.engine_model: services for services in self.by_name.values()}.values())
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.engine.info.of(self.engine_model)
+
+    def of(self, name: str | None) -> Services:
+        """Those of the model that a client names; our own for no name, and for one that is nobody's (`check_model`)."""
+        return self if name is None else self.by_name.get(name, self)
 
     def facts(self) -> ModelFacts:
         """What validation needs of the model. Raises ApiError 503 while there is no engine."""
         self.require_engine()
-        info = self.engine.info
+        info = self.info
         return ModelFacts(
-            names=self.model_names,
+            names=tuple(self.by_name),
+            model=self.engine_model,
             model_len=info.model_len,
             vocab_size=info.vocab_size,
             eos_ids=info.eos_ids,
@@ -79,6 +103,9 @@ class Services:
                 info.model_len,
                 max(self.admission.max_tokens, info.model_len),
             ),
+            diffusion=info.diffusion,
+            delimiters=self.delimiters,
+            max_step=info.max_batched_tokens,
         )
 
     def require_engine(self) -> None:

@@ -35,7 +35,7 @@ class SpeculationFacts:
 
 def check_speculation(body: GenerationBody, facts: SpeculationFacts, tokenizer: Tokenizer) -> str:
     """The cheap checks of both fields; the predicted text, empty if there is none. Raises ApiError 400."""
-    asked = _asked(body, facts)
+    asked = asked_speculation(body, facts.mode)
     problem = refusal(asked, facts.drafters, facts.max_drafts, body.prediction is not None)
     if problem is not None:
         raise invalid("speculation", shown(problem, MAX_MESSAGE_CHARS))
@@ -53,7 +53,7 @@ def read_speculation(
 
     Raises ApiError 400 for a prediction that is too long.
     """
-    asked = _asked(body, facts)
+    asked = asked_speculation(body, facts.mode)
     prediction: tuple[int, ...] = ()
     if text and asked.mode is not SpeculationMode.OFF and "prediction" in facts.drafters:
         prediction = tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -65,10 +65,10 @@ def read_speculation(
     return replace(asked, prediction=prediction)
 
 
-def _asked(body: GenerationBody, facts: SpeculationFacts) -> Speculation:
+def asked_speculation(body: GenerationBody, default: SpeculationMode = SpeculationMode.AUTO) -> Speculation:
     """What the body says, without its prediction; a request that says nothing gets the server's mode."""
     fields = body.speculation or SpeculationFields()
-    mode = SpeculationMode.ON if facts.mode is SpeculationMode.ON else SpeculationMode.AUTO
+    mode = SpeculationMode.ON if default is SpeculationMode.ON else SpeculationMode.AUTO
     if fields.mode is not None:
         mode = SpeculationMode(fields.mode)
     return Speculation(mode, fields.max_tokens, fields.drafter, VerifyMode(fields.verify), fields.tree)

@@ -65,6 +65,11 @@ class Envelope:
         return (text + "}\n\n").encode()
 
 
+def snapshot_event(snapshot: dict[str, Any]) -> bytes:
+    """An event of a type of its own: clients of the ordinary chunks do not see it."""
+    return f"event: snapshot\ndata: {to_json(snapshot)}\n\n".encode()
+
+
 async def write_stream(generation: Generation, form: Form, envelope: Envelope, send: Send, timeouts: Timeouts) -> None:
     """Stream a call to its end. Raises ApiError only before the head is sent; a later fault is an event."""
     pieces = await generation.take(timeouts.first_token_s)
@@ -106,6 +111,10 @@ class _Writer:
             return
         events = []
         for piece in pieces:
+            if piece.snapshot is not None:
+                events.append(snapshot_event(self._generation.shown_snapshot(piece)))
+            if not piece.is_chunk:
+                continue
             usage = self._usage_of(piece)
             for choice in self._form.choices(piece):
                 events.append(self._envelope.event(choice, usage, self._is_padded))

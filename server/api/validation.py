@@ -6,43 +6,30 @@ slow and runs in the text pool. Nothing reaches the engine by another way, and n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from scheduler.types import Request
-from server.api.errors import ApiError, invalid, shown
+from scheduler.types import Diffusion, Grammar, Request, Speculation, SpeculationMode
+from server.api.decoding import read_decoding
+from server.api.errors import invalid
+from server.api.facts import ModelFacts, check_model
 from server.api.grammar import read_grammar
+from server.api.lengths import check_prompt_bytes, fitting_max_tokens, truncated
 from server.api.prompts import RawPrompt, read_prompts
 from server.api.sampling import check_ids, check_numbers, check_range, check_stop, make_sampling
 from server.api.schema import ChatBody, CompletionBody, GenerationBody
 from server.api.settings import Limits
-from server.api.speculation import SpeculationFacts, check_speculation, read_speculation
+from server.api.speculation import check_speculation, read_speculation
 from server.text.detokenizer import StopConditions
 from server.text.tokenizer import Tokenizer
 
-DEFAULT_COMPLETION_TOKENS = 16
 FORBIDDEN_IN_SALT = frozenset("@/\\\0")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What validation must know of the served model; lengths in tokens."""
-
-    names: tuple[str, ...]
-    model_len: int
-    vocab_size: int
-    eos_ids: tuple[int, ...]
-    max_logprobs: int
-    max_choices: int
-    max_queued_tokens: int
-    speculation: SpeculationFacts = field(default_factory=SpeculationFacts)
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
     """A body that passed the cheap checks. `cost_tokens` estimates its prompt tokens, for admission; `prediction` is
-    the text of that field."""
+    the text of that field, `decoding` how the answer is denoised (None = it is generated token by token)."""
 
     body: CompletionBody | ChatBody
     prompts: tuple[RawPrompt, ...]
@@ -53,6 +40,8 @@ class Checked:
     echo: bool
     cost_tokens: int
     prediction: str = ""
+    grammar: Grammar | None = None
+    decoding: Diffusion | None = None
 
     @property
     def num_choices(self) -> int:
@@ -85,12 +74,6 @@ class Call:
         """Most log-probabilities the answer can hold, each about 300 bytes of memory until it is written."""
         output, prompt = (0 if k is None else 1 + k for k in (self.checked.logprobs, self.checked.prompt_logprobs))
         return sum(output * request.max_tokens + prompt * len(request.prompt) for request in self.requests)
-
-
-def check_model(name: str | None, facts: ModelFacts) -> None:
-    if name is not None and name not in facts.names:
-        message = f"the model {shown(name)} does not exist; this server has {', '.join(facts.names)}"
-        raise ApiError(404, message, "model", "model_not_found")
 
 
 def check_completion(body: CompletionBody, facts: ModelFacts, limits: Limits, tokenizer: Tokenizer) -> Checked:
@@ -140,11 +123,8 @@ def _check(
         if limits.max_output_tokens is not None and max_tokens > limits.max_output_tokens:
             message = f"max_tokens is {max_tokens}, but this server gives at most {limits.max_output_tokens}"
             raise invalid("max_tokens", message)
-    check_range(
-        "min_tokens", body.min_tokens, 0, DEFAULT_COMPLETION_TOKENS if _is_default(body, max_tokens) else 1 << 62
-    )
-    if max_tokens is not None and body.min_tokens > max_tokens:
-        raise invalid("min_tokens", f"min_tokens is {body.min_tokens}, but max_tokens is only {max_tokens}")
+    check_range("min_tokens", body.min_tokens, 0, 1 << 62)
+    _check_min(body, max_tokens)
     num_choices = len(prompts) * body.n
     most = min(limits.max_choices, facts.max_choices)
     if num_choices > most:
@@ -159,13 +139,19 @@ def _check(
             raise invalid("truncate_prompt_tokens", "truncate_prompt_tokens is 0, which would leave no prompt")
     _check_salt(body.cache_salt, limits)
     prediction = check_speculation(body, facts.speculation, tokenizer)
-    cost = sum(_check_prompt_bytes(prompt, body, facts, tokenizer) for prompt in prompts)
+    is_truncated = body.truncate_prompt_tokens is not None
+    cost = sum(check_prompt_bytes(prompt, is_truncated, facts, tokenizer) for prompt in prompts)
     stop = check_stop(body, limits)
-    return Checked(body, prompts, stop, max_tokens, logprobs, prompt_logprobs, echo, cost, prediction)
+    grammar = read_grammar(body, limits)
+    decoding = read_decoding(body, facts, max_tokens, grammar is not None)
+    return Checked(
+        body, prompts, stop, max_tokens, logprobs, prompt_logprobs, echo, cost, prediction, grammar, decoding
+    )
 
 
-def _is_default(body: GenerationBody, max_tokens: int | None) -> bool:
-    return max_tokens is None and isinstance(body, CompletionBody)
+def _check_min(body: GenerationBody, max_tokens: int | None) -> None:
+    if max_tokens is not None and body.min_tokens > max_tokens:
+        raise invalid("min_tokens", f"min_tokens is {body.min_tokens}, but max_tokens is only {max_tokens}")
 
 
 def _check_salt(salt: str | None, limits: Limits) -> None:
@@ -174,20 +160,6 @@ def _check_salt(salt: str | None, limits: Limits) -> None:
     if not 1 <= len(salt) <= limits.max_label_chars or not salt.isprintable() or FORBIDDEN_IN_SALT & set(salt):
         allowed = f"1 to {limits.max_label_chars} printable characters without @ / \\"
         raise invalid("cache_salt", f"cache_salt must be {allowed}")
-
-
-def _check_prompt_bytes(prompt: RawPrompt, body: GenerationBody, facts: ModelFacts, tokenizer: Tokenizer) -> int:
-    """Refuse what cannot fit, from the number of bytes alone; returns the estimated tokens."""
-    if prompt.ids is not None:
-        if body.truncate_prompt_tokens is None and len(prompt.ids) > facts.model_len:
-            raise too_long(len(prompt.ids), None, facts.model_len)
-        return min(len(prompt.ids), facts.model_len)
-    longest = tokenizer.max_bytes_per_token
-    if longest is not None:
-        at_least = math.ceil(prompt.num_bytes / longest)
-        if at_least > facts.model_len and body.truncate_prompt_tokens is None:
-            raise too_long(at_least, None, facts.model_len, "at least ")
-    return min(prompt.num_bytes // 4 + 1, facts.model_len)
 
 
 def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Tokenizer, call_id: str, salt: str) -> Call:
@@ -202,17 +174,23 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
         logprobs=checked.logprobs,
         prompt_logprobs=checked.prompt_logprobs,
         bad_words=_encode_bad_words(body.bad_words, tokenizer, limits),
-        grammar=read_grammar(body, limits),
+        grammar=checked.grammar,
     )
-    speculation = read_speculation(body, checked.prediction, checked.num_choices, facts.speculation, tokenizer)
+    decoding = checked.decoding
+    if decoding is None:
+        speculation = read_speculation(body, checked.prediction, checked.num_choices, facts.speculation, tokenizer)
+    else:
+        speculation = Speculation(SpeculationMode.OFF)  # a prediction is a hint: here it is no use to anybody
+    is_chat = isinstance(body, ChatBody)
     stop_ids = () if body.ignore_eos else facts.eos_ids
     stop_ids = tuple(dict.fromkeys((*stop_ids, *body.stop_token_ids)))
     for p, raw in enumerate(checked.prompts):
         ids = raw.encode(tokenizer)
-        ids = _truncated(ids, body.truncate_prompt_tokens, checked, facts)
+        ids = truncated(ids, body.truncate_prompt_tokens, checked.max_tokens, is_chat, facts, decoding)
         if not ids:
             raise invalid("prompt", "the prompt has no tokens; give at least one (an empty prompt cannot be continued)")
-        max_tokens = fitting_max_tokens(len(ids), checked.max_tokens, isinstance(body, ChatBody), facts, limits)
+        max_tokens = fitting_max_tokens(len(ids), checked.max_tokens, is_chat, facts, limits, decoding)
+        _check_min(body, max_tokens)
         prompts.append(Prompt(tuple(ids), raw.text if body.truncate_prompt_tokens is None else None))
         for i in range(body.n):
             request_id = f"{call_id}-{p * body.n + i}"
@@ -226,12 +204,15 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
                     priority=body.priority,
                     cache_salt=salt,
                     speculation=speculation,
+                    model=facts.model,
+                    decoding=decoding,
                 )
             )
     total = sum(len(prompt.ids) for prompt in prompts)
     if total > facts.max_queued_tokens:
         raise invalid("prompt", f"the prompts have {total} tokens together, the limit is {facts.max_queued_tokens}")
-    call = Call(checked, tuple(prompts), tuple(requests), _stop_conditions(checked))
+    stop = StopConditions(checked.stop, body.include_stop_str_in_output, body.min_tokens)
+    call = Call(checked, tuple(prompts), tuple(requests), stop)
     if call.num_logprobs > limits.max_logprob_entries:
         name = "logprobs" if checked.logprobs is not None else "prompt_logprobs"
         raise invalid(
@@ -244,43 +225,6 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
 
 def _stop_conditions(checked: Checked) -> StopConditions:
     return StopConditions(checked.stop, checked.body.include_stop_str_in_output, checked.body.min_tokens)
-
-
-def fitting_max_tokens(num_prompt: int, asked: int | None, is_chat: bool, facts: ModelFacts, limits: Limits) -> int:
-    """The output length of one request: what was asked, else the default; it must fit the context."""
-    room = facts.model_len - num_prompt
-    if asked is not None:
-        if asked > room or (room < 1 and asked > 0):
-            raise too_long(num_prompt, asked, facts.model_len)
-        return asked
-    if room < 1:
-        raise too_long(num_prompt, 1, facts.model_len)
-    default = room if is_chat else min(room, DEFAULT_COMPLETION_TOKENS)
-    return min(default, limits.max_output_tokens or default)
-
-
-def too_long(num_prompt: int, num_output: int | None, model_len: int, qualifier: str = "") -> ApiError:
-    """The refusal that clients recognise by its words (C-04)."""
-    message = f"This model's maximum context length is {model_len} tokens. However, "
-    if num_output is None:
-        message += f"your prompt has {qualifier}{num_prompt} tokens. Please shorten it."
-    else:
-        message += (
-            f"you requested {num_prompt + num_output} tokens ({num_prompt} in the prompt, {num_output} for the "
-            f"completion). Please shorten the prompt or reduce max_tokens."
-        )
-    param = "prompt" if num_output is None or num_prompt >= model_len else "max_tokens"
-    return ApiError(400, message, param, "context_length_exceeded")
-
-
-def _truncated(ids: Sequence[int], keep: int | None, checked: Checked, facts: ModelFacts) -> Sequence[int]:
-    if keep is None:
-        return ids
-    if keep == -1:
-        is_chat = isinstance(checked.body, ChatBody)
-        reserve = checked.max_tokens if checked.max_tokens is not None else 1 if is_chat else DEFAULT_COMPLETION_TOKENS
-        keep = max(1, facts.model_len - reserve)
-    return ids[-keep:]
 
 
 def _encode_bad_words(words: Sequence[str], tokenizer: Tokenizer, limits: Limits) -> tuple[tuple[int, ...], ...]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from server.embedded import checkpoint, functions, tasks
@@ -83,10 +85,32 @@ def decode_autoregressive(
     return [_until_end(row[len(prompt) :], vocab) for row, prompt in zip(rows, prompts, strict=True)], forwards
 
 
+Choose = Callable[[Tensor, Tensor], Tensor]
+"""Confidences and masks of blocks, float and bool [A, block] -> which masks to fix, bool [A, block], one at least."""
+
+
+def surer_than(threshold: float) -> Choose:
+    """The masks surer than `threshold`, or the surest one."""
+
+    def choose(sure: Tensor, masked: Tensor) -> Tensor:
+        best = sure.masked_fill(~masked, -1.0).argmax(dim=1)
+        return ((sure > threshold) & masked) | F.one_hot(best, masked.shape[1]).bool()
+
+    return choose
+
+
 def decode_diffusion(
-    model: TinyModel, prompts: list[list[int]], vocab: Vocabulary, threshold: float, max_new: int = MAX_NEW
+    model: TinyModel, prompts: list[list[int]], vocab: Vocabulary, choose: Choose, max_new: int = MAX_NEW
 ) -> tuple[list[list[int]], int]:
     """Denoise block by block (blocks aligned to the sequence's start); returns as `decode_autoregressive`."""
+    rows, forwards = denoise(model, prompts, vocab, choose, max_new)
+    return [_until_end(row[len(prompt) :], vocab) for row, prompt in zip(rows, prompts, strict=True)], forwards
+
+
+def denoise(
+    model: TinyModel, prompts: list[list[int]], vocab: Vocabulary, choose: Choose, max_new: int
+) -> tuple[list[list[int]], int]:
+    """Whole rows, prompts and what fills the last block included, and the sum over prompts of the forwards."""
     rows = [prompt + [vocab.mask] * (-len(prompt) % BLOCK_SIZE) for prompt in prompts]
     forwards, running = 0, set(range(len(rows)))
     while running:
@@ -100,22 +124,24 @@ def decode_diffusion(
         if not running:
             break
         active = sorted(running)
-        hidden = _hidden(model, [rows[i] for i in active], vocab.pad, causal=False)
+        sure, tokens = read_blocks(model, [rows[i] for i in active], vocab)
         forwards += len(active)
+        masked = torch.tensor([[token == vocab.mask for token in rows[i][-BLOCK_SIZE:]] for i in active])
+        chosen = choose(sure, masked)
         for place, index in enumerate(active):
-            _unmask(model, hidden[place], rows[index], vocab, threshold)
-    return [_until_end(row[len(prompt) :], vocab) for row, prompt in zip(rows, prompts, strict=True)], forwards
+            for offset in chosen[place].nonzero().flatten().tolist():
+                rows[index][offset - BLOCK_SIZE] = int(tokens[place, offset])
+    return rows, forwards
 
 
-def _unmask(model: TinyModel, hidden: Tensor, row: list[int], vocab: Vocabulary, threshold: float) -> None:
-    """Fix the masked positions surer than `threshold`, or the surest one, in place. hidden [L, H]."""
-    masked = [place for place, token in enumerate(row) if token == vocab.mask]
-    logits = model.logits(hidden[masked]).float()
-    logits[:, [vocab.mask, vocab.pad]] = -torch.inf
+def read_blocks(model: TinyModel, rows: list[list[int]], vocab: Vocabulary) -> tuple[Tensor, Tensor]:
+    """The likeliest token at every place of each row's last block, and its probability: float and int64 [A, block]."""
+    hidden = _hidden(model, rows, vocab.pad, causal=False)
+    at = torch.tensor([len(row) - BLOCK_SIZE for row in rows])[:, None] + torch.arange(BLOCK_SIZE)
+    logits = model.logits(hidden[torch.arange(len(rows))[:, None], at]).float()
+    logits[:, :, [vocab.mask, vocab.pad]] = -torch.inf
     sure, tokens = logits.softmax(-1).max(-1)
-    chosen = (sure > threshold).nonzero().flatten().tolist() or [int(sure.argmax())]
-    for choice in chosen:
-        row[masked[choice]] = int(tokens[choice])
+    return sure, tokens
 
 
 def _until_end(ids: list[int], vocab: Vocabulary) -> list[int]:
@@ -166,7 +192,7 @@ def evaluate(
                 if mode.threshold is None:
                     answers, forwards = decode_autoregressive(model, prompts, vocab, max_new)
                 else:
-                    answers, forwards = decode_diffusion(model, prompts, vocab, mode.threshold, max_new)
+                    answers, forwards = decode_diffusion(model, prompts, vocab, surer_than(mode.threshold), max_new)
             texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in answers]
             right = sum(_check(example, text) for example, text in zip(examples, texts, strict=True))
             results[mode.name][task] = {

@@ -20,9 +20,14 @@ from server.embedded.tokenizer import END_OF_TEXT, IM_END, MASK, PAD, token_id, 
 from server.embedded.train import HERE
 
 
-def config_json(shape: Shape, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, object]:
-    """`config.json`: Qwen3's fields, and `mask_token_id` and `block_size` for the diffusion mode."""
-    return {
+def config_json(
+    shape: Shape, tokenizer: Tokenizer, dtype: torch.dtype, bidirectional: bool = False
+) -> dict[str, object]:
+    """`config.json`: Qwen3's fields, and `mask_token_id` and `block_size` for the diffusion mode.
+
+    bidirectional  the model fills canvases and does nothing else
+    """
+    config: dict[str, object] = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "vocab_size": shape.vocab_size,
@@ -51,9 +56,16 @@ def config_json(shape: Shape, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[
         "mask_token_id": token_id(tokenizer, MASK),
         "block_size": BLOCK_SIZE,
     }
+    return config | {"bidirectional": True} if bidirectional else config
 
 
-def export_model(model: TinyModel, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def export_model(
+    model: TinyModel,
+    tokenizer: Tokenizer,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    bidirectional: bool = False,
+) -> None:
     """Write weights, configuration and tokenizer. Raises ValueError if a weight is not finite."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -63,7 +75,7 @@ def export_model(model: TinyModel, tokenizer: Tokenizer, folder: Path, dtype: to
         tensors[f"model.{name}"] = value.detach().to("cpu", dtype).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
-    config = config_json(model.shape, tokenizer, dtype)
+    config = config_json(model.shape, tokenizer, dtype, bidirectional)
     generation = {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"], "do_sample": False}
     for name, values in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -81,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     model = TinyModel(PRESETS[state.preset])
     checkpoint.load_weights(args.checkpoint, model)
     output = args.output or HERE / state.preset.removesuffix("-quick")
-    export_model(model, Tokenizer.from_file(str(args.tokenizer)), output)
+    bidirectional = state.preset == "braid-tiny-bidirectional"
+    export_model(model, Tokenizer.from_file(str(args.tokenizer)), output, bidirectional=bidirectional)
     shutil.copy(args.checkpoint / checkpoint.STATE, output / "training.json")
     print(f"{output}: step {state.step}, {sum(p.numel() for p in model.parameters()):,} parameters")
 

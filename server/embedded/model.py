@@ -37,6 +37,7 @@ PRESETS: dict[str, Shape] = {
     "braid-tiny": Shape(),
     "braid-tiny-quick": Shape(hidden=192, num_layers=4, mlp=576),
     "braid-tiny-draft": Shape(hidden=96, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=48, mlp=288),
+    "braid-tiny-bidirectional": Shape(hidden=96, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=48, mlp=288),
     "test": Shape(hidden=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp=64),
 }
 

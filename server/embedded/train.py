@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -20,10 +21,12 @@ from tqdm import tqdm
 
 from server.embedded import checkpoint, corpus
 from server.embedded.batches import Batch, BatchSource
+from server.embedded.canvases import CanvasBatch, CanvasSource, canvas_loss
 from server.embedded.model import PRESETS, TinyModel
 from server.embedded.objective import Trunk, causal_loss, diffusion_loss
 
 HERE = Path(__file__).parent
+AnyBatch = TypeVar("AnyBatch", Batch, CanvasBatch)
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.5
 """Share of the run, at its end, over which the learning rate falls in a straight line to zero."""
@@ -56,7 +59,7 @@ def filler_tokens(tokenizer: Tokenizer, limit: int | None) -> Tensor:
 class Trainer:
     """Owns the model, its optimizers and the run's state; `train_step` is the whole of training."""
 
-    def __init__(self, args: argparse.Namespace, source: BatchSource) -> None:
+    def __init__(self, args: argparse.Namespace, source: BatchSource | CanvasSource) -> None:
         torch.manual_seed(args.seed)
         self.args = args
         self.source = source
@@ -102,19 +105,27 @@ class Trainer:
         self.state.elapsed_s = self.base_s + time.monotonic() - self.started
         return min(1.0, self.state.elapsed_s / (float(self.args.minutes) * 60))
 
-    def _to_device(self, batch: Batch) -> Batch:
-        move = (batch.ids, batch.docs, batch.positions, batch.next_ids, batch.noisy_ids)
-        return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in move))
+    def _to_device(self, batch: AnyBatch) -> AnyBatch:
+        moved = {name: getattr(batch, name).to(self.device, non_blocking=True) for name in batch.__slots__}
+        return type(batch)(**moved)
+
+    def _losses(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """The causal and the mask loss of this step, None where the run has none, and the row tokens they took."""
+        if isinstance(self.source, CanvasSource):
+            canvases = self._to_device(self.source.batch(self.state.step))
+            return None, canvas_loss(self.model, self.trunk, canvases), canvases.num_tokens
+        batch = self._to_device(self.source.batch(self.state.step))
+        causal = causal_loss(self.model, self.trunk, batch)
+        if self.args.causal_only:
+            return causal, None, batch.ids.numel()
+        return causal, diffusion_loss(self.model, self.trunk, batch), batch.ids.numel() + 2 * batch.noisy_ids.numel()
 
     def train_step(self, progress: float) -> tuple[float, float]:
-        """One update. Returns the causal and the mask loss in nats a token (0 for the mask loss if it is off)."""
-        batch = self._to_device(self.source.batch(self.state.step))
+        """One update. Returns the causal and the mask loss in nats a token (0 for one that is off)."""
         use_bf16 = self.args.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16):
-            causal = causal_loss(self.model, self.trunk, batch)
-            mask = None if self.args.causal_only else diffusion_loss(self.model, self.trunk, batch)
-        total = causal if mask is None else causal + mask
-        torch.autograd.backward(total)
+            causal, mask, num_tokens = self._losses()
+        torch.autograd.backward([loss for loss in (causal, mask) if loss is not None])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
             for group in optimizer.param_groups:
@@ -122,8 +133,8 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
-        self.state.tokens += batch.ids.numel() + (0 if mask is None else 2 * batch.noisy_ids.numel())
-        return causal.item(), 0.0 if mask is None else mask.item()
+        self.state.tokens += num_tokens
+        return 0.0 if causal is None else causal.item(), 0.0 if mask is None else mask.item()
 
     def save(self) -> None:
         self.state.elapsed_s = self.base_s + time.monotonic() - self.started
@@ -159,7 +170,8 @@ def show_progress(trainer: Trainer) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; `--causal-only` is on by default for the draft model, whose mask loss nothing uses."""
+    """The command line; `--causal-only` is on by default for the draft model, whose mask loss nothing uses, and
+    `--bidirectional` for the model of that name."""
     parser = argparse.ArgumentParser(prog="python -m server.embedded.train", description=__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="braid-tiny")
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
@@ -179,6 +191,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-3, help="peak rate of AdamW (embeddings, norms)")
     parser.add_argument("--muon-rate", type=float, default=0.02, help="peak rate of Muon (matrices)")
     parser.add_argument("--causal-only", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument(
+        "--bidirectional", action=argparse.BooleanOptionalAction, default=None, help="LLaDA's loss alone"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -187,6 +202,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.causal_only is None:
         args.causal_only = args.preset == "braid-tiny-draft"
+    if args.bidirectional is None:
+        args.bidirectional = args.preset == "braid-tiny-bidirectional"
     return args
 
 
@@ -195,8 +212,12 @@ def main(argv: list[str] | None = None) -> Trainer:
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     tokenizer = Tokenizer.from_file(str(args.tokenizer))
-    filler = filler_tokens(tokenizer, args.filler_files)
-    source = BatchSource(tokenizer, filler, args.seed, args.rows, args.filler_rows, args.row_len)
+    source: BatchSource | CanvasSource
+    if args.bidirectional:
+        source = CanvasSource(tokenizer, args.seed, args.rows, args.row_len)
+    else:
+        filler = filler_tokens(tokenizer, args.filler_files)
+        source = BatchSource(tokenizer, filler, args.seed, args.rows, args.filler_rows, args.row_len)
     trainer = Trainer(args, source)
     show_progress(trainer)
     return trainer

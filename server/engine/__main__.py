@@ -6,17 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from server.engine.config import EngineConfig, EngineInfo
-from server.engine.core import EngineCore
-from server.engine.runner import run_engine
+from server.engine.runner import Core, run_engine
 
 
-def build(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
+def build(config: EngineConfig, wake: Callable[[], None]) -> tuple[Core, EngineInfo]:
     # Imported late: the process is bound to its parent's life and can report errors before torch is there.
     started_at = time.monotonic()
-    from server.engine.loop import build_core
+    from server.engine.loop import build_cores
 
     imported_s = time.monotonic() - started_at
-    core, facts = build_core(config, wake)
+    core, facts = build_cores(config, wake)
     return core, replace(facts, phases=(("import", imported_s), *facts.phases))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 from scheduler.types import Delta, Fault, FinishReason, Request, StepStats
+from server.engine.coalesce import together
 from server.engine.config import EngineConfig, EngineInfo, EngineState
 from server.engine.crashes import CrashBudget, describe_exit
 from server.engine.in_flight import DeltaStream, InFlight
@@ -57,7 +58,7 @@ class EngineClient:
         self._info: EngineInfo | None = None
         self.dead = asyncio.Event()
         self.death_cause = ""
-        self.stats = StepStats()
+        self._stats: dict[str, StepStats] = {}
         self.restarts = 0
 
     @classmethod
@@ -99,12 +100,9 @@ class EngineClient:
         return self._state
 
     @property
-    def num_running(self) -> int:
-        return self.stats.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return self.stats.num_waiting
+    def stats(self) -> StepStats:
+        """Of the last step; of several models, with the gauges of all together."""
+        return together(self._stats.values())
 
     @property
     def num_in_flight(self) -> int:
@@ -116,8 +114,9 @@ class EngineClient:
         return self._process.num_dropped if self._process is not None else 0
 
     def generate(self, request: Request) -> DeltaStream:
-        """Submit a request. Raises EngineUnavailable, or ValueError for an id that is in flight."""
+        """Submit a request. Raises EngineUnavailable, or ValueError for an id in flight or a model that is not here."""
         refuse_if_unavailable(self._state, self._is_draining)
+        self.info.of(request.model)
         if request.id in self._in_flight:
             raise ValueError(f"request id {request.id!r} is already in flight")
         stream = DeltaStream(request.id, self.abort)
@@ -199,7 +198,8 @@ class EngineClient:
                 self._note_idle()
             flight.absorb(delta)
         for stats in update.steps:
-            self.stats = stats
+            self._stats.pop(stats.model, None)
+            self._stats[stats.model] = stats
             if self._on_step is not None:
                 try:
                     self._on_step(stats)
@@ -252,7 +252,7 @@ class EngineClient:
             if flight.num_crashes >= MAX_CRASHES_OF_A_REQUEST:
                 # It was there each time; one request must not take the service down (R-03).
                 self._end(request_id, Fault(500, f"the engine failed {flight.num_crashes} times on this request"))
-        self.stats = StepStats()
+        self._stats = {}
 
     def _die(self, cause: str) -> None:
         logger.critical("the engine is given up: %s", cause)

@@ -1,14 +1,16 @@
-"""When deltas cross to the front end, and the joining of several deltas of one request into one.
+"""When deltas cross to the front end, the joining of several deltas of one request into one, and of several models'
+gauges.
 
 A message costs the front end a wake-up, and each delta a detokenizer call and a socket write, on cores that the step
-needs. Steps faster than the interval therefore share a message; a first token and an end never wait.
+needs. Steps faster than the interval therefore share a message; a first token, a snapshot and an end never wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from scheduler.types import Delta, SpeculationUsage, StepStats
+from scheduler.types import DecodingUsage, Delta, SpeculationUsage, StepStats
 from server.engine.link import Update
 
 
@@ -29,11 +31,34 @@ def merge(deltas: Iterable[Delta]) -> Delta:
         times=last.times,
         fault=last.fault,
         speculation=_sum_of([part.speculation for part in parts if part.speculation is not None]),
+        decoding=_decoding_of([part.decoding for part in parts if part.decoding is not None]),
+        # Each shows the block as it stands: the newest tells what the others did.
+        snapshot=next((part.snapshot for part in reversed(parts) if part.snapshot is not None), None),
     )
 
 
 def _sum_of(usages: list[SpeculationUsage]) -> SpeculationUsage | None:
     return sum(usages, start=SpeculationUsage()) if usages else None
+
+
+def _decoding_of(usages: list[DecodingUsage]) -> DecodingUsage | None:
+    return sum(usages, start=DecodingUsage()) if usages else None
+
+
+def together(steps: Iterable[StepStats]) -> StepStats:
+    """The last step of each model as one value: gauges are summed, counts are of the latest."""
+    last = list(steps)
+    if len(last) < 2:
+        return last[0] if last else StepStats()
+    return replace(
+        last[-1],
+        num_running=sum(stats.num_running for stats in last),
+        num_waiting=sum(stats.num_waiting for stats in last),
+        pages_used=sum(stats.pages_used for stats in last),
+        pages_cached=sum(stats.pages_cached for stats in last),
+        pages_total=sum(stats.pages_total for stats in last),
+        oldest_waiting_s=max(stats.oldest_waiting_s for stats in last),
+    )
 
 
 class Outgoing:
@@ -51,8 +76,10 @@ class Outgoing:
 
     def add(self, deltas: Iterable[Delta], stats: StepStats | None) -> None:
         for delta in deltas:
-            # The first delta of a request carries cached_tokens; it is the time to first token.
-            self._is_urgent |= delta.finish_reason is not None or delta.cached_tokens is not None
+            # The first delta of a request carries cached_tokens; it is the time to first token. Who watches a block
+            # fill wants to see each step.
+            is_awaited = delta.cached_tokens is not None or delta.snapshot is not None
+            self._is_urgent |= is_awaited or delta.finish_reason is not None
             self._deltas.setdefault(delta.request_id, []).append(delta)
         if stats is not None:
             self._steps.append(stats)

@@ -63,22 +63,30 @@ class SpeculationConfig:
 class EngineConfig:
     """One engine. None = chosen by the engine when it knows the model and the machine.
 
+    name                     of its model in `Request.model`; the first one's is ""
     model ... seed           handed to the worker as they are (`server/worker/build.py`)
     max_queued_requests      None = 4 x max_seqs; max_queued_tokens: None = 8 x context
     tbt_slo_s                target of the time between two tokens of a stream; None = from the undisturbed step
     queue_timeout_s          longest wait for a first step, then 503; None = no limit
     grammar_timeout_s        longest compilation of a structured-output constraint
     step_timeout_s           silence of the loop after which the engine is restarted; readiness fails at a quarter
+    default_decoding         policy of requests that denoise and name none; None = the model's own (`auto`)
+    denoise_block_size       tokens of a block, for a checkpoint that can denoise and leaves it open
     delta_interval_s         tokens of faster steps are sent together, at most this long after the last message
+    kv_share                 of the memory that the pool would take unasked: the others' pools have the rest
+    also                     the engine's other models, each with all its settings; those of the process (the step
+                             timeout, the delta interval) count where the first has them
     warm_up                  measure a few steps at start, so that the step-time model is right from the first request
     """
 
+    name: str = ""
     model: str = "braid-tiny"
     dtype: str = "auto"
     device: str = "auto"
     random_weights: str | None = None
     quantization: str | None = None
     kv_cache_bytes: int | None = None
+    kv_share: float = 1.0
     max_model_len: int | None = None
     page_size: int | None = None
     max_batched_tokens: int = 1024
@@ -100,6 +108,9 @@ class EngineConfig:
     warm_up: bool = True
     progress: bool = True
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    default_decoding: str | None = None
+    denoise_block_size: int | None = None
+    also: tuple[EngineConfig, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +122,7 @@ class EngineInfo:
     drafters    (name, whether it runs a model step by step), in order of preference; none = nothing is ever drafted
     max_drafts  most drafts of one sequence in one step
     speculation, synthetic_acceptance   as configured (`SpeculationConfig`)
+    name, also  of several models: this one's name in `Request.model`, and what there is besides the first
     """
 
     model: str
@@ -139,6 +151,20 @@ class EngineInfo:
     max_drafts: int = 8
     speculation: str = "off"
     synthetic_acceptance: float | None = None
+    name: str = ""
+    also: tuple[EngineInfo, ...] = ()
+
+    @property
+    def models(self) -> tuple[EngineInfo, ...]:
+        """All models of the engine, the first one first."""
+        return (self, *self.also)
+
+    def of(self, name: str) -> EngineInfo:
+        """The model that `Request.model` calls so. Raises ValueError."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise ValueError(f"the engine has no model {name!r}")
 
     @property
     def kv_tokens(self) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from scheduler.budget import StepPolicy
+from scheduler.draft_plan import ALONE, Others
 from scheduler.types import Delta, Fault, FinishReason, Request, StepPlan, StepResult, StepStats
 from server.engine.isolation import Failure, run_isolated
 from server.engine.patience import Patience
@@ -34,7 +36,9 @@ class SchedulerLike(Protocol):
     def has_work(self) -> bool: ...
     def add(self, request: Request, now: float, is_resubmission: bool = False) -> Fault | None: ...
     def abort(self, request_id: str) -> None: ...
-    def schedule(self, now: float) -> StepPlan | None: ...
+    @property
+    def policy(self) -> StepPolicy: ...
+    def schedule(self, now: float, others: Others = ALONE) -> StepPlan | None: ...
     def update(self, plan: StepPlan, result: StepResult, now: float) -> tuple[list[Delta], StepStats]: ...
     def fail(self, request_id: str, fault: Fault) -> Delta | None: ...
     def stats(self) -> StepStats: ...
@@ -74,6 +78,11 @@ class EngineCore:
     def is_preparing(self) -> bool:
         return len(self._preparation) > 0
 
+    @property
+    def stream_s(self) -> float:
+        """Predicted seconds of the last step's decodes by themselves; 0 = there were none, or nothing is known yet."""
+        return self._scheduler.policy.stream_s
+
     def stats(self) -> StepStats:
         return self._scheduler.stats()
 
@@ -88,7 +97,11 @@ class EngineCore:
         if not request.output:
             self._patience.add(request.id, self._clock())
         if request.sampling.grammar is None:
-            self._enter(request)
+            if (problem := self._undenoisable(request)) is None:
+                self._enter(request)
+            else:
+                self._refuse(request.id, problem)
+                self._release(request.id)
         elif (fault := self._preparation.add(request)) is not None:
             self._refuse(request.id, fault)
 
@@ -99,8 +112,11 @@ class EngineCore:
             self._scheduler.abort(request_id)
         self._release(request_id)
 
-    def plan(self) -> StepPlan | None:
-        """What the next step does, or None; compiled grammars have joined the queue, the impatient have left it."""
+    def plan(self, others: Others = ALONE) -> StepPlan | None:
+        """What the next step does, or None; compiled grammars have joined the queue, the impatient have left it.
+
+        others  the engine's other models that have work (`several.py`)
+        """
         for request, fault in self._preparation.collect():
             if fault is None:
                 self._prepared.add(request.id)
@@ -110,7 +126,7 @@ class EngineCore:
                 self._refuse(request.id, fault)
         for request_id in self._patience.expired(self._clock()):
             self._give_up(request_id)
-        return self._scheduler.schedule(self._clock())
+        return self._scheduler.schedule(self._clock(), others)
 
     def take_outbox(self) -> list[Delta]:
         """Deltas that no step made: refusals."""
@@ -146,6 +162,15 @@ class EngineCore:
             return deltas, None
         more, stats = self.execute(plan)
         return deltas + more, stats
+
+    def _undenoisable(self, request: Request) -> Fault | None:
+        """Why this model cannot denoise as asked. Nothing is compiled for that, so it need not leave the loop."""
+        if request.decoding is not None:
+            try:
+                self._worker.prepare(request)
+            except ValueError as problem:
+                return Fault(400, str(problem), "decoding")
+        return None
 
     def _enter(self, request: Request) -> None:
         fault = self._scheduler.add(request, self._clock(), request.id in self._resubmitted)

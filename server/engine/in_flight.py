@@ -113,7 +113,9 @@ class InFlight:
                 cached_tokens=cached,
                 times=self._total(delta.times),
             )
-            if not (delta.tokens or delta.prompt_logprobs or delta.finish_reason or cached is not None):
+            if not (delta.tokens or delta.prompt_logprobs or delta.finish_reason or cached is not None) and (
+                delta.decoding is None and delta.snapshot is None
+            ):
                 return
         if (stream := self._stream()) is not None:
             stream.put(delta)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
+from scheduler.policies import BadPolicy, make_diffusion
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import StepCost
-from scheduler.types import SpeculationSettings
+from scheduler.types import DiffusionModel, SpeculationSettings
 from server.engine.config import EngineConfig, EngineInfo, SpeculationConfig, make_limits
 from server.engine.core import EngineCore
+from server.engine.several import SeveralCores
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
 from server.worker.drafters.config import DEFAULT_DRAFTERS, SpeculatorConfig
@@ -53,6 +55,43 @@ def speculation_settings(
     return SpeculationSettings(asked.policy, asked.max_drafts, asked.table, has_sequential)
 
 
+def diffusion_model(config: EngineConfig, found: DiffusionModel | None) -> DiffusionModel | None:
+    """How the model denoises here: the checkpoint's facts with the configured default policy.
+
+    Raises ValueError for a policy that this model cannot have. Of several models, one that denoises is enough.
+    """
+    if config.default_decoding is None or (found is None and (config.also or config.name)):
+        return found
+    if found is None:
+        raise ValueError(f"default-decoding is {config.default_decoding}, but {config.model} cannot denoise")
+    try:
+        asked = make_diffusion(config.default_decoding, found.topology)
+        if (misfit := found.misfit(asked)) is not None:
+            raise BadPolicy(*misfit)
+    except BadPolicy as error:
+        raise ValueError(f"default-decoding: {error}") from error
+    return replace(found, policy=config.default_decoding)
+
+
+def build_cores(
+    config: EngineConfig, wake: Callable[[], None] = lambda: None
+) -> tuple[EngineCore | SeveralCores, EngineInfo]:
+    """A core for each model of the configuration; as `build_core` where it has one."""
+    core, facts = build_core(config, wake)
+    if not config.also:
+        return core, facts
+    cores, phases = {config.name: core}, list(facts.phases)
+    also = []
+    for other in config.also:
+        cores[other.name], its_facts = build_core(other, wake)
+        also.append(its_facts)
+        phases += [(f"{phase} of {other.name}", seconds) for phase, seconds in its_facts.phases]
+    facts = replace(facts, also=tuple(also), phases=tuple(phases))
+    if config.default_decoding is not None and not any(model.diffusion for model in facts.models):
+        raise ValueError(f"default-decoding is {config.default_decoding}, but no model here can denoise")
+    return SeveralCores(cores), facts
+
+
 def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> tuple[EngineCore, EngineInfo]:
     """Worker, scheduler and core of this process, warmed up; raises what the model or the machine refuses."""
     phases: list[tuple[str, float]] = []
@@ -68,7 +107,12 @@ def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) ->
         phases.append(("warm-up", time.monotonic() - started_at))
     core = EngineCore(
         worker,
-        Scheduler(limits, cost, None, speculation_settings(config.speculation, facts.drafters)),
+        Scheduler(
+            limits,
+            cost,
+            speculation=speculation_settings(config.speculation, facts.drafters),
+            diffusion=diffusion_model(config, facts.diffusion),
+        ),
         time.monotonic,
         config.grammar_timeout_s,
         wake,
@@ -86,5 +130,6 @@ def describe(config: EngineConfig, worker: Worker, phases: tuple[tuple[str, floa
     known |= {"model": config.model, "max_logprobs": config.max_logprobs, "pid": os.getpid(), "phases": phases}
     asked = config.speculation
     known |= {"max_drafts": asked.max_drafts, "speculation": asked.mode}
-    known |= {"synthetic_acceptance": asked.synthetic_acceptance}
+    known |= {"synthetic_acceptance": asked.synthetic_acceptance, "name": config.name}
+    known |= {"diffusion": diffusion_model(config, facts.diffusion)}
     return EngineInfo(**known)

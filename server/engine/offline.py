@@ -16,17 +16,22 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
+from scheduler.policies import make_diffusion
 from scheduler.types import (
+    DecodingUsage,
     Delta,
+    Diffusion,
     FinishReason,
     Request,
     Sampling,
+    Snapshot,
     Speculation,
     SpeculationMode,
     SpeculationUsage,
     TokenLogprob,
 )
 from server.engine.config import EngineConfig, EngineInfo, refusal
+from server.engine.decoding import AUTOREGRESSIVE, MAX_DELIMITERS, conflict, default_decoding, ordered_drafts
 from server.engine.loop import build_core
 from server.models.locate import resolve_model
 from server.text.detokenizer import Detokenizer, StopConditions
@@ -41,7 +46,8 @@ class GenerationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What one prompt gave. `text` leaves out the stop string or token that ended it."""
+    """What one prompt gave. `text` leaves out the stop string or token that ended it; `decoding` is what denoising
+    took, None where it was generated token by token; `snapshots` are its blocks after each step, where asked for."""
 
     text: str
     tokens: tuple[int, ...]
@@ -49,6 +55,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     speculation: SpeculationUsage = field(default_factory=SpeculationUsage)
+    decoding: DecodingUsage | None = None
+    snapshots: tuple[Snapshot, ...] = ()
 
 
 class _Choice:
@@ -61,6 +69,8 @@ class _Choice:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._speculation = SpeculationUsage()
+        self._decoding: DecodingUsage | None = None
+        self._snapshots: list[Snapshot] = []
         self.finish_reason: FinishReason | None = None
 
     def absorb(self, delta: Delta) -> str:
@@ -78,6 +88,10 @@ class _Choice:
         self._prompt_logprobs += delta.prompt_logprobs
         if delta.speculation is not None:
             self._speculation += delta.speculation
+        if delta.decoding is not None:
+            self._decoding = delta.decoding + (self._decoding or DecodingUsage())
+        if delta.snapshot is not None:
+            self._snapshots.append(delta.snapshot)
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             piece += self._detokenizer.finish()
@@ -95,6 +109,8 @@ class _Choice:
             tuple(self._logprobs),
             tuple(self._prompt_logprobs),
             self._speculation,
+            self._decoding,
+            tuple(self._snapshots),
         )
 
 
@@ -108,6 +124,8 @@ class Engine:
 
     def __init__(self, model: str = "braid-tiny", **options: Any) -> None:
         config = replace(EngineConfig(model=model, progress=False, queue_timeout_s=None), **options)
+        if config.also:
+            raise ValueError("also is given, but an Engine is one model; make an Engine for each")
         self._ready = threading.Event()
         self._core, self.info = build_core(config, self._ready.set)
         self.tokenizer = Tokenizer.load(resolve_model(config.model, config.revision, config.download_dir))
@@ -134,6 +152,8 @@ class Engine:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
         speculation: Speculation | None = None,
+        decoding: str | Diffusion | None = None,
+        seeds: Sequence[int] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Continue all prompts, batched. Completions in the order of the prompts.
@@ -141,10 +161,14 @@ class Engine:
         max_tokens  0 = only evaluate (with prompt_logprobs)
         stop_ids    None = the model's end-of-sequence ids, () = ignore them
         speculation how drafts are used; None = as the engine was told (`EngineConfig.speculation`)
+        decoding    how the text is denoised: a policy's name or all of it; "autoregressive" = token by token; None =
+                    token by token, or the default policy of a model that can only denoise
+        seeds       one per prompt; `seed` among `sampling` is one for all, and their noise is then the same
         sampling    fields of `Sampling`: temperature, top_p, seed, logprobs, grammar ... (temperature 0 by default)
-        Raises GenerationError if any of them fails, with all others aborted; ValueError for a prompt without tokens.
+        Raises GenerationError if any of them fails, with all others aborted; ValueError for a prompt without tokens
+        and for what the model cannot do.
         """
-        choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, sampling)
+        choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, decoding, sampling, seeds)
         try:
             for name, delta in self._deltas(choices):
                 choice = choices[name]
@@ -160,10 +184,11 @@ class Engine:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
         speculation: Speculation | None = None,
+        decoding: str | Diffusion | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
         """The text of one continuation, piece by piece. Closing the iterator aborts it."""
-        choices = self._submit([prompt], max_tokens, stop, stop_ids, speculation, sampling)
+        choices = self._submit([prompt], max_tokens, stop, stop_ids, speculation, decoding, sampling)
         try:
             for name, delta in self._deltas(choices):
                 if piece := choices[name].absorb(delta):
@@ -178,24 +203,35 @@ class Engine:
         stop: Sequence[str],
         stop_ids: Sequence[int] | None,
         speculation: Speculation | None,
+        decoding: str | Diffusion | None,
         sampling: dict[str, Any],
+        seeds: Sequence[int] | None = None,
     ) -> dict[str, _Choice]:
         if isinstance(prompts, str):
             raise TypeError("prompts is a string; give a list of prompts")
+        if seeds is not None and ("seed" in sampling or len(seeds) != len(prompts)):
+            raise ValueError("seeds is one for each prompt, and goes with no seed for all")
         values = Sampling(**{"temperature": 0.0, **sampling})
         drafting = self._checked(speculation)
+        denoising = self._denoising(decoding, max_tokens == 0, values, speculation)
+        if denoising is not None:
+            drafting = Speculation(SpeculationMode.OFF)
         ids = tuple(self.info.eos_ids if stop_ids is None else stop_ids)
         requests, choices = [], {}
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             tokens = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
             wrong = [token for token in tokens if not 0 <= token < self.info.vocab_size]
             if not tokens or wrong:
                 raise ValueError(
                     f"token id {wrong[0]} is not in [0, {self.info.vocab_size})" if wrong else "a prompt has no tokens"
                 )
-            seeded = values if "seed" in sampling else replace(values, seed=secrets.randbits(63))
+            seed = values.seed if "seed" in sampling else secrets.randbits(63) if seeds is None else seeds[number]
             name = f"offline-{next(self._ids)}"
-            requests.append(Request(name, tokens, max_tokens, seeded, ids, speculation=drafting))
+            requests.append(
+                Request(
+                    name, tokens, max_tokens, replace(values, seed=seed), ids, speculation=drafting, decoding=denoising
+                )
+            )
             choices[requests[-1].id] = _Choice(self.tokenizer, tokens, tuple(stop), values.min_tokens)
         for request in requests:
             self._core.add(request)
@@ -209,6 +245,29 @@ class Engine:
         if (problem := refusal(asked, names, self.info.max_drafts, bool(asked.prediction))) is not None:
             raise ValueError(problem)
         return asked
+
+    def _denoising(
+        self, asked: str | Diffusion | None, is_empty: bool, sampling: Sampling, speculation: Speculation | None
+    ) -> Diffusion | None:
+        """Raises ValueError for what this model cannot do, or no denoising can."""
+        model = self.info.diffusion
+        found = default_decoding(model)
+        if asked == AUTOREGRESSIVE and found is not None:
+            raise ValueError("decoding is autoregressive, but this model can only denoise")
+        if asked is not None and asked != AUTOREGRESSIVE:
+            if model is None:
+                raise ValueError("decoding is given, but this model generates token by token only")
+            found = make_diffusion(asked, model.topology) if isinstance(asked, str) else asked
+        if found is None:
+            return None
+        problem = conflict(found, is_empty, sampling.prompt_logprobs is not None, sampling.grammar is not None)
+        if problem is not None:
+            raise ValueError(f"{problem[0]} {problem[1]}, but the text is denoised (policy {found.policy})")
+        if speculation is not None and (name := ordered_drafts(speculation)) is not None:
+            raise ValueError(f"speculation.{name} asks for drafts, but the text is denoised (policy {found.policy})")
+        if found.planner.name == "adablock" and not found.delimiters:
+            found = replace(found, delimiters=self.tokenizer.line_end_ids(MAX_DELIMITERS))
+        return found
 
     def _deltas(self, choices: dict[str, _Choice]) -> Iterator[tuple[str, Delta]]:
         """Run steps until every choice has ended; a stop string aborts the rest of its request."""

@@ -26,6 +26,7 @@ from server.engine.config import EngineConfig, EngineInfo
 from server.engine.core import EngineCore
 from server.engine.link import Abort, Add, FromEngine, Ready, StartFailed, Stop, Update, configure, engine_codec
 from server.engine.log import configure_logging
+from server.engine.several import SeveralCores
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ HEARTBEAT_S = 1.0
 STUCK_POLL_MS = 20
 EXIT_FAULT, EXIT_START, EXIT_ORPHAN = 70, 78, 3
 
-
-Build = Callable[[EngineConfig, Callable[[], None]], tuple[EngineCore, EngineInfo]]
+Core = EngineCore | SeveralCores
+Build = Callable[[EngineConfig, Callable[[], None]], tuple[Core, EngineInfo]]
 
 
 class Bootstrap(msgspec.Struct, frozen=True):
@@ -74,7 +75,7 @@ class Loop:
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"x")
 
-    def run(self, core: EngineCore) -> None:
+    def run(self, core: Core) -> None:
         while True:
             self._drain(core)
             if self._is_stopped:
@@ -104,7 +105,7 @@ class Loop:
         if self._outgoing.is_due(now, next_step_s):
             self.send(self._outgoing.take(now))
 
-    def _wait(self, core: EngineCore) -> None:
+    def _wait(self, core: Core) -> None:
         """Nothing to run: sleep until a message, a compiled grammar or the next heartbeat."""
         timeout_ms = STUCK_POLL_MS if core.has_work else self._heartbeat_ms
         ready = dict(self._poller.poll(timeout_ms))
@@ -113,7 +114,7 @@ class Loop:
         if not ready and not core.has_work:
             self.send(Update())
 
-    def _drain(self, core: EngineCore) -> None:
+    def _drain(self, core: Core) -> None:
         while True:
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)

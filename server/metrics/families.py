@@ -11,10 +11,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 class Families:
     """Makes metrics in one registry. `labels` of a child come from closed sets: nothing a client sends (S-81)."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+    def __init__(self, registry: CollectorRegistry, model_name: str, beside: Families | None = None) -> None:
+        """beside: of another model in the same registry; a histogram keeps the buckets that it has there."""
         self.registry = registry
         self._model = model_name
-        self._parents: dict[str, Any] = {}
+        self._parents: dict[str, Any] = {} if beside is None else beside._parents
 
     def gauge(self, name: str, text: str, **labels: str) -> Gauge:
         child: Gauge = self._child(Gauge, name, text, labels)
@@ -25,8 +26,10 @@ class Families:
         return child
 
     def histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        parent = Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets)
-        return parent.labels(model_name=self._model)
+        if name not in self._parents:
+            self._parents[name] = Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets)
+        child: Histogram = self._parents[name].labels(model_name=self._model)
+        return child
 
     def _child(self, kind: type[Counter] | type[Gauge], name: str, text: str, labels: dict[str, str]) -> Any:
         if name not in self._parents:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
-from scheduler.types import FinishReason, RequestTimes, StepStats
+from scheduler.types import DecodingUsage, FinishReason, RequestTimes, StepStats
+from server.metrics.denoising import DenoisingMetrics
 from server.metrics.families import Families
 from server.metrics.speculation import SpeculationMetrics
 from server.metrics.steps import StepMetrics, StepTotals
@@ -32,7 +33,8 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 ARRIVAL_BUCKETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64)
 
 HANDLERS = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model:path}", "/tokenize", "/detokenize"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model:path}", "/v1/denoise/stream"),
+    *("/tokenize", "/detokenize"),
     *("/health", "/health/live", "/health/generate", "/ping", "/version", "/metrics", "/openapi.json", "other"),
 )
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "other")
@@ -53,6 +55,7 @@ class FinishedRequest:
     first_token_s: float | None
     last_token_s: float | None
     times: RequestTimes | None
+    decoding: DecodingUsage | None = None
 
 
 def length_buckets(most: int) -> tuple[int, ...]:
@@ -71,21 +74,43 @@ class Metrics:
     """All metrics, in a registry of their own (several servers can live in one process, as tests do).
 
     drafters, max_drafts   of the engine, for the labels of its drafts
+    beside   of another model of the same server: its registry, and its metrics of HTTP, are these
     """
 
+    _make: Families
+    _auth_failures: Counter
+    _lag: Histogram
+    _http: Counter
+    _http_s: Histogram
+
     def __init__(
-        self, model_name: str, model_len: int = 8192, drafters: Sequence[str] = (), max_drafts: int = 8
+        self,
+        model_name: str,
+        model_len: int = 8192,
+        drafters: Sequence[str] = (),
+        max_drafts: int = 8,
+        beside: Metrics | None = None,
     ) -> None:
         disable_created_metrics()  # a timestamp per series would double the scrape
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        make = Families(self.registry, model_name)
+        if beside is None:
+            self.registry = CollectorRegistry()
+            ProcessCollector(registry=self.registry)
+        else:
+            self.registry = beside.registry
+        self._make = Families(self.registry, model_name, None if beside is None else beside._make)
+        make = self._make
         self._steps = StepMetrics(make)
         self._speculation = SpeculationMetrics(make, drafters, max_drafts)
+        self._denoising = DenoisingMetrics(make)
         self._make_engine_metrics(make)
         self._make_request_metrics(make, length_buckets(model_len))
         self._make_latency_metrics(make)
-        self._make_http_metrics(make)
+        self._make_edge_metrics(make)
+        if beside is None:
+            self._make_http_metrics(make)
+        else:
+            self._auth_failures, self._lag = beside._auth_failures, beside._lag
+            self._http, self._http_s = beside._http, beside._http_s
 
     @property
     def totals(self) -> StepTotals:
@@ -124,7 +149,7 @@ class Metrics:
         self._decode_s = make.histogram("vllm:request_decode_time_seconds", "Time in decode", REQUEST_BUCKETS)
         self._inference_s = make.histogram("vllm:request_inference_time_seconds", "Prefill and decode", REQUEST_BUCKETS)
 
-    def _make_http_metrics(self, make: Families) -> None:
+    def _make_edge_metrics(self, make: Families) -> None:
         self._rejected = {
             reason: make.counter("vllm:admission_rejections", "Requests refused for load", reason=reason)
             for reason in REJECTIONS
@@ -134,6 +159,8 @@ class Metrics:
             for stage in ABORT_STAGES
             for cause in ABORT_CAUSES
         }
+
+    def _make_http_metrics(self, make: Families) -> None:
         self._auth_failures = make.counter("braid_auth_failures", "Requests without a valid key")
         self._lag = make.histogram("braid_event_loop_lag_seconds", "How late the event loop runs", LAG_BUCKETS)
         # These two carry no model label: that is how the instrumentators that dashboards know write them.
@@ -174,6 +201,10 @@ class Metrics:
         for _ in range(num_tokens):
             self._per_token.observe(seconds / num_tokens)
 
+    def observe_denoised(self, usage: DecodingUsage | None, num_tokens: int) -> None:
+        """News of a request that denoises: what it took since the last, and the tokens it gave."""
+        self._denoising.observe(usage, num_tokens)
+
     def observe_finished(self, done: FinishedRequest) -> None:
         self._success[done.reason].inc()
         self._prompt_len.observe(done.num_prompt)
@@ -182,6 +213,8 @@ class Metrics:
         self._e2e.observe(done.e2e_s)
         if done.first_token_s is not None and done.last_token_s is not None and done.num_generated > 1:
             self._tpot.observe((done.last_token_s - done.first_token_s) / (done.num_generated - 1))
+        if done.decoding is not None:
+            self._denoising.observe_finished(done.decoding, done.num_generated)
         if done.times is not None:
             self._queue_s.observe(done.times.queue_s)
             self._prefill_s.observe(done.times.prefill_s)

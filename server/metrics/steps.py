@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from scheduler.types import StepStats
 from server.metrics.families import Families
@@ -22,6 +22,11 @@ class StepTotals:
     prefix_hits: int = 0
     drafted: int = 0
     accepted: int = 0
+    denoised: int = 0
+
+    def __add__(self, other: StepTotals) -> StepTotals:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return StepTotals(*(mine + its for mine, its in pairs))
 
 
 class StepMetrics:
@@ -86,6 +91,7 @@ class StepMetrics:
         totals.prefix_hits += stats.prefix_hits
         totals.drafted += stats.draft_tokens
         totals.accepted += stats.accepted_tokens
+        totals.denoised += stats.denoise_tokens
 
     def _show_state(self, stats: StepStats) -> None:
         self._running.set(stats.num_running)

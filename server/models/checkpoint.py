@@ -8,6 +8,7 @@ read into fresh memory one at a time, never mapped, so a file that changes later
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_HEADER_BYTES = 100 << 20
 _FORMAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 
 
@@ -172,6 +174,18 @@ def check_against(
             raise CheckpointError(f"{name} is {list(entry.shape)} in the file, but config.json makes it {list(shape)}")
         if entry.dtype not in _FORMAT_DTYPES:
             raise CheckpointError(f"{name} is {entry.dtype}; supported: {', '.join(_FORMAT_DTYPES)}")
+
+
+def file_names(ours: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
+    """What the files call each tensor, by our name of it. names: as `registry.Family.names`."""
+    theirs = {our: their for their, our in names.items()}
+
+    def file_name(ours: str) -> str:
+        module, _, leaf = ours.rpartition(".")
+        pattern = theirs.get(_NUMBER.sub("{}", module))
+        return ours if pattern is None else f"{pattern.format(*_NUMBER.findall(module))}.{leaf}"
+
+    return {name: file_name(name) for name in ours}
 
 
 def _some(names: list[str]) -> str:

@@ -32,13 +32,23 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """A mixture of experts: in the layers of `sparse_layers`, `top_k` of `num_experts` MLPs of `intermediate_size`."""
+    """A mixture of experts: in the layers of `sparse_layers`, `top_k` of `num_experts` MLPs of `intermediate_size`.
+
+    shared_size  one more MLP of this size that every token goes through; 0 = none
+    is_sigmoid   scores are sigmoids, and a bias per expert takes part in the choice
+    The others are those of `kernels.routing.Router`.
+    """
 
     num_experts: int
     top_k: int
     intermediate_size: int
     norm_topk_prob: bool
     sparse_layers: frozenset[int]
+    shared_size: int = 0
+    is_sigmoid: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +56,13 @@ class ModelConfig:
     """One decoder-only transformer.
 
     max_position  longest sequence in tokens, RoPE scaling included
+    fused_qkv     the file has q, k and v of a layer as one tensor
     windows       per layer: sliding window in tokens, the token itself included, or None
     dtype         as published, None where the file does not say; of a loaded model: what it runs in
     eos_token_ids config.json's and generation_config.json's together
-    mask_token_id, block_size  of checkpoints that denoise (block_size: of bidirectional ones a default)
+    mask_token_id, block_size  of checkpoints that denoise
+    block_size_is_default  nothing fixes the block size: the model is bidirectional, or its file does not say (the
+                   family's usual one is stated then)
     bidirectional  it denoises a whole canvas: every row sees every key; else rows see blocks up to their own
     logit_shift    1: when it denoises, row i answers for token i + 1
     is_causal      it generates token by token, too
@@ -72,6 +85,7 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    fused_qkv: bool = False
     moe: Moe | None = None
     dtype: torch.dtype | None = None
     bos_token_id: int | None = None
@@ -79,6 +93,7 @@ class ModelConfig:
     pad_token_id: int | None = None
     mask_token_id: int | None = None
     block_size: int | None = None
+    block_size_is_default: bool = False
     bidirectional: bool = False
     logit_shift: int = 0
     is_causal: bool = True
@@ -127,6 +142,12 @@ class Fields:
             raise CheckpointError(f"config.json: {name} is {value!r}; token or layer numbers are needed")
         return tuple(values)
 
+    def expect(self, only: Mapping[str, Any]) -> None:
+        """Refuse an entry that says something else than `only` does; one that is missing or null says nothing."""
+        for name, value in only.items():
+            if self.get(name) not in (None, value):
+                raise CheckpointError(f"config.json: {name} is {self.get(name)!r}; supported: {value!r}")
+
     def token(self, name: str) -> int | None:
         """An optional token id; of several, the first."""
         ids = self.integers(name)
@@ -169,9 +190,14 @@ def common_config(
     output_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    fused_qkv: bool = False,
+    partial_rotary: bool = False,
     moe: Moe | None = None,
 ) -> ModelConfig:
-    """A ModelConfig of the fields all families share; the keyword arguments are what a family makes of the rest."""
+    """A ModelConfig of the fields all families share; the keyword arguments are what a family makes of the rest.
+
+    partial_rotary  the file may say that only the first part of each head is rotated
+    """
     fields = Fields(raw)
     _refuse_unsupported(fields)
     hidden_size = fields.integer("hidden_size")
@@ -187,7 +213,7 @@ def common_config(
         raise CheckpointError(f"config.json: head_dim is {head_dim}; rotary embeddings need an even one")
     vocab_size = fields.integer("vocab_size")
     try:
-        rope = read_rope(raw, head_dim, fields.integer("max_position_embeddings"))
+        rope = read_rope(raw, head_dim, fields.integer("max_position_embeddings"), partial_rotary)
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from None
     return ModelConfig(
@@ -208,10 +234,11 @@ def common_config(
         output_bias=output_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
+        fused_qkv=fused_qkv,
         moe=moe,
         dtype=_read_dtype(raw),
         bos_token_id=fields.token("bos_token_id"),
-        eos_token_ids=_within_vocab("eos_token_id", fields.integers("eos_token_id"), vocab_size),
+        eos_token_ids=within_vocab("eos_token_id", fields.integers("eos_token_id"), vocab_size),
         pad_token_id=fields.token("pad_token_id"),
         mask_token_id=fields.token("mask_token_id"),
         block_size=fields.integer("block_size") if fields.get("block_size") is not None else None,
@@ -254,7 +281,8 @@ def _read_dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
     return DTYPES[name.removeprefix("torch.")]
 
 
-def _within_vocab(name: str, ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+def within_vocab(name: str, ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """`ids`, if all are below `vocab_size`; CheckpointError naming the field if not."""
     if any(token >= vocab_size for token in ids):
         raise CheckpointError(f"config.json: {name} is {list(ids)}, but vocab_size is {vocab_size}")
     return ids

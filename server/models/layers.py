@@ -17,26 +17,31 @@ from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, MlpBlock
 from kernels.ops import AttentionRows, Ops, PackedLinear
+from kernels.routing import Router
 from server.models.config import ModelConfig
+
+FLOAT32 = ".expert_bias"
+"""End of the names of tensors that stay float32 in every model: rounding a router's bias would choose other experts."""
 
 
 class Weights(Protocol):
     """Where the tensors come from: a checkpoint or a random generator, on the model's device and in its dtype."""
 
     def take(self, name: str) -> Tensor:
-        """The tensor of this published name; each is taken once, and the caller owns it."""
+        """The tensor of this name of `weight_shapes`; each is taken once, and the caller owns it."""
         ...
 
 
 def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Published name and shape of every tensor the model needs."""
+    """Name and shape of every tensor the model needs; the names are Llama's, `checkpoint.file_names` has the file's."""
     hidden, head_dim = config.hidden_size, config.head_dim
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     for index in range(config.num_layers):
         layer = f"model.layers.{index}"
-        for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-            yield from _linear_shapes(f"{layer}.self_attn.{name}_proj", size, hidden, config.qkv_bias)
+        sizes = (q_size + 2 * kv_size,) if config.fused_qkv else (q_size, kv_size, kv_size)
+        for name, size in zip(_qkv_names(config), sizes, strict=True):
+            yield from _linear_shapes(f"{layer}.self_attn.{name}", size, hidden, config.qkv_bias)
         yield from _linear_shapes(f"{layer}.self_attn.o_proj", hidden, q_size, config.output_bias)
         if config.qk_norm:
             yield f"{layer}.self_attn.q_norm.weight", (head_dim,)
@@ -49,6 +54,10 @@ def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (config.vocab_size, hidden)
 
 
+def _qkv_names(config: ModelConfig) -> tuple[str, ...]:
+    return ("qkv_proj",) if config.fused_qkv else ("q_proj", "k_proj", "v_proj")
+
+
 def _linear_shapes(name: str, num_out: int, num_in: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.weight", (num_out, num_in)
     if bias:
@@ -56,15 +65,23 @@ def _linear_shapes(name: str, num_out: int, num_in: int, bias: bool) -> Iterator
 
 
 def _mlp_shapes(config: ModelConfig, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    names, size, bias = [f"model.layers.{index}.mlp"], config.intermediate_size, config.mlp_bias
-    if config.moe is not None and index in config.moe.sparse_layers:
-        yield f"{names[0]}.gate.weight", (config.moe.num_experts, config.hidden_size)
-        names = [f"{names[0]}.experts.{expert}" for expert in range(config.moe.num_experts)]
-        size, bias = config.moe.intermediate_size, False
-    for name in names:
-        yield from _linear_shapes(f"{name}.gate_proj", size, config.hidden_size, bias)
-        yield from _linear_shapes(f"{name}.up_proj", size, config.hidden_size, bias)
-        yield from _linear_shapes(f"{name}.down_proj", config.hidden_size, size, bias)
+    name, moe = f"model.layers.{index}.mlp", config.moe
+    if moe is None or index not in moe.sparse_layers:
+        yield from _gated_shapes(name, config.hidden_size, config.intermediate_size, config.mlp_bias)
+        return
+    yield f"{name}.gate.weight", (moe.num_experts, config.hidden_size)
+    if moe.is_sigmoid:
+        yield f"{name}.gate.expert_bias", (moe.num_experts,)
+    for expert in range(moe.num_experts):
+        yield from _gated_shapes(f"{name}.experts.{expert}", config.hidden_size, moe.intermediate_size)
+    if moe.shared_size:
+        yield from _gated_shapes(f"{name}.shared_experts", config.hidden_size, moe.shared_size)
+
+
+def _gated_shapes(name: str, hidden: int, size: int, bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _linear_shapes(f"{name}.gate_proj", size, hidden, bias)
+    yield from _linear_shapes(f"{name}.up_proj", size, hidden, bias)
+    yield from _linear_shapes(f"{name}.down_proj", hidden, size, bias)
 
 
 class Packer:
@@ -111,7 +128,7 @@ def attention_block(config: ModelConfig, index: int, packer: Packer, cos_sin_MR:
     layer = f"model.layers.{index}"
     return AttentionBlock(
         norm_H=packer.tensor(f"{layer}.input_layernorm.weight"),
-        qkv=packer.linear(f"{layer}.self_attn", ("q_proj", "k_proj", "v_proj"), config.qkv_bias),
+        qkv=packer.linear(f"{layer}.self_attn", _qkv_names(config), config.qkv_bias),
         out=packer.linear(f"{layer}.self_attn", ("o_proj",), config.output_bias),
         q_norm_D=packer.tensor(f"{layer}.self_attn.q_norm.weight") if config.qk_norm else None,
         k_norm_D=packer.tensor(f"{layer}.self_attn.k_norm.weight") if config.qk_norm else None,
@@ -137,33 +154,58 @@ def mlp_block(config: ModelConfig, index: int, packer: Packer) -> MlpBlock:
 
 
 class SparseMlp:
-    """x + a router's weighted sum of its top_k experts of norm(x). Router logits are float32, as their softmax is."""
+    """x + a router's weighted sum of its experts of norm(x) (+ a shared expert). Router logits are float32."""
 
     def __init__(self, config: ModelConfig, index: int, packer: Packer, ops: Ops) -> None:
-        assert config.moe is not None
+        moe = config.moe
+        assert moe is not None
         layer = f"model.layers.{index}"
         self._norm_H = packer.tensor(f"{layer}.post_attention_layernorm.weight")
-        self._router = packer.linear(f"{layer}.mlp", ("gate",))
-        experts = [f"{layer}.mlp.experts.{expert}" for expert in range(config.moe.num_experts)]
+        self._gate = packer.linear(f"{layer}.mlp", ("gate",))
+        bias_E = packer.tensor(f"{layer}.mlp.gate.expert_bias") if moe.is_sigmoid else None
+        self._router = Router(
+            moe.top_k, moe.norm_topk_prob, moe.is_sigmoid, bias_E, moe.num_groups, moe.top_groups, moe.scale
+        )
+        experts = [f"{layer}.mlp.experts.{expert}" for expert in range(moe.num_experts)]
         self._gate_up = [packer.linear(expert, ("gate_proj", "up_proj")) for expert in experts]
         self._down = [packer.linear(expert, ("down_proj",)) for expert in experts]
-        self._top_k = config.moe.top_k
-        self._norm_topk_prob = config.moe.norm_topk_prob
+        shared = f"{layer}.mlp.shared_experts"
+        self._shared = (
+            (packer.linear(shared, ("gate_proj", "up_proj")), packer.linear(shared, ("down_proj",)))
+            if moe.shared_size
+            else None
+        )
         self._eps = config.rms_norm_eps
-        self._norm = ops.rms_norm
-        self._logits = ops.logits
-        self._moe = ops.moe
+        self._ops = ops
 
     def __call__(self, x_TH: Tensor) -> Tensor:
-        normed_TH = self._norm(x_TH, self._norm_H, self._eps)
-        router_TE = self._logits(normed_TH, self._router)
-        return x_TH + self._moe(normed_TH, router_TE, self._gate_up, self._down, self._top_k, self._norm_topk_prob)
+        ops = self._ops
+        normed_TH = ops.rms_norm(x_TH, self._norm_H, self._eps)
+        router_TE = ops.logits(normed_TH, self._gate)
+        if self._shared is not None:
+            gate_up, down = self._shared
+            x_TH = ops.linear(ops.silu_mul(ops.linear(normed_TH, gate_up)), down, x_TH)
+        return x_TH + ops.moe(normed_TH, router_TE, self._router, self._gate_up, self._down)
+
+
+class LayerOps(Protocol):
+    """The part of `Ops` that runs layers. Methods as there."""
+
+    def attention_block(
+        self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
+    ) -> Tensor: ...
+
+    def dense_layers(
+        self, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
+    ) -> Tensor: ...
 
 
 class DenseRun:
     """Layers in order, all with dense MLPs: one call of the back end."""
 
-    def __init__(self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, MlpBlock]], ops: Ops) -> None:
+    def __init__(
+        self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, MlpBlock]], ops: LayerOps
+    ) -> None:
         self.indices = indices
         self._layers, self._ops = DenseLayers(tuple(layers)), ops
 
@@ -174,11 +216,16 @@ class DenseRun:
         kept = [layer for index, layer in zip(self.indices, self._layers.layers, strict=True) if index in indices]
         return DenseRun(indices, kept, self._ops)
 
+    def through(self, ops: LayerOps) -> DenseRun:
+        return DenseRun(self.indices, self._layers.layers, ops)
+
 
 class SparseRun:
     """Layers in order, all with experts."""
 
-    def __init__(self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, SparseMlp]], ops: Ops) -> None:
+    def __init__(
+        self, indices: Sequence[int], layers: Sequence[tuple[AttentionBlock, SparseMlp]], ops: LayerOps
+    ) -> None:
         self.indices = indices
         self._layers, self._ops = layers, ops
 
@@ -190,6 +237,9 @@ class SparseRun:
     def subset(self, indices: Sequence[int]) -> SparseRun:
         kept = [layer for index, layer in zip(self.indices, self._layers, strict=True) if index in indices]
         return SparseRun(indices, kept, self._ops)
+
+    def through(self, ops: LayerOps) -> SparseRun:
+        return SparseRun(self.indices, self._layers, ops)
 
 
 def layer_runs(config: ModelConfig, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> list[DenseRun | SparseRun]:
@@ -235,6 +285,12 @@ class Decoder:
         """The same weights running these layers alone; its `forward` takes the pages of all layers, too."""
         part = copy.copy(self)
         part._runs = [run.subset(kept) for run in self._runs if (kept := [i for i in run.indices if i in layers])]
+        return part
+
+    def through(self, ops: LayerOps) -> Decoder:
+        """The same weights whose layers run through `ops`, which has them from the back end that packed them."""
+        part = copy.copy(self)
+        part._runs = [run.through(ops) for run in self._runs]
         return part
 
     def logits(self, hidden_JH: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.ops import Ops
-from server.models.checkpoint import Entry, check_against, read_entries, read_tensor
+from server.models.checkpoint import Entry, check_against, file_names, read_entries, read_tensor
 from server.models.config import CheckpointError, ModelConfig, read_raw
-from server.models.layers import weight_shapes
+from server.models.layers import FLOAT32, weight_shapes
 from server.models.locate import resolve_model
-from server.models.registry import Model, build_model, parse_config
+from server.models.registry import MODELS, Model, build_model, parse_config
 
 __all__ = ["load_model", "random_model", "resolve_model"]
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _UNUSED = ("rotary_emb.inv_freq",)
 """Buffers that old exports carry; we compute them."""
+
+_HEAD = "lm_head.weight"
 
 _SPEC = {
     "hidden": "hidden_size",
@@ -70,18 +72,19 @@ def load_model(
     config = parse_config(raw)
     if raw.get("auto_map"):
         logger.warning("%s: config.json's auto_map is ignored; no code from a checkpoint is run", path)
-    entries = read_entries(path)
-    unused = (*_UNUSED, "lm_head.weight") if config.tie_word_embeddings else _UNUSED
-    check_against(entries, dict(weight_shapes(config)), unused)
+    entries, shapes = read_entries(path), dict(weight_shapes(config))
+    names = file_names((*shapes, _HEAD), MODELS[config.model_type].names)
+    unused = (*_UNUSED, names[_HEAD]) if config.tie_word_embeddings else _UNUSED
+    check_against(entries, {names[name]: shape for name, shape in shapes.items()}, unused)
     config = replace(config, dtype=dtype or config.dtype or torch.float32)
     bar_off = not (progress and sys.stderr.isatty())
-    with tqdm(total=len(dict(weight_shapes(config))), desc="weights", unit="tensor", disable=bar_off) as bar:
-        weights = CheckpointWeights(entries, config, device, bar.update)
+    with tqdm(total=len(shapes), desc="weights", unit="tensor", disable=bar_off) as bar:
+        weights = CheckpointWeights({name: entries[names[name]] for name in shapes}, config, device, bar.update)
         return build_model(config, weights, ops, device, max_model_len)
 
 
 class CheckpointWeights:
-    """`layers.Weights` of checked safetensors entries; calls `advance` once per tensor."""
+    """`layers.Weights` of checked safetensors entries, by our names; calls `advance` once per tensor."""
 
     def __init__(
         self, entries: Mapping[str, Entry], config: ModelConfig, device: torch.device, advance: Callable[[], Any]
@@ -92,7 +95,8 @@ class CheckpointWeights:
         self._advance = advance
 
     def take(self, name: str) -> Tensor:
-        tensor = read_tensor(self._entries[name]).to(device=self._device, dtype=self._dtype)
+        dtype = torch.float32 if name.endswith(FLOAT32) else self._dtype
+        tensor = read_tensor(self._entries[name]).to(device=self._device, dtype=dtype)
         self._advance()
         return tensor
 
@@ -175,4 +179,4 @@ class RandomWeights:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             scale *= self._branch_scale
         tensor = torch.empty(shape).normal_(0.0, scale, generator=generator)
-        return tensor.to(device=self._device, dtype=self._dtype)
+        return tensor.to(device=self._device, dtype=torch.float32 if name.endswith(FLOAT32) else self._dtype)

@@ -39,9 +39,10 @@ class Rope:
     scaling: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_rope(raw: Mapping[str, Any], head_dim: int, max_position: int) -> Rope:
+def read_rope(raw: Mapping[str, Any], head_dim: int, max_position: int, may_be_partial: bool = False) -> Rope:
     """From config.json: `rope_parameters` (newer) or `rope_scaling` + `rope_theta` (older spelling).
 
+    may_be_partial  the family's heads rotate in part where `partial_rotary_factor` says so; others refuse it
     Raises ValueError naming what is wrong or not supported.
     """
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -51,19 +52,32 @@ def read_rope(raw: Mapping[str, Any], head_dim: int, max_position: int) -> Rope:
     kind = "longrope" if kind == "su" else kind  # the name of the first Phi-3 files
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type is {kind!r}; supported: {', '.join(ROPE_TYPES)}")
-    for place in (raw, scaling):
-        if place.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise ValueError("partial_rotary_factor is set; heads that rotate in part are not supported")
+    dim = _rotated(raw, scaling, head_dim)
+    if dim != head_dim and not may_be_partial:
+        raise ValueError(
+            "partial_rotary_factor is set; heads that rotate in part are not supported for this model_type"
+        )
     theta = _number(scaling, "rope_theta", _number(raw, "rope_theta", 10000.0))
     original = raw.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
     original = max_position if original is None or kind in ("linear", "dynamic") else original
     if not isinstance(original, int) or isinstance(original, bool) or original < 1:
         raise ValueError(f"original_max_position_embeddings is {original!r}; an integer >= 1 is needed")
-    numbers = _read_scaling(kind, scaling, head_dim, max_position / original)
+    numbers = _read_scaling(kind, scaling, dim, max_position / original)
     if kind in ("linear", "dynamic", "yarn"):
         # These files state the length before scaling (serving engines agree on the product).
         max_position = max(max_position, int(original * numbers["factor"]))
-    return Rope(kind, theta, head_dim, original, max_position, numbers)
+    return Rope(kind, theta, dim, original, max_position, numbers)
+
+
+def _rotated(raw: Mapping[str, Any], scaling: Mapping[str, Any], head_dim: int) -> int:
+    """Rotated elements of each head: the first `partial_rotary_factor` of them."""
+    factor = _number(scaling, "partial_rotary_factor", _number(raw, "partial_rotary_factor", 1.0))
+    dim = int(head_dim * factor)
+    if not 0 < dim <= head_dim or dim % 2:
+        raise ValueError(
+            f"partial_rotary_factor is {factor}; of {head_dim} elements it must leave an even number, at least 2"
+        )
+    return dim
 
 
 def _read_scaling(kind: str, scaling: Mapping[str, Any], dim: int, stretch: float) -> dict[str, Any]:
@@ -88,7 +102,9 @@ def _read_scaling(kind: str, scaling: Mapping[str, Any], dim: int, stretch: floa
     for name in ("short_factor", "long_factor"):
         values = scaling.get(name)
         if not isinstance(values, list) or len(values) != dim // 2:
-            raise ValueError(f"rope scaling: {name} must be a list of {dim // 2} numbers (half of head_dim)")
+            raise ValueError(
+                f"rope scaling: {name} must be a list of {dim // 2} numbers (half of the rotated elements)"
+            )
         numbers[name] = [_number({name: value}, name) for value in values]
     return numbers
 

@@ -6,6 +6,7 @@ A tokenizer is immutable after `load` and may be used from several threads. Whoe
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,12 +87,22 @@ class Tokenizer:
         text: str = self.raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for: part of a character where the vocabulary splits characters."""
+    def token_bytes(self, token_id: int, is_kept: bool = True) -> bytes:
+        """The bytes a token stands for: part of a character where the vocabulary splits characters.
+
+        is_kept  False for who looks at the whole vocabulary once: remembering it would take 20 MB
+        """
         known = self._bytes_cache.get(token_id)
         if known is None:
-            known = self._bytes_cache[token_id] = self._find_token_bytes(token_id)
+            known = self._find_token_bytes(token_id)
+            if is_kept:
+                self._bytes_cache[token_id] = known
         return known
+
+    def line_end_ids(self, most: int) -> tuple[int, ...]:
+        """The first `most` ids whose text holds a line's end, special tokens aside. Looks at the whole vocabulary."""
+        ids = (token for token in range(self.vocab_size) if token not in self.special_ids)
+        return tuple(itertools.islice((i for i in ids if b"\n" in self.token_bytes(i, is_kept=False)), most))
 
     def token_text(self, token_id: int) -> str:
         """The token as text, or `bytes:\\xNN...` (OpenAI's form) where it is not whole characters."""

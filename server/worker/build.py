@@ -5,7 +5,6 @@ The one place that looks at the machine. Everything it chooses is logged once an
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
@@ -18,16 +17,19 @@ import torch
 from kernels.ops import Ops
 from kernels.select import select_ops
 from scheduler.types import DiffusionModel, Topology
-from server.models.config import ModelConfig
 from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
+from server.worker.attention_probe import AttentionProbe
 from server.worker.config import WorkerConfig
+from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.build import build_speculator
 from server.worker.drafters.diffusion import make_prober
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
-from server.worker.kv_pool import CPU_PAGE_SIZE, GPU_PAGE_SIZE, KVPool, size_pool
+from server.worker.host_memory import keep_step_buffers, return_free_memory
+from server.worker.info import diffusion_model
+from server.worker.kv_pool import KVPool, choose_page_size, size_pool
 from server.worker.profile import SHAPES
 from server.worker.profile_memory import DiskMemory, default_folder
 from server.worker.sequences import make_sequences
@@ -38,8 +40,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """CPU flags (the last is Arm's) of processors that multiply bfloat16 themselves."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-"""Parameters of glibc's mallopt(3)."""
 
 
 def build_worker(config: WorkerConfig, progress: bool) -> Worker:
@@ -51,15 +51,19 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     dtype = choose_dtype(config.dtype, device)
     num_threads = config.num_threads or usable_cores()
     if device.type == "cpu":
-        _keep_step_buffers()
+        keep_step_buffers()
     ops = select_ops(device, dtype, quantization=config.quantization, num_threads=num_threads)
     # After an operator on two threads, torch's second one spins for milliseconds: on 2 cores that took a step of 8 rows
     # from 11 ms to 17 ms.
     torch.set_num_threads(1 if ops.owns_threads else num_threads)
     model, folder = _load(config, ops, dtype, device, progress)
-    _return_free_memory()
+    return_free_memory()
     draft = _load_draft(config, model, folder, ops, dtype, device, progress)
-    page_size = config.page_size or (GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE)
+    diffusion = diffusion_model(model.config, config.denoise_block_size)
+    learnt = load_filter(folder) if folder is not None and diffusion is not None else None
+    if diffusion is not None and learnt is not None:
+        diffusion = replace(diffusion, learnt_block=learnt.block_size)
+    page_size = choose_page_size(config.page_size, device, diffusion)
     draft_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
     num_pages, model_len = size_pool(
         model.config,
@@ -70,9 +74,10 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         config.max_model_len,
         config.kv_cache_bytes,
         draft_bytes,
+        config.kv_share,
     )
     pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
-    info = _describe(model, ops, pool, model_len, dtype, device)
+    info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
     tokenizer_file = folder / "tokenizer.json" if folder is not None else None
     if tokenizer_file is not None and not tokenizer_file.exists():
         tokenizer_file = None
@@ -95,7 +100,17 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         speculator=speculator,
         profile_memory=_profile_memory(config, model, info, num_threads),
         prober=make_prober(info),
+        learnt=learnt,
+        attention=_attention_probe(model, ops, info, device),
     )
+
+
+def _attention_probe(model: Model, ops: Ops, info: WorkerInfo, device: torch.device) -> AttentionProbe | None:
+    """For models that have caches which drift."""
+    diffusion = info.diffusion
+    if diffusion is None or diffusion.topology is not Topology.BIDIRECTIONAL:
+        return None
+    return AttentionProbe(model, ops, diffusion.mask_id, device)
 
 
 def choose_device(name: str) -> torch.device:
@@ -205,7 +220,13 @@ def _load_draft(
 
 
 def _describe(
-    model: Model, ops: Ops, pool: KVPool, model_len: int, dtype: torch.dtype, device: torch.device
+    model: Model,
+    ops: Ops,
+    pool: KVPool,
+    model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    diffusion: DiffusionModel | None,
 ) -> WorkerInfo:
     return WorkerInfo(
         model_len=model_len,
@@ -218,16 +239,9 @@ def _describe(
         device=str(device),
         ops=ops.name,
         eos_ids=tuple(model.config.eos_token_ids),
-        diffusion=_diffusion(model.config),
+        diffusion=diffusion,
         num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
     )
-
-
-def _diffusion(config: ModelConfig) -> DiffusionModel | None:
-    if config.mask_token_id is None or config.block_size is None:
-        return None
-    topology = Topology.BIDIRECTIONAL if config.bidirectional else Topology.BLOCK_CAUSAL
-    return DiffusionModel(config.mask_token_id, config.block_size, topology, config.logit_shift, config.is_causal)
 
 
 def _profile_memory(config: WorkerConfig, model: Model, info: WorkerInfo, num_threads: int) -> DiskMemory | None:
@@ -263,26 +277,3 @@ def device_name(device: str) -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def _keep_step_buffers() -> None:
-    """Let malloc keep a step's buffers for the next step instead of mapping and clearing fresh pages every time.
-
-    Two arenas are enough: the loop's thread makes nearly all allocations, and each further arena holds memory back.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_M_ARENA_MAX, 2)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 128 << 20)
-
-
-def _return_free_memory() -> None:
-    """Give back what loading needed and the model does not keep."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)

@@ -17,11 +17,13 @@ class WorkerConfig:
     random_weights  a shape such as "hidden=768,layers=12,heads=12"; then `model` is not read
     quantization    None, int8 or int4: weight-only, lossy
     kv_cache_bytes  size of the KV pool; None = a share of what is free
+    kv_share        part of that share, in (0, 1]: what is left is for the pools of other models
     max_model_len   longest sequence in tokens; None = the model's, or what the pool holds
     max_batched_tokens, max_seqs   what a plan may bring; they size the KV pool and the page table
     seed            of random weights
     num_threads     CPU threads of the forward pass; None = one per core this process may use
     remember_profile  keep the warm-up's step times on disk (XDG cache), so that the next start is faster
+    denoise_block_size  tokens of a block, for a checkpoint that can denoise and leaves it open
     speculation     which drafters are built; None = none, and nothing is ever proposed
     """
 
@@ -31,6 +33,7 @@ class WorkerConfig:
     random_weights: str | None = None
     quantization: str | None = None
     kv_cache_bytes: int | None = None
+    kv_share: float = 1.0
     max_model_len: int | None = None
     page_size: int | None = None
     max_batched_tokens: int = 1024
@@ -39,5 +42,6 @@ class WorkerConfig:
     revision: str | None = None
     download_dir: str | None = None
     seed: int = 0
+    denoise_block_size: int | None = None
     speculation: SpeculatorConfig | None = None
     remember_profile: bool = True

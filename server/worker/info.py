@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.types import DiffusionModel
+from scheduler.types import DiffusionModel, Topology
+from server.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +30,21 @@ class WorkerInfo:
     num_parameters: int
     diffusion: DiffusionModel | None = None
     drafters: tuple[tuple[str, bool], ...] = ()
+
+
+def diffusion_model(config: ModelConfig, asked: int | None) -> DiffusionModel | None:
+    """How a model of this configuration denoises; None = it does not.
+
+    asked  the block size where the checkpoint leaves it open: it says none, or only has a default
+    Raises ValueError for a block size that the model cannot have.
+    """
+    is_open = config.block_size is None or config.block_size_is_default
+    block = asked if is_open and asked is not None else config.block_size
+    if config.mask_token_id is None or block is None:
+        if asked is not None:
+            raise ValueError(f"denoise-block-size is {asked}, but this model has no mask token and cannot denoise")
+        return None
+    if asked not in (None, block):
+        raise ValueError(f"denoise-block-size is {asked}, but this model was trained on blocks of {block} tokens")
+    topology = Topology.BIDIRECTIONAL if config.bidirectional else Topology.BLOCK_CAUSAL
+    return DiffusionModel(config.mask_token_id, block, topology, config.logit_shift, config.is_causal)

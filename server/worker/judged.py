@@ -91,6 +91,19 @@ def draft_paths(span: Span, num_rows: int) -> list[tuple[int, ...]]:
     return paths
 
 
+def embedded(spans: Sequence[Span], vocab_size: int) -> Sequence[Span]:
+    """The spans as the model may see them; raises ValueError for VERIFY spans that break the rules of `Span`."""
+    verify = Read.VERIFY
+    verified = [index for index, span in enumerate(spans) if span.read is verify]
+    if not verified:
+        return spans
+    embedded = list(spans)
+    for index in verified:
+        check_drafts(spans[index])
+        embedded[index] = in_vocabulary(spans[index], vocab_size)
+    return embedded
+
+
 def in_vocabulary(span: Span, vocab_size: int) -> Span:
     """The span with drafts that are no ids of the model replaced: a drafter's mistake must not reach an embedding."""
     if min(span.tokens) >= 0 and max(span.tokens) < vocab_size:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
+from scheduler.types import DiffusionModel, Topology
 
 CPU_PAGE_SIZE = 32
 GPU_PAGE_SIZE = 64
@@ -25,6 +26,24 @@ GPU_SHARE = 0.85
 """Share of the free device memory, after the weights; the rest is for activations and the allocator."""
 _NO_LIMIT = 1 << 50
 """Control groups write huge numbers for "unlimited"."""
+
+
+def choose_page_size(asked: int | None, device: torch.device, diffusion: DiffusionModel | None) -> int:
+    """Tokens of a KV page: what the user said, else the device's usual size, rounded up to whole denoising blocks.
+
+    A block-causal model's finished blocks are final and shared by page, so a page must not end inside one (a
+    bidirectional model shares nothing). Raises ValueError if the user's choice is no multiple of the block size.
+    """
+    usual = GPU_PAGE_SIZE if device.type == "cuda" else CPU_PAGE_SIZE
+    if diffusion is None or diffusion.topology is Topology.BIDIRECTIONAL:
+        return asked or usual
+    block = diffusion.block_size
+    if asked is not None and asked % block:
+        raise ValueError(
+            f"KV pages of {asked} tokens end inside this model's denoising blocks of {block} tokens; make their size "
+            f"(page_size, --block-size) a multiple of {block}"
+        )
+    return asked or -(-usual // block) * block
 
 
 class KVShape(Protocol):
@@ -77,17 +96,18 @@ def _cgroup_available() -> int:
     return _NO_LIMIT
 
 
-def choose_kv_bytes(kv_cache_bytes: int | None, device: torch.device, most_useful: int) -> int:
+def choose_kv_bytes(kv_cache_bytes: int | None, device: torch.device, most_useful: int, kv_share: float = 1.0) -> int:
     """The pool's size in bytes: what the user said, or a share of what is available, never more than is of use.
 
     most_useful  bytes that hold `max_seqs` sequences of the longest length
+    kv_share     this pool's part of what pools may take of the memory that is available now
     """
     if kv_cache_bytes is not None:
         return kv_cache_bytes
     available = available_bytes(device)
     if device.type == "cuda":
-        return min(int(available * GPU_SHARE), most_useful)
-    return min(int(available * CPU_SHARE), CPU_MOST_BYTES, most_useful)
+        return min(int(available * GPU_SHARE * kv_share), most_useful)
+    return min(int(available * CPU_SHARE * kv_share), int(CPU_MOST_BYTES * kv_share), most_useful)
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
@@ -103,10 +123,12 @@ def size_pool(
     max_model_len: int | None,
     kv_cache_bytes: int | None,
     extra_page_bytes: int = 0,
+    kv_share: float = 1.0,
 ) -> tuple[int, int]:
     """(number of pages, longest sequence in tokens) of a pool.
 
     extra_page_bytes  what else is kept per page: a draft model's KV under the same page ids
+    kv_share  this pool's part of what is available (`choose_kv_bytes`)
     A length that the user asked for must fit; without one, the model's own length is cut to what fits.
     Raises ValueError if the length is beyond the model's, or does not fit, or not even one page does.
     """
@@ -117,7 +139,7 @@ def size_pool(
         )
     bytes_of_page = page_bytes(config, page_size, dtype) + extra_page_bytes
     most_useful = max_seqs * pages_for(model_len, page_size) * bytes_of_page
-    pool_bytes = choose_kv_bytes(kv_cache_bytes, device, most_useful)
+    pool_bytes = choose_kv_bytes(kv_cache_bytes, device, most_useful, kv_share)
     num_pages = pool_bytes // bytes_of_page
     needed = pages_for(model_len, page_size)
     if num_pages < needed and (max_model_len is not None or num_pages < 1):

@@ -28,7 +28,9 @@ class JudgedRow(NamedTuple):
     num_output  output position of the token this row decides
     counts      of `history` and `drafts`; there if the recipe has penalties
     mask        after `history` and `drafts`; there if the recipe has a grammar
-    drafts      what stands between `history` and the token this row decides: none but on a verified row
+    drafts      what stands between `history` and the token this row decides: none but on a verified row, and in a
+                block, where it may be masks
+    behind      what stands after that token: nothing but in a block
     """
 
     recipe: Recipe
@@ -37,6 +39,7 @@ class JudgedRow(NamedTuple):
     counts: Counts | None = None
     mask: GrammarMask | None = None
     drafts: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
 
 
 def process_logits(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
@@ -45,9 +48,14 @@ def process_logits(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, st
     logits_JV  float32 [J, V], finite; banned tokens become -inf
     A row with a message is left with no meaning and must not be sampled.
     """
-    used = 0
-    for row in rows:
-        used |= row.recipe.features
+    errors = constrain(logits_JV, rows)
+    temper(logits_JV, rows)
+    return errors
+
+
+def constrain(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
+    """The first half: bias, penalties, bans and grammar. For readers that measure the distribution in between."""
+    used = _used(rows)
     errors: dict[int, str] = {}
     if used & Feature.BIAS:
         _add_bias(logits_JV, rows)
@@ -61,12 +69,24 @@ def process_logits(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, st
         _mask_by_grammar(logits_JV, rows, errors)
     if used & CONSTRAINED:
         _find_empty(logits_JV, rows, errors)
+    return errors
+
+
+def temper(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+    """The second half: temperature, min_p, top_k, top_p."""
+    used = _used(rows)
     _divide_by_temperature(logits_JV, rows)
     if used & Feature.MIN_P:
         _on_rows(logits_JV, _with(rows, Feature.MIN_P), lambda part, at: keep_min_p(part, _min_p(rows, at, part)))
     if used & Feature.TOP:
         _on_rows(logits_JV, _with(rows, Feature.TOP), lambda part, at: keep_top(part, *_top(rows, at, part)))
-    return errors
+
+
+def _used(rows: Sequence[JudgedRow]) -> int:
+    used = 0
+    for row in rows:
+        used |= row.recipe.features
+    return used
 
 
 def _with(rows: Sequence[JudgedRow], feature: Feature) -> list[int]:
@@ -130,10 +150,10 @@ def _ban(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
         row = rows[index]
         # A complete grammar has nothing left but the end, however short the output.
         is_complete = row.mask is not None and row.mask.is_complete
-        if row.num_output < row.recipe.sampling.min_tokens and not is_complete:
+        if row.num_output < row.recipe.min_tokens and not is_complete:
             at.append(index)
             banned.append(row.recipe.end_ids)
-        words = _last_tokens_of_bad_words(row)
+        words = _ends_of_bad_words(row)
         if words:
             at.append(index)
             banned.append(np.asarray(words, dtype=np.int64))
@@ -141,16 +161,31 @@ def _ban(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
         logits_JV[_cells(logits_JV.device, banned, at)] = NEG_INF
 
 
-def _last_tokens_of_bad_words(row: JudgedRow) -> list[int]:
-    """Last tokens of the bad words whose other tokens end the output; a word half in the prompt does not count."""
+def _ends_of_bad_words(row: JudgedRow) -> list[int]:
+    """Tokens that would complete a bad word; a word half in the prompt does not count."""
     if not row.recipe.bad_words:
         return []
     longest = min(max(len(start) for start, _ in row.recipe.bad_words), row.num_output)
     tail = [*row.history[max(0, len(row.history) - longest) :], *row.drafts]
     tail = tail[len(tail) - longest :]
+    if row.behind:
+        return _gaps_of_bad_words(row, tail)
     return [
         last for start, last in row.recipe.bad_words if len(start) <= longest and tail[longest - len(start) :] == start
     ]
+
+
+def _gaps_of_bad_words(row: JudgedRow, tail: list[int]) -> list[int]:
+    """The same where tokens stand on both sides: any token of a word may be the one that is missing."""
+    found = []
+    for start, last in row.recipe.bad_words:
+        word = [*start, last]
+        for place, token in enumerate(word):
+            behind = word[place + 1 :]
+            is_begun = place <= len(tail) and tail[len(tail) - place :] == word[:place]
+            if is_begun and list(row.behind[: len(behind)]) == behind:
+                found.append(token)
+    return found
 
 
 def _keep_allowed(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:

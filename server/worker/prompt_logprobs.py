@@ -28,7 +28,7 @@ def read_prompts(
     """
     found: list[tuple[int, int, int]] = []
     for index, (span, state) in enumerate(zip(spans, states, strict=True)):
-        if state.request.sampling.prompt_logprobs is None or span.read is Read.NOTHING:
+        if state.request.sampling.prompt_logprobs is None or span.read in (Read.NOTHING, Read.DENOISE):
             continue
         targets = ((offset, span.start + offset + 1) for offset in span.judged)
         found += [(index, first_rows[index] + row, state.history[at]) for row, at in targets if at < state.num_prompt]

@@ -12,10 +12,12 @@ from enum import IntFlag
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.types import Request, Sampling
+from scheduler.types import EosRule, Request, Sampling
 
 GREEDY_BELOW = 1e-2
 """Temperatures below this are greedy: dividing by them could only overflow, not choose differently."""
+NEVER_ENDS = 1 << 40
+"""Output tokens that no request has."""
 
 
 class Feature(IntFlag):
@@ -44,6 +46,7 @@ class Recipe:
     temperature  1 for greedy rows
     seed         the 64-bit seed as a signed integer
     end_ids      EOS and stop ids: masked until `min_tokens` are out
+    min_tokens   the sampling's; more than there can be if the request's diffusion never ends early
     bad_words    (tokens that must come before, token that is then banned)
     """
 
@@ -53,6 +56,7 @@ class Recipe:
     temperature: float
     seed: int
     end_ids: NDArray[np.int64]
+    min_tokens: int
     stop_ids: tuple[int, ...]
     bias_ids: NDArray[np.int64]
     bias_values: NDArray[np.float32]
@@ -70,11 +74,12 @@ def make_recipe(request: Request, eos_ids: tuple[int, ...]) -> Recipe:
     is_greedy = sampling.temperature < GREEDY_BELOW
     return Recipe(
         sampling=sampling,
-        features=int(_features(sampling, is_greedy)),
+        features=int(_features(sampling, is_greedy, sampling.min_tokens > 0 or _never_ends(request))),
         is_greedy=is_greedy,
         temperature=1.0 if is_greedy else sampling.temperature,
         seed=(sampling.seed + (1 << 63)) % (1 << 64) - (1 << 63),
         end_ids=_ids({*eos_ids, *request.stop_ids}),
+        min_tokens=NEVER_ENDS if _never_ends(request) else sampling.min_tokens,
         stop_ids=request.stop_ids,
         bias_ids=_ids(token for token, _ in sampling.logit_bias),
         bias_values=np.asarray([value for _, value in sampling.logit_bias], dtype=np.float32),
@@ -87,12 +92,16 @@ def _ids(ids: Iterable[int]) -> NDArray[np.int64]:
     return np.asarray(list(ids), dtype=np.int64)
 
 
-def _features(sampling: Sampling, is_greedy: bool) -> Feature:
+def _never_ends(request: Request) -> bool:
+    return request.decoding is not None and request.decoding.eos is EosRule.NEVER
+
+
+def _features(sampling: Sampling, is_greedy: bool, bans_end: bool) -> Feature:
     penalised = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
     wanted = {
         Feature.BIAS: bool(sampling.logit_bias),
         Feature.PENALTY: penalised,
-        Feature.MIN_TOKENS: sampling.min_tokens > 0,
+        Feature.MIN_TOKENS: bans_end,
         Feature.ALLOWED: sampling.allowed_token_ids is not None,
         Feature.BAD_WORDS: bool(sampling.bad_words),
         Feature.GRAMMAR: sampling.grammar is not None,

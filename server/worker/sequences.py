@@ -80,7 +80,8 @@ class SequenceState:
     """One sequence as the worker knows it.
 
     slot        its row of the page table
-    history     prompt and output tokens; a span's tokens are put in at its start, drafts only once they are accepted
+    history     prompt and output tokens; a span's tokens are put in at its start, drafts only once they are accepted,
+                a block's only once a span brings them as clean ones: before its own block
     num_pages   entries of its page-table row in use; pages_step is the step that last added some
     failure     set when its grammar cannot be used: it ends with this message when its row is read
     draft_q     float32 [drafts, V]: what a drafter that samples drew its last offer from; it sets this. None = its
@@ -108,6 +109,9 @@ class SequenceState:
 
     def put(self, span: Span) -> None:
         """Enter a span's tokens into the history. The same span twice is the same as once."""
+        if span.denoise is not None:
+            self._put_clean(span, span.denoise.lo)
+            return
         if span.start > len(self.history):
             raise ValueError(
                 f"span of sequence {span.seq_id} starts at {span.start}, but only {len(self.history)} tokens are known"
@@ -117,6 +121,20 @@ class SequenceState:
             self.history[span.start :] = span.tokens[:1]
         else:
             self.history[span.start : span.start + len(span.tokens)] = span.tokens
+
+    def _put_clean(self, span: Span, lo: int) -> None:
+        """Enter the tokens before the block; the history ends there, whatever the block holds.
+
+        A span that brings only some rows is of a canvas, and what is before that is the prompt.
+        """
+        if not span.positions and span.start < lo and span.start <= len(self.history):
+            clean = span.tokens[: lo - span.start]
+            self.history[span.start : span.start + len(clean)] = clean
+        del self.history[lo:]
+        if len(self.history) < lo:
+            raise ValueError(
+                f"span of sequence {span.seq_id} denoises from {lo} on, but only {len(self.history)} tokens are known"
+            )
 
     def keep_draft_q(self) -> None:
         """File `draft_q` under the span that will verify it. `history` ends in that span's first token."""

@@ -27,10 +27,13 @@ from scheduler.types import (
     StepSample,
     TokenLogprob,
 )
+from server.worker.attention_probe import AttentionProbe
 from server.worker.batch import Batch, build_batch
+from server.worker.denoising.learn2pd import Filter
+from server.worker.denoising.reader import DenoiseReader
 from server.worker.grammar import GrammarCompiler
 from server.worker.info import WorkerInfo as WorkerInfo
-from server.worker.judged import Judged, check_drafts, in_vocabulary, judge
+from server.worker.judged import Judged, embedded, judge
 from server.worker.kv_pool import KVPool
 from server.worker.probes import Prober, beside, states_of
 from server.worker.profile import ProfileMemory, measure_steps
@@ -42,8 +45,6 @@ from server.worker.sequences import SequenceState, SequenceTable, TokenCounts
 
 LOGITS_BYTES = 64 << 20
 """Most bytes of float32 logits held at once; sampling and log-probabilities may need four times this while they run."""
-READABLE = int(Read.VERIFY)
-"""The last kind of `Read` that has a reader. DENOISE comes with its own."""
 
 
 class ForwardModel(Protocol):
@@ -76,18 +77,26 @@ class Worker:
         speculator: Proposer | None = None,
         profile_memory: ProfileMemory | None = None,
         prober: Prober | None = None,
+        learnt: Filter | None = None,
+        attention: AttentionProbe | None = None,
     ) -> None:
-        self.info, self._prober = info, prober
+        self.info, self._prober, self._attention = info, prober, attention
         self._sequences, self._speculator, self._profile_memory = sequences, speculator, profile_memory
         self._model, self._ops, self._pool, self._grammars, self._device = model, ops, pool, grammars, device
         self._max_seqs, self._max_batched_tokens = max_seqs, max_batched_tokens
         self._rows_at_once = max(1, logits_bytes // (4 * info.vocab_size))
+        diffusion = info.diffusion
+        self._denoiser = None if diffusion is None else DenoiseReader(ops, diffusion, self._rows_at_once, learnt)
 
     def prepare(self, request: Request) -> None:
         """Compile what the request needs before it is scheduled (its grammar). May be slow: call it off the loop.
 
         Raises ValueError with a sentence for the user.
         """
+        if request.decoding is not None:
+            if self._denoiser is None:
+                raise ValueError("decoding asks for diffusion, but this model only generates token by token")
+            self._denoiser.check(request)
         self._grammars.prepare(request)
 
     def forget(self, request_id: str) -> None:
@@ -113,11 +122,13 @@ class Worker:
         """
         started_at = time.perf_counter()
         for span in plan.spans:
-            if span.read > READABLE:
-                raise ValueError(f"span of sequence {span.seq_id} asks for {span.read.name}, which has no reader")
+            if span.read is Read.DENOISE and self._denoiser is None:
+                raise ValueError(f"span of sequence {span.seq_id} is to be denoised, which this model cannot")
         if self._speculator is not None and plan.released:
             known = (seq_id for seq_id in plan.released if seq_id in self._sequences)
             self._speculator.release([(seq_id, self._sequences[seq_id]) for seq_id in known])
+        if self._attention is not None:
+            self._attention.forget(plan.released)
         self._sequences.apply(plan, self._make_state)
         outcomes, draft_s = list[Outcome](), 0.0
         if plan.spans:
@@ -146,16 +157,17 @@ class Worker:
             state.put(span)
         probes = self._prober.probes(spans, states) if self._prober is not None else ()
         batch = build_batch(
-            beside(_embedded(spans, self.info.vocab_size), probes),
+            beside(embedded(spans, self.info.vocab_size), probes),
             states_of(states, probes),
             self._sequences.page_table,
             self.info.page_size,
             self._device,
         )
-        hidden_TH = self._model.forward(batch.tokens, batch.rows, self._pool.layers)
+        watched = self._attention.watch(plan.step, spans, states, batch.first_rows) if self._attention else None
+        hidden_TH = (watched or self._model).forward(batch.tokens, batch.rows, self._pool.layers)
 
         def logits_of(rows: list[int]) -> Tensor:
-            if len(rows) == hidden_TH.shape[0]:
+            if rows == list(range(hidden_TH.shape[0])):
                 return self._model.logits(hidden_TH)
             return self._model.logits(hidden_TH[torch.tensor(rows, device=self._device)])
 
@@ -163,11 +175,18 @@ class Worker:
         errors = {index: state.failure for index, state in enumerate(states) if state.failure is not None}
         errors.update(dict.fromkeys(broken, NOT_FINITE))
         readings = self._read_tokens(logits_of, spans, states, batch, errors)
+        denoised = self._denoiser.read(logits_of, spans, states, batch.first_rows, errors) if self._denoiser else {}
+        if self._attention is not None:
+            self._attention.report(denoised)
         self._accept(spans, states, batch, readings)
         probed = {probe.at: hidden_TH[probe.rows(batch.first_rows, len(spans) + i)] for i, probe in enumerate(probes)}
         drafts, draft_s = self._propose(plan, states, readings, probed)
         return [
-            _outcome(span.seq_id, readings.get(index), errors.get(index), prompts.get(index, ()), drafts.get(index))
+            denoised[index].outcome(span.seq_id)
+            if index in denoised
+            else _outcome(
+                span.seq_id, readings.get(index), errors.get(index), prompts.get(index, ()), drafts.get(index)
+            )
             for index, span in enumerate(spans)
         ], draft_s
 
@@ -240,19 +259,6 @@ class Worker:
         started_at = time.perf_counter()
         drafts = propose(self._speculator, plan.spans, states, readings, plan.draft_depth, probed)
         return drafts, time.perf_counter() - started_at
-
-
-def _embedded(spans: Sequence[Span], vocab_size: int) -> Sequence[Span]:
-    """The spans as the model may see them; raises ValueError for VERIFY spans that break the rules of `Span`."""
-    verify = Read.VERIFY
-    verified = [index for index, span in enumerate(spans) if span.read is verify]
-    if not verified:
-        return spans
-    embedded = list(spans)
-    for index in verified:
-        check_drafts(spans[index])
-        embedded[index] = in_vocabulary(spans[index], vocab_size)
-    return embedded
 
 
 def _parts(judged: list[tuple[int, Judged]], most_rows: int) -> Iterator[list[tuple[int, Judged]]]:

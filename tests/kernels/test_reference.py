@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.ops import AttentionRows, Ops
 from kernels.reference import INT4_GROUP, ReferenceOps, fake_quantize, gumbel_noise, philox
+from kernels.routing import Router
 
 CPU = torch.device("cpu")
 Span = tuple[int, int, int, int]
@@ -173,11 +174,12 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16() -> None:
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
 def test_experts_are_weighed_by_the_router(norm_topk_prob: bool) -> None:
     ops = ReferenceOps()
-    x, router = torch.randn(7, 12), torch.randn(7, 5)
+    x, logits = torch.randn(7, 12), torch.randn(7, 5)
+    router = Router(2, norm_topk_prob)
     up, down = torch.randn(5, 16, 12), torch.randn(5, 12, 8)
-    actual = ops.moe(x, router, [ops.pack_linear(w) for w in up], [ops.pack_linear(w) for w in down], 2, norm_topk_prob)
+    actual = ops.moe(x, logits, router, [ops.pack_linear(w) for w in up], [ops.pack_linear(w) for w in down])
     for row in range(7):
-        weights = torch.softmax(router[row].double(), 0)
+        weights = torch.softmax(logits[row].double(), 0)
         best = sorted(range(5), key=lambda e: -float(weights[e]))[:2]
         total = sum(float(weights[e]) for e in best) if norm_topk_prob else 1.0
         expected = torch.zeros(12).double()

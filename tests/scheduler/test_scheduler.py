@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scheduler.fake_worker import run_alone
-from scheduler.scheduler import MAX_JUDGED_ROWS
+from scheduler.prefilling import MAX_JUDGED_ROWS
 from scheduler.types import (
     FinishReason,
     Read,

@@ -172,3 +172,12 @@ def test_the_curve_of_a_step_is_its_prediction() -> None:
             features = with_prefill(decodes, 300, rows)
             features = features._replace(tokens=features.tokens + drafts, judged=drafts, draft_context=context)
             assert curve(drafts, rows) == pytest.approx(cost.predict(features), rel=1e-9)
+
+
+def test_the_curve_of_denoise_spans_is_the_prediction_of_decodes_of_many_rows() -> None:
+    cost = StepCost(Machine(noise=0.0).profile(random.Random(0)))
+    decodes = StepFeatures(5, 0, 5, 400)
+    curve = cost.span_curve(decodes, 50)
+    for spans, rows in ((0, 0), (1, 8), (3, 96), (20, 640)):
+        joined = StepFeatures(5 + rows, 0, 5 + spans, 400 + 50 * spans, 0, rows - spans, 50 * (rows - spans))
+        assert curve(spans, rows) == pytest.approx(cost.predict(joined))

@@ -11,6 +11,7 @@ from scheduler.scheduler import Scheduler
 from scheduler.speculation import MAX_TREE_NODES
 from scheduler.types import (
     Delta,
+    DiffusionModel,
     FinishReason,
     Limits,
     Outcome,
@@ -69,11 +70,16 @@ class World:
     """Scheduler + fake worker + clients. `step` checks the rules seen from outside, `finish` the texts."""
 
     def __init__(
-        self, limits: Limits, scheduler: Scheduler | None = None, seed: int = 0, drafter: FakeDrafter | None = None
+        self,
+        limits: Limits,
+        scheduler: Scheduler | None = None,
+        seed: int = 0,
+        drafter: FakeDrafter | None = None,
+        diffusion: DiffusionModel | None = None,
     ) -> None:
         self.limits = limits
-        self.scheduler = Scheduler(limits, root=bytes(32)) if scheduler is None else scheduler
-        self.worker = FakeWorker(limits.num_pages, limits.page_size, VOCAB, drafter)
+        self.scheduler = Scheduler(limits, root=bytes(32), diffusion=diffusion) if scheduler is None else scheduler
+        self.worker = FakeWorker(limits.num_pages, limits.page_size, VOCAB, drafter, diffusion)
         self.rng = random.Random(seed)
         self.elapsed_of: Callable[[int], float] = lambda rows: 0.01 + 0.0001 * rows
         self.now = 0.0
@@ -108,7 +114,8 @@ class World:
         self._check_decodes(plan)
         self._check_drafts(plan)
         outcomes = self.worker.run(plan)
-        owners = {out.seq_id: self.stories[self.worker.request_of(out.seq_id).id] for out in outcomes if out.tokens}
+        decoded = [out for out in outcomes if out.tokens and out.denoised is None]
+        owners = {out.seq_id: self.stories[self.worker.request_of(out.seq_id).id] for out in decoded}
         self.is_flying = True
         between()
         self.is_flying = False
@@ -142,6 +149,9 @@ class World:
         admitted = {admission.seq_id: admission.request for admission in plan.admitted}
         for span in plan.spans:
             request = admitted.get(span.seq_id) or self.worker.request_of(span.seq_id)
+            if request.decoding is not None:
+                assert not span.num_drafts, "drafts for a request that denoises"
+                continue
             most_tokens = min(self.limits.max_model_len, len(request.prompt) + request.max_tokens)
             assert span.kv_len + span.num_drafts <= most_tokens, "drafts beyond the end of the text"
             asked = request.speculation
@@ -156,7 +166,7 @@ class World:
         return Outcome(outcome.seq_id, error="spoiled") if is_it else outcome
 
     def _check_stats(self, plan: StepPlan, deltas: list[Delta], stats: StepStats) -> None:
-        assert stats.decode_tokens + stats.prefill_tokens + stats.draft_tokens == plan.num_tokens
+        assert stats.decode_tokens + stats.prefill_tokens + stats.draft_tokens + stats.denoise_tokens == plan.num_tokens
         verified = [span for span in plan.spans if span.read is Read.VERIFY]
         assert stats.draft_tokens == sum(len(span.tokens) - 1 for span in verified)
         assert stats.accepted_tokens <= sum(tally.accepted for tally in stats.drafts) <= stats.draft_tokens
@@ -196,21 +206,30 @@ class World:
         assert stats.pages_used == 0, "pages are left"
         assert stats.num_running == stats.num_waiting == 0
 
+    def truth(self, request: Request) -> tuple[tuple[int, ...], FinishReason, tuple[TokenLogprob, ...]]:
+        """New output tokens, finish reason and prompt logprobs of the request when it runs alone."""
+        return run_alone(request, self.limits.max_model_len, VOCAB)
+
+    def true_logprobs(self, request: Request, tokens: tuple[int, ...]) -> tuple[TokenLogprob, ...]:
+        """Of new output `tokens`, the first of the truth's."""
+        return output_logprobs(request, tokens)
+
     def check_story(self, story: Story) -> None:
-        tokens, reason, logprobs = run_alone(story.request, self.limits.max_model_len, VOCAB)
+        tokens, reason, logprobs = self.truth(story.request)
         seen = tuple(entry for delta in story.deltas for entry in delta.prompt_logprobs)
         last = story.deltas[-1] if story.deltas else None
         if story.is_aborted or (last is not None and last.finish_reason is FinishReason.ERROR):
             assert story.tokens == tokens[: len(story.tokens)], "an aborted request saw a wrong token"
             assert seen == logprobs[: len(seen)]
-            assert story.logprobs == output_logprobs(story.request, story.tokens)
+            assert story.logprobs == self.true_logprobs(story.request, story.tokens)
             return
         assert last is not None, f"{story.request.id} was never answered"
         assert story.tokens == tokens, f"{story.request.id} is not what it is when run alone"
         assert last.finish_reason is reason
-        assert last.stop_id == (tokens[-1] if reason is FinishReason.STOP else None)
+        is_stopped = reason is FinishReason.STOP and tokens[-1:] != () and tokens[-1] in story.request.stop_ids
+        assert last.stop_id == (tokens[-1] if is_stopped else None)
         assert seen == logprobs
-        assert story.logprobs == output_logprobs(story.request, tokens)
+        assert story.logprobs == self.true_logprobs(story.request, tokens)
 
 
 def random_limits(rng: random.Random) -> Limits:

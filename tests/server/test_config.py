@@ -57,6 +57,9 @@ def test_counts_take_suffixes(text: str, value: int) -> None:
         (["--layer-subset", "half"], "layer-subset is 'half': expected uniform:0.5"),
         (["--draft-store-file", "/nowhere/store"], "draft-store-file: there is no folder '/nowhere'"),
         (["--synthetic-acceptance", "1.5"], "--synthetic-acceptance is '1.5'"),
+        (["--default-decoding", "fast"], "--default-decoding is 'fast': there are auto, sequential"),
+        (["--default-decoding", "autoregressive"], "--default-decoding is 'autoregressive': there are auto,"),
+        (["--denoise-block-size", "0"], "--denoise-block-size is 0: input should be greater than 0"),
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml: "),
     ],
 )

@@ -15,6 +15,7 @@ from kernels.cpu.build import best_variant, find_compiler
 from kernels.cpu.ops import CpuOps
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.reference import ReferenceOps, gumbel_noise
+from kernels.routing import Router
 from tests.kernels.cpu.worlds import Shape, World, rows_of
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: shows that compiled = reference")
@@ -226,19 +227,21 @@ def test_sampled_frequencies_follow_the_softmax(ops: CpuOps) -> None:
     torch.testing.assert_close(share, logits[0].softmax(0), rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("router", [Router(2, True), Router(3, True, True, torch.randn(6), 3, 2, 2.5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_equal_the_reference_and_rows_do_not_depend_on_company(
-    ops: CpuOps, reference: ReferenceOps, dtype: torch.dtype
+    ops: CpuOps, reference: ReferenceOps, dtype: torch.dtype, router: Router
 ) -> None:
-    x, router = random(23, 64, dtype=dtype), random(23, 6, seed=1)
+    x, logits = random(23, 64, dtype=dtype), random(23, 6, seed=1)
     up = [random(96, 64, dtype=dtype, seed=10 + i) / 8 for i in range(6)]
     down = [random(64, 48, dtype=dtype, seed=20 + i) / 7 for i in range(6)]
-    got = ops.moe(x, router, [ops.pack_linear(w) for w in up], [ops.pack_linear(w) for w in down], 2, True)
+    packed = [ops.pack_linear(w) for w in up], [ops.pack_linear(w) for w in down]
+    got = ops.moe(x, logits, router, *packed)
     want = reference.moe(
-        x, router, [reference.pack_linear(w) for w in up], [reference.pack_linear(w) for w in down], 2, True
+        x, logits, router, [reference.pack_linear(w) for w in up], [reference.pack_linear(w) for w in down]
     )
     assert_close(got, want)
-    alone = ops.moe(x[4:5], router[4:5], [ops.pack_linear(w) for w in up], [ops.pack_linear(w) for w in down], 2, True)
+    alone = ops.moe(x[4:5], logits[4:5], router, *packed)
     assert torch.equal(alone, got[4:5])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from scheduler.types import Delta, FinishReason, Request, RequestTimes, StepStats, TokenLogprob
+from scheduler.types import Delta, DiffusionModel, FinishReason, Request, RequestTimes, StepStats, TokenLogprob
 from server.engine.client import EngineUnavailable
 from server.engine.config import EngineInfo, EngineState
 from server.text.tokenizer import Tokenizer
@@ -122,7 +122,14 @@ class FakeStream:
 class FakeEngine:
     """`requests` is all that ever came, `in_flight` what has not ended, `aborted` what was closed before its end."""
 
-    def __init__(self, tokenizer: Tokenizer, script: Script | None = None, max_seqs: int = 8, queue: int = 32) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        script: Script | None = None,
+        max_seqs: int = 8,
+        queue: int = 32,
+        diffusion: DiffusionModel | None = None,
+    ) -> None:
         self.script = script or says(tokenizer, "hello")
         self.state = EngineState.READY
         self.stats = StepStats()
@@ -151,6 +158,7 @@ class FakeEngine:
             tbt_slo_s=None,
             enable_prefix_caching=True,
             pid=1,
+            diffusion=diffusion,
         )
 
     def generate(self, request: Request) -> FakeStream:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from scheduler.types import DiffusionModel
 from server.api.app import Application, create_app
 from server.api.settings import ApiSettings
 from server.metrics import Metrics
@@ -68,9 +69,10 @@ def make_app(
     chat_template: str | None = "default",
     max_seqs: int = 8,
     queue: int = 32,
+    diffusion: DiffusionModel | None = None,
 ) -> tuple[Application, FakeEngine, Tokenizer]:
     tokenizer = byte_tokenizer() if chat_template == "default" else byte_tokenizer(chat_template)
-    engine = FakeEngine(tokenizer, script, max_seqs, queue)
+    engine = FakeEngine(tokenizer, script, max_seqs, queue, diffusion)
     app = create_app(settings or ApiSettings(("tiny",)), engine, tokenizer, Metrics("tiny", MODEL_LEN))
     return app, engine, tokenizer
 
@@ -85,9 +87,10 @@ def serving(
     keep_alive_s: int = int(PATIENCE_S),
     max_connections: int = 1024,
     send_buffer: int | None = None,
+    diffusion: DiffusionModel | None = None,
 ) -> Iterator[Server]:
     """A server as `server/serve.py` sets it up, with the timeouts of its settings."""
-    app, engine, tokenizer = make_app(script, settings, max_seqs=max_seqs, queue=queue)
+    app, engine, tokenizer = make_app(script, settings, max_seqs=max_seqs, queue=queue, diffusion=diffusion)
     # With the protocol number, or asyncio leaves Nagle on: head and body then arrive 40 ms apart.
     sock = socket.socket(proto=socket.IPPROTO_TCP)
     if send_buffer is not None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from scheduler.types import Delta, Request
+from scheduler.policies import PARTS, POLICIES
+from scheduler.types import Delta, Diffusion, DiffusionModel, Request, SpeculationMode, Topology
 from server.api.app import Application
 from server.api.schema import REFUSED
 from tests.server.api.fake_engine import FakeEngine, byte_tokenizer, says
@@ -26,8 +27,15 @@ NUM_BODIES = 1300
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hi", "max_tokens": 3},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
+    "/v1/denoise/stream": {"prompt": "hi", "max_tokens": 3},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [71, 72]},
+}
+# Each route meets a model that can denoise: in two ways, with a canvas alone, in blocks alone.
+MODELS = {
+    "/v1/completions": DiffusionModel(259, 8, is_dual=True),
+    "/v1/chat/completions": DiffusionModel(259, 8, Topology.BIDIRECTIONAL),
+    "/v1/denoise/stream": DiffusionModel(259, 8),
 }
 SHAPE = {
     "/v1/completions": {"id", "object", "created", "model", "choices", "usage"},
@@ -38,7 +46,10 @@ SHAPE = {
 INTS = (0, 1, -1, 2, 16, 20, 21, 128, 129, 255, 511, 512, 1025, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, -(2**63), 2**64)
 FLOATS = (0.0, -0.0, 0.5, 1.0, 1.5, -2.0, 2.0, 2.5, 1e-300, 1e308, -1e308, 100.0)
 TEXTS = ("", "x", "hi there", " ", "\x00", "\u202e", "\U0001f600", "e\u0301", "<eos>", "a/b", "x" * 300, "1", "text")
-WORDS = ("none", "auto", "json_object", "json_schema", "user", "tool", "wizard", "text", "tiny", "regex", "grammar")
+WORDS = (
+    *POLICIES, "autoregressive", "fixed", "eotp", "exact", "filtered", "last", "tiny-diffusion", "selector.threshold",
+    "none", "auto", "json_object", "json_schema", "user", "tool", "wizard", "text", "tiny", "regex", "grammar",
+)  # fmt: skip
 
 
 class Maker:
@@ -134,11 +145,36 @@ def judged(script: Any) -> Any:
         assert -(2**63) <= sampling.seed < 2**63
         assert (sampling.logprobs or 0) <= 20
         assert (sampling.prompt_logprobs or 0) <= 20
-        assert 0 <= sampling.min_tokens <= max(request.max_tokens, 16)
+        assert 0 <= sampling.min_tokens <= request.max_tokens
         assert len(request.cache_salt) < 260
+        if (decoding := request.decoding) is not None:
+            check_decoding(request, decoding)
         yield from script(request)
 
     return run
+
+
+def check_decoding(request: Request, decoding: Diffusion) -> None:
+    """Within the bounds of the catalogue, and of the canvas."""
+    for part, choice in zip(
+        PARTS, (decoding.selector, decoding.planner, decoding.cache, decoding.stopper), strict=True
+    ):
+        rules = PARTS[part][choice.name]
+        assert [name for name, _ in choice.values] == list(rules)
+        assert all(rules[name].low <= value <= rules[name].high for name, value in choice.values)
+    assert decoding.policy in POLICIES
+    assert request.max_tokens > 0
+    assert request.sampling.prompt_logprobs is None
+    assert request.sampling.grammar is None or decoding.selector.name == "sequential"
+    assert request.speculation.mode is SpeculationMode.OFF
+    length, block = decoding.gen_length, decoding.block_size or 8
+    assert decoding.steps is None or 1 <= decoding.steps <= block
+    if length is not None:
+        assert length % block == 0
+        assert request.max_tokens <= length
+    if decoding.cache.name not in ("exact", "sub_block"):
+        canvas = length or math.ceil(request.max_tokens / block) * block
+        assert len(request.prompt) + canvas <= 256
 
 
 async def call(app: Application, path: str, raw: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
@@ -202,7 +238,8 @@ def check(path: str, raw: bytes, is_json: bool, status: int, headers: dict[bytes
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 11))])
 def test_bodies_made_from_the_openapi_document_never_fail_the_server(seed: int, path: str) -> None:
     tokenizer = byte_tokenizer()
-    app, engine, _ = make_app(judged(says(tokenizer, "hello")), max_seqs=256, queue=1024)
+    model = MODELS.get(path)
+    app, engine, _ = make_app(judged(says(tokenizer, "hello")), max_seqs=256, queue=1024, diffusion=model)
     schema = app.api.openapi()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     rng = random.Random(f"{path} {seed}")
     maker = Maker(rng, schema, GOOD[path])

@@ -101,6 +101,8 @@ for _ in range(40):
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    ({"min_tokens": 17}, "min_tokens"),
+    ({"min_tokens": 4, "prompt": [1] * (MODEL_LEN - 3)}, "min_tokens"),
     ({"best_of": 2}, "best_of"),
     ({"n": 129}, "n"),
     ({"prompt": ["a"] * 129}, "prompt"),
@@ -158,6 +160,7 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": 1}, "tool_choice"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": "auto"}, "function_call"),
+    ({"min_tokens": MODEL_LEN}, "min_tokens"),
     ({"prompt": "hi"}, "prompt"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from server.embedded import corpus, train
 from server.embedded.batches import IGNORED, BatchSource, encode_example
-from server.embedded.evaluate import Vocabulary, decode_autoregressive, decode_diffusion
+from server.embedded.evaluate import Vocabulary, decode_autoregressive, decode_diffusion, surer_than
 from server.embedded.model import BLOCK_SIZE, PRESETS, TinyModel
 from server.embedded.tasks import Example
 from server.embedded.train import HERE, rate_factor
@@ -133,6 +133,6 @@ def test_every_mode_decodes_the_text_the_model_wants(
     if threshold is None:
         answers, count = decode_autoregressive(model, [prompt], vocab)
     else:
-        answers, count = decode_diffusion(model, [prompt], vocab, threshold)
+        answers, count = decode_diffusion(model, [prompt], vocab, surer_than(threshold))
     assert answers == [[15, 16, 17, 18, 19, 20, 21, 22]]
     assert count == model.forwards == forwards

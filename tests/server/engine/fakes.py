@@ -8,26 +8,28 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from scheduler.scheduler import Scheduler
 from scheduler.types import Limits, Outcome, Read, Request, Sampling, StepPlan, StepResult
 from server.engine.config import EngineConfig, EngineInfo, make_limits
 from server.engine.core import EngineCore
-from server.engine.runner import run_engine
+from server.engine.runner import Core, run_engine
+from server.engine.several import SeveralCores
 
 VOCAB = 500
 POISON = 499
 
 
-def next_token(tokens: Iterable[int]) -> int:
-    return zlib.crc32(repr(list(tokens)).encode()) % (VOCAB - 10)
+def next_token(tokens: Iterable[int], model: str = "") -> int:
+    return zlib.crc32(f"{model}{list(tokens)}".encode()) % (VOCAB - 10)
 
 
-def expected(prompt: Iterable[int], count: int) -> list[int]:
+def expected(prompt: Iterable[int], count: int, model: str = "") -> list[int]:
     tokens = list(prompt)
     start = len(tokens)
     while len(tokens) < start + count:
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, model))
     return tokens[start:]
 
 
@@ -40,9 +42,13 @@ class FakeWorker:
 
     POISON    raises when a span of a sequence whose prompt holds it runs
     patience  the grammar "slow" compiles until it is set
+    model     each has texts of its own
     """
 
-    def __init__(self, step_s: float = 0.0, raises: Callable[[StepPlan], Exception | None] | None = None) -> None:
+    def __init__(
+        self, step_s: float = 0.0, raises: Callable[[StepPlan], Exception | None] | None = None, model: str = ""
+    ) -> None:
+        self.model = model
         self.known: dict[int, list[int]] = {}
         self.prompts: dict[int, tuple[int, ...]] = {}
         self.forgotten: list[str] = []
@@ -52,8 +58,12 @@ class FakeWorker:
         self._step_s, self._raises = step_s, raises
 
     def prepare(self, request: Request) -> None:
+        if request.decoding is not None and request.decoding.selector.name == "learn2pd":
+            raise ValueError("learn2pd needs a filter")
         grammar = request.sampling.grammar
-        assert grammar is not None
+        if grammar is None:
+            assert request.decoding is not None
+            return
         if grammar.source == "bad":
             raise ValueError("the schema is not a schema")
         if grammar.source == "slow":
@@ -86,7 +96,7 @@ class FakeWorker:
             assert tuple(known[span.start : span.start + len(span.tokens)]) == span.tokens, "the span is not the text"
             tokens: tuple[int, ...] = ()
             if span.read is Read.SAMPLE and span.start + len(span.tokens) == len(known):
-                tokens = (next_token(known),)
+                tokens = (next_token(known, self.model),)
                 known.append(tokens[0])
             outcomes.append(Outcome(span.seq_id, tokens))
         return StepResult(plan.step, tuple(outcomes), max(self._step_s, 1e-6))
@@ -103,6 +113,18 @@ def fake_core(
     queue_timeout_s: float | None = None,
 ) -> EngineCore:
     return EngineCore(worker, Scheduler(limits), clock, grammar_timeout_s, queue_timeout_s=queue_timeout_s)
+
+
+def build_fakes(config: EngineConfig, wake: Callable[[], None]) -> tuple[Core, EngineInfo]:
+    """As `server.engine.loop.build_cores`."""
+    core, info = build_fake(config, wake)
+    if not config.also:
+        return core, info
+    cores, also = {config.name: core}, []
+    for other in config.also:
+        cores[other.name], facts = build_fake(other, wake)
+        also.append(facts)
+    return SeveralCores(cores), replace(info, also=tuple(also))
 
 
 def build_fake(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCore, EngineInfo]:
@@ -125,12 +147,12 @@ def build_fake(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCo
         return None
 
     slow = re.fullmatch(r"slow-(\d+)ms", config.model)
-    worker = FakeWorker(int(slow[1]) / 1000 if slow else 0.005, raises)
+    worker = FakeWorker(int(slow[1]) / 1000 if slow else 0.005, raises, config.name)
     limits = make_limits(config, 512, 400, 16)
     info = EngineInfo(
         config.model, 512, VOCAB, 1, 400, 16, 1, 1, "float32", "cpu", "fake", (2,),
         limits.max_batched_tokens, limits.max_seqs, limits.max_queued_requests, limits.max_queued_tokens,
-        20, None, True, os.getpid(),
+        20, None, True, os.getpid(), name=config.name,
     )  # fmt: skip
     core = EngineCore(
         worker, Scheduler(limits), grammar_timeout_s=60.0, wake=wake, queue_timeout_s=config.queue_timeout_s
@@ -139,4 +161,4 @@ def build_fake(config: EngineConfig, wake: Callable[[], None]) -> tuple[EngineCo
 
 
 if __name__ == "__main__":
-    sys.exit(run_engine(build_fake))
+    sys.exit(run_engine(build_fakes))

@@ -130,7 +130,7 @@ def test_waiting_too_long_ends_a_stream_with_its_reason() -> None:
         client = await EngineClient.start(config, command=COMMAND)
         try:
             first = asyncio.create_task(collect(client, "first", (1,), 400))
-            await until(lambda: client.num_running == 1)
+            await until(lambda: client.stats.num_running == 1)
             deltas = await collect(client, "second", (2,), 3)
             assert deltas[-1].fault is not None
             assert deltas[-1].fault.code == "timeout"
@@ -201,7 +201,7 @@ def test_closing_cancelling_and_dropping_a_stream_abort_it() -> None:
             await closed.aclose()
             await closed.aclose()
             task = asyncio.create_task(collect(client, "cancelled", (1,), 400))
-            await until(lambda: client.num_running == 1)
+            await until(lambda: client.stats.num_running == 1)
             task.cancel()
             queued = [client.generate(request(f"q{i}", (i,), 400)) for i in range(100)]
             for stream in queued:
@@ -210,7 +210,7 @@ def test_closing_cancelling_and_dropping_a_stream_abort_it() -> None:
             del dropped
             assert await client.wait_idle(60)
             await collect(client, "last", (9,), 3)
-            await until(lambda: (client.num_running, client.num_waiting) == (0, 0))
+            await until(lambda: client.stats.num_running == client.stats.num_waiting == 0)
             assert client.stats.pages_used == 0
 
     asyncio.run(run())
@@ -252,7 +252,7 @@ def test_shutdown_without_patience_ends_streams_with_a_fault() -> None:
     async def run() -> None:
         async with engine("slow-200ms") as client:
             task = asyncio.create_task(collect(client, "r", (1,), 400))
-            await until(lambda: client.num_running == 1)
+            await until(lambda: client.stats.num_running == 1)
             started_at = time.monotonic()
             await client.shutdown(0)
             assert time.monotonic() - started_at < 0.2 * 400 / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler.types import Delta, FinishReason, SpeculationUsage, StepStats
+from scheduler.types import DecodingUsage, Delta, FinishReason, Snapshot, SpeculationUsage, StepStats
 from server.engine.coalesce import Outgoing, merge
 
 
@@ -21,6 +21,18 @@ def test_merging_adds_up_what_drafts_came_to() -> None:
     assert merge(parts[1:2] * 2).speculation is None
 
 
+def test_merging_adds_up_what_denoising_took_and_keeps_the_newest_block() -> None:
+    blocks = [Snapshot(8, (1, 9), 1), Snapshot(8, (1, 2), 2)]
+    parts = [
+        Delta("r", decoding=DecodingUsage(1, 0, 8), snapshot=blocks[0]),
+        Delta("r", (1, 2), decoding=DecodingUsage(2, 1, 24), snapshot=blocks[1]),
+        Delta("r", (3,)),
+    ]
+    whole = merge(parts)
+    assert (whole.decoding, whole.snapshot) == (DecodingUsage(3, 1, 32), blocks[1])
+    assert merge(parts[2:] * 2).decoding is None
+
+
 def test_tokens_of_fast_steps_wait_for_each_other() -> None:
     out = Outgoing(0.010)
     out.take(100.0)
@@ -33,8 +45,12 @@ def test_tokens_of_fast_steps_wait_for_each_other() -> None:
     assert [stats.step for stats in update.steps] == [1, 2]
 
 
-def test_a_first_token_and_an_end_never_wait() -> None:
-    for delta in (Delta("r", (1,), cached_tokens=0), Delta("r", (1,), finish_reason=FinishReason.LENGTH)):
+def test_a_first_token_a_snapshot_and_an_end_never_wait() -> None:
+    for delta in (
+        Delta("r", (1,), cached_tokens=0),
+        Delta("r", (1,), finish_reason=FinishReason.LENGTH),
+        Delta("r", snapshot=Snapshot(0, (1,), 1)),
+    ):
         out = Outgoing(0.010)
         out.take(100.0)
         out.add([delta], None)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from scheduler.policies import plain
 from scheduler.types import Delta, FinishReason, Grammar, GrammarKind, StepPlan
 from server.engine.core import EngineCore
 from tests.server.engine.fakes import LIMITS, POISON, FakeWorker, expected, fake_core, request
@@ -250,3 +251,14 @@ def test_what_an_engine_had_accepted_is_not_refused_by_the_next_one() -> None:
     assert fault.status == 429
     for i in range(12):
         assert tokens_of(deltas[f"r{i}"]) == expected((i,) * 10, 3)
+
+
+def test_what_the_worker_cannot_denoise_is_the_requests_own_fault() -> None:
+    core = fake_core(FakeWorker())
+    core.add(replace(request("bad", (5,)), decoding=plain("learn2pd")), is_resubmission=True)
+    core.add(request("good", (5,)))
+    deltas = run(core)
+    fault = deltas["bad"][0].fault
+    assert fault is not None
+    assert (fault.status, fault.param, fault.message) == (400, "decoding", "learn2pd needs a filter")
+    assert tokens_of(deltas["good"]) == expected((5,), 8)

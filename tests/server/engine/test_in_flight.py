@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
-from scheduler.types import Delta, FinishReason, Request, Speculation, SpeculationMode, SpeculationUsage
+from scheduler.policies import make_diffusion
+from scheduler.types import (
+    DecodingUsage,
+    Delta,
+    FinishReason,
+    Request,
+    Speculation,
+    SpeculationMode,
+    SpeculationUsage,
+    Topology,
+)
 from server.engine.coalesce import merge
 from server.engine.in_flight import DeltaStream, InFlight
 
@@ -27,5 +37,24 @@ def test_a_resubmission_asks_for_the_same_speculation_and_adds_its_drafts_to_tho
         whole = merge([first, await stream.__anext__()])
         assert whole.tokens == (3, 4, 5, 6, 7, 8)
         assert whole.speculation == SpeculationUsage(6, 3, 3, 3, 2)
+
+    asyncio.run(run())
+
+
+def test_a_resubmission_denoises_as_before_and_its_usage_counts_what_was_done_twice() -> None:
+    async def run() -> None:
+        stream = DeltaStream("r", lambda name: None)
+        asked = make_diffusion("localleap", Topology.BLOCK_CAUSAL, values={"radius": 2})
+        held = InFlight(Request("r", (1, 2), 10, decoding=asked), stream, 0.0)
+        held.absorb(Delta("r", (3,), cached_tokens=0, decoding=DecodingUsage(2, 0, 16)))
+        first = await stream.__anext__()
+        held.note_crash(1.0)
+        again = held.resubmission(2.0)
+        assert (again.decoding, again.output) == (asked, (3,))
+        held.absorb(Delta("r", cached_tokens=0))
+        held.absorb(Delta("r", decoding=DecodingUsage(2, 0, 16)))
+        held.absorb(Delta("r", (4,), finish_reason=FinishReason.LENGTH, decoding=DecodingUsage(1, 1, 16)))
+        whole = merge([first, await stream.__anext__()])
+        assert (whole.tokens, whole.decoding) == ((3, 4), DecodingUsage(5, 1, 48))
 
     asyncio.run(run())

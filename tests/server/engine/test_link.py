@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import random
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from scheduler.policies import POLICIES, make_diffusion
 from scheduler.types import (
+    DecodingUsage,
     Delta,
+    DiffusionModel,
+    EosRule,
     Fault,
     FinishReason,
     Grammar,
@@ -19,28 +24,46 @@ from scheduler.types import (
     Request,
     RequestTimes,
     Sampling,
+    Snapshot,
     StepStats,
     TokenLogprob,
+    Topology,
 )
-from server.engine.link import Abort, Add, Address, Stop, Update, client_codec, engine_codec, remove_stale
+from server.engine.link import Abort, Add, Address, Ready, Stop, Update, client_codec, engine_codec, remove_stale
+from tests.server.api.fake_engine import FakeEngine, byte_tokenizer
 
 SAMPLING = Sampling(
     0.5, logit_bias=((1, 2.0),), bad_words=((1, 2),), seed=2**64 - 1, grammar=Grammar(GrammarKind.REGEX, "a+")
 )
 REQUEST = Request("r", (1, 2, 3), 9, SAMPLING, (2,), (7, 8), -1, "salt")
+DENOISED = [
+    Request("d", (1, 2), 9, decoding=decoding)
+    for topology in Topology
+    for name, policy in POLICIES.items()
+    if policy.topology in (None, topology)
+    for plain in (make_diffusion(name, topology),)
+    for decoding in (plain, replace(plain, steps=3, filtered=True, eos=EosRule.LAST, delimiters=(1,), snapshots=True))
+]
 LOGPROB = TokenLogprob(5, -0.25, 1, ((5, -0.25), (6, -2.0)))
 DELTA = Delta(
     "r", (5,), (LOGPROB,), (LOGPROB,), FinishReason.STOP, 5, 16, RequestTimes(0.1, 0.2, 0.3, 1), Fault(500, "no", "p")
 )
 
+SHOWN = Delta("d", decoding=DecodingUsage(1, 2, 3), snapshot=Snapshot(8, (1, 2), 3))
+INFO = replace(
+    FakeEngine(byte_tokenizer()).info, diffusion=DiffusionModel(5, 8, Topology.BIDIRECTIONAL, 1, True, "dual")
+)
 
-@pytest.mark.parametrize("message", [Add(REQUEST), Add(Request("s", (1,), 1)), Abort("r"), Stop()])
+
+@pytest.mark.parametrize("message", [*map(Add, DENOISED), Add(REQUEST), Add(Request("s", (1,), 1)), Abort("r"), Stop()])
 def test_what_the_client_says_arrives_as_it_was(message: Add | Abort | Stop) -> None:
     assert engine_codec().decode(client_codec().encode(message)) == message
 
 
-@pytest.mark.parametrize("message", [Update(), Update((DELTA, Delta("t")), (StepStats(3), StepStats(4)))])
-def test_what_the_engine_says_arrives_as_it_was(message: Update) -> None:
+@pytest.mark.parametrize(
+    "message", [Ready(INFO), Update(), Update((DELTA, SHOWN, Delta("t")), (StepStats(3), StepStats(4)))]
+)
+def test_what_the_engine_says_arrives_as_it_was(message: Update | Ready) -> None:
     assert client_codec().decode(engine_codec().encode(message)) == message
 
 

@@ -1,19 +1,24 @@
-"""From the engine's settings to what worker and scheduler are told of speculation."""
+"""From the engine's settings to what worker and scheduler are told of speculation and diffusion."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from scheduler.types import SpeculationSettings
+from scheduler.types import DiffusionModel, SpeculationSettings, Topology
 from server.config import ServerConfig
 from server.engine.config import DRAFTERS, EngineConfig, SpeculationConfig
-from server.engine.loop import speculation_settings, speculator_config, worker_config
+from server.engine.loop import diffusion_model, speculation_settings, speculator_config, worker_config
+from server.models.registry import parse_config
 from server.worker.drafters.build import DRAFTERS as BUILDERS
 from server.worker.drafters.config import DEFAULT_DRAFTERS, SpeculatorConfig
+from server.worker.info import diffusion_model as block_of_model
+from tests.tiny import tiny_config
 
 SYNTHETIC = "synthetic"
+CHECKPOINT = parse_config(tiny_config())
 
 
 def test_the_names_that_can_be_asked_for_are_those_that_can_be_built() -> None:
@@ -61,3 +66,40 @@ def test_every_setting_arrives() -> None:
     assert worker_config(EngineConfig(speculation=asked)).speculation == wanted
     settings = speculation_settings(asked, (("draft_model", True), ("suffix", False)))
     assert settings == SpeculationSettings("table", 5, ((2, 5),), has_sequential=True)
+
+
+def test_the_default_policy_is_the_configured_one_where_the_model_can_have_it() -> None:
+    model = DiffusionModel(5, 8)
+    assert diffusion_model(EngineConfig(), model) == model
+    assert diffusion_model(EngineConfig(), None) is None
+    found = diffusion_model(EngineConfig(default_decoding="sdar_static"), model)
+    assert found == replace(model, policy="sdar_static")
+    with pytest.raises(ValueError, match="default-decoding: policy is dual, which is for bidirectional models"):
+        diffusion_model(EngineConfig(default_decoding="dual"), model)
+    with pytest.raises(ValueError, match="default-decoding: selector is learn2pd, which needs a filter"):
+        diffusion_model(EngineConfig(default_decoding="learn2pd"), model)
+    with pytest.raises(ValueError, match=r"default-decoding is auto, but some/model cannot denoise"):
+        diffusion_model(EngineConfig(model="some/model", default_decoding="auto"), None)
+    assert ServerConfig(default_decoding="dual", denoise_block_size=4).engine_config() == replace(
+        ServerConfig().engine_config(), default_decoding="dual", denoise_block_size=4
+    )
+    assert worker_config(EngineConfig(denoise_block_size=4)).denoise_block_size == 4
+
+
+def test_a_block_size_is_taken_where_the_checkpoint_leaves_it_open() -> None:
+    def found(asked: int | None, **fields: Any) -> tuple[int, Topology] | None:
+        model = block_of_model(replace(CHECKPOINT, **fields), asked)
+        return None if model is None else (model.block_size, model.topology)
+
+    causal, whole = Topology.BLOCK_CAUSAL, Topology.BIDIRECTIONAL
+    assert found(None) is None
+    assert found(None, mask_token_id=5) is None
+    assert found(16, mask_token_id=5) == (16, causal)
+    assert found(8, mask_token_id=5, block_size=8) == found(None, mask_token_id=5, block_size=8) == (8, causal)
+    fields: dict[str, Any] = {"mask_token_id": 5, "block_size": 8, "block_size_is_default": True}
+    assert found(16, **fields, bidirectional=True) == (16, whole)
+    assert found(None, mask_token_id=5, block_size=8, bidirectional=True) == (8, whole)
+    with pytest.raises(ValueError, match="trained on blocks of 8 tokens"):
+        found(16, mask_token_id=5, block_size=8)
+    with pytest.raises(ValueError, match="has no mask token and cannot denoise"):
+        found(16)

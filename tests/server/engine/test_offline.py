@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scheduler.types import FinishReason, Speculation, SpeculationMode, VerifyMode
-from server.engine.config import SpeculationConfig
+from server.engine.config import EngineConfig, SpeculationConfig
 from server.engine.offline import Engine, GenerationError
 from tests.tiny import write_tiny_checkpoint
 
@@ -33,6 +33,20 @@ def test_a_batch_gives_what_each_prompt_gives_alone(engine: Engine) -> None:
     assert all(len(one.tokens) == 12 and one.finish_reason is FinishReason.LENGTH for one in together)
 
 
+def test_each_prompt_can_have_its_own_seed(engine: Engine) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "stop_ids": (), "temperature": 1.0}
+    together = engine.generate(["the same"] * 3, seeds=[7, 8, 7], **options)
+    alone = [engine.generate(["the same"], seed=seed, **options)[0] for seed in (7, 8)]
+    assert [one.tokens for one in together] == [alone[0].tokens, alone[1].tokens, alone[0].tokens]
+    assert alone[0].tokens != alone[1].tokens
+
+
+@pytest.mark.parametrize("wrong", [{"seeds": [1]}, {"seeds": [1, 2], "seed": 3}])
+def test_seeds_are_one_for_each_prompt(engine: Engine, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="one for each prompt"):
+        engine.generate(["a", "b"], **wrong)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -45,6 +59,11 @@ def test_a_batch_gives_what_each_prompt_gives_alone(engine: Engine) -> None:
 def test_speculation_that_cannot_be_had_is_refused(engine: Engine, asked: Speculation, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine.generate(["hello"], speculation=asked)
+
+
+def test_an_engine_of_a_script_has_one_model() -> None:
+    with pytest.raises(ValueError, match="make an Engine for each"):
+        Engine("braid-tiny", also=(EngineConfig(name="b"),))
 
 
 def test_synthetic_drafts_are_right_as_often_as_asked_and_change_no_token() -> None:

@@ -13,6 +13,7 @@ from server.models.config import CheckpointError, ModelConfig
 from server.models.locate import ModelNotFoundError, resolve_model
 from server.models.registry import MODELS, parse_config, read_config
 from tests.tiny import ARCHITECTURES, tiny_config
+from tests.tiny_diffusion import DIFFUSION
 
 
 def parse(model_type: str = "llama", **overrides: Any) -> ModelConfig:
@@ -57,7 +58,7 @@ def test_what_is_not_supported_is_refused_by_name(what: str) -> None:
 
 
 def test_every_registered_family_has_a_tiny_checkpoint() -> None:
-    assert MODELS.keys() == ARCHITECTURES.keys()
+    assert MODELS.keys() == ARCHITECTURES.keys() | DIFFUSION.keys()
 
 
 def test_both_spellings_of_rope_give_the_same_rope() -> None:

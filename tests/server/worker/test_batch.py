@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from scheduler.types import MASK_ALL, MAX_TREE_NODES, Request, Span
+from scheduler.types import MASK_ALL, MAX_TREE_NODES, Denoise, Read, Request, Span
 from server.worker.batch import build_batch
 from server.worker.recipe import make_recipe
 from server.worker.sequences import SequenceState
@@ -85,10 +85,47 @@ def test_rows_of_a_tree_stand_at_their_depth_and_see_their_ancestors(seed: int) 
             assert seen == (ancestors if span.parents else set())
             depth = len(ancestors) - 1 if span.parents else offset
             assert int(rows.positions[row]) == span.start + depth
-            assert int(rows.tree_starts[row]) == span.start
+            assert not span.parents or int(rows.tree_starts[row]) == span.start
             place = span.start + offset
             assert int(rows.slots[row]) == page_table[span.seq_id, place // PAGE] * PAGE + place % PAGE
     assert build_batch(spans[:1], states[:1], page_table, PAGE, CPU).rows.tree is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_scattered_rows_and_shadows_have_their_own_places_and_masks(seed: int) -> None:
+    rng = random.Random(seed)
+    page_table = np.array([rng.sample(range(1000), 40) for _ in range(20)], dtype=np.int32)
+    at = tuple(sorted(rng.sample(range(30), rng.randint(1, 12))))
+    size, blocks, behind = rng.choice([1, 4, 8, 32]), rng.randint(0, 3), rng.choice([0, 5])
+    lo, hi = size * blocks, size * (blocks + 1)
+    num_own = hi + behind
+    denoise = Denoise(lo, hi, 0, 1, (lo, hi), shadow=size)
+    mask_block = MASK_ALL if behind else size
+    shadowed = Span(2, (5,) * (num_own + size), 0, num_own + size, mask_block, read=Read.DENOISE, denoise=denoise)
+    spans = [Span(1, (7,) * len(at), at[0], 30, MASK_ALL, positions=at), shadowed, Span(3, (9, 9), 4, 6)]
+    batch = build_batch(spans, [state(slot, 40) for slot in (4, 5, 6)], page_table, PAGE, CPU)
+    rows = batch.rows
+    slots = [int(page_table[4, place // PAGE]) * PAGE + place % PAGE for place in at]
+    assert rows.positions[: len(at)].tolist() == list(at)
+    assert rows.slots[: len(at)].tolist() == slots
+    assert rows.visible[: len(at)].tolist() == [30] * len(at)
+    assert rows.tree is not None
+    assert rows.tree_starts is not None
+    first = batch.first_rows[1]
+    places = {int(page_table[5, key // PAGE]) * PAGE + key % PAGE: key for key in range(num_own + size)}
+    key_of = [places[int(slot)] for slot in rows.slots[first : first + num_own + size]]
+    assert sorted(key_of) == list(range(num_own + size))
+    assert rows.positions[first : first + num_own + size].tolist() == [*range(num_own), *range(lo, hi)]
+    for row in range(num_own + size):
+        bits, start = int(rows.tree[first + row]) % (1 << 64), int(rows.tree_starts[first + row])
+        if row < num_own:
+            assert bits == 0
+            assert int(rows.visible[first + row]) == (num_own if behind else (row // size + 1) * size)
+            continue
+        seen = set(range(start)) | {start + bit for bit in range(64) if bits >> bit & 1}
+        shadow = row - num_own
+        assert seen == {key_of[own] for own in range(num_own) if own != lo + shadow} | {key_of[row]}
+    assert rows.tree[batch.first_rows[2] :].tolist() == [0, 0]
 
 
 def test_a_batch_of_512_decodes_is_built_within_a_few_milliseconds() -> None:

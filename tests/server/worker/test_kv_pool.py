@@ -22,10 +22,11 @@ def size(
     max_model_len: int | None = None,
     max_seqs: int = 4,
     shape: TinyShape | None = None,
+    kv_share: float = 1.0,
 ) -> tuple[int, int]:
     monkeypatch.setattr(kv_pool, "available_bytes", lambda device: free)
     chosen = shape or TinyShape(32, 8, 128, 8192)
-    return size_pool(chosen, torch.bfloat16, CPU, 32, max_seqs, max_model_len, kv_cache_bytes)
+    return size_pool(chosen, torch.bfloat16, CPU, 32, max_seqs, max_model_len, kv_cache_bytes, 0, kv_share)
 
 
 def test_a_page_holds_keys_and_values_of_all_layers() -> None:
@@ -39,6 +40,13 @@ def test_the_default_is_a_quarter_of_what_is_free_up_to_four_gib_and_to_what_is_
     assert size(monkeypatch, 8 * GIB) == (2 * GIB // per_page, 8192)
     assert size(monkeypatch, 64 * GIB) == (4 * GIB // per_page, 8192)
     assert size(monkeypatch, 64 * GIB, max_seqs=1, max_model_len=100) == (4, 100)
+
+
+def test_a_share_of_what_is_free_leaves_the_rest_to_the_pools_of_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    per_page = page_bytes(TinyShape(32, 8, 128), 32, torch.bfloat16)
+    assert size(monkeypatch, 8 * GIB, kv_share=0.25)[0] == GIB // 2 // per_page
+    assert size(monkeypatch, 64 * GIB, kv_share=0.25)[0] == GIB // per_page
+    assert size(monkeypatch, GIB, kv_cache_bytes=300 * per_page, kv_share=0.25)[0] == 300
 
 
 def test_an_explicit_size_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ def test_spans_that_break_the_rules_are_refused_before_anything_is_read(model: T
     def run(span: Span) -> None:
         make_worker(model).run(StepPlan(1, (span,), admitted, pages))
 
-    with pytest.raises(ValueError, match="asks for DENOISE, which has no reader"):
+    with pytest.raises(ValueError, match="is to be denoised, which this model cannot"):
         run(Span(1, asked.prompt, 0, 4, judged=(3,), read=Read.DENOISE))
     with pytest.raises(ValueError, match="is verified, so all of its rows must be judged"):
         run(Span(1, asked.prompt, 0, 4, judged=(3,), read=Read.VERIFY))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kernels.ops import AttentionRows
 from kernels.reference import ReferenceOps
-from scheduler.types import Admission, Outcome, Read, Request, Span, StepPlan
+from scheduler.types import Admission, DiffusionModel, Outcome, Read, Request, Span, StepPlan
+from server.worker.denoising.learn2pd import Filter
 from server.worker.grammar import GrammarCompiler
 from server.worker.kv_pool import KVPool
 from server.worker.proposals import Proposer
@@ -106,6 +107,8 @@ def make_worker(
     tokenizer_file: Path | None = None,
     logits_bytes: int = 64 << 20,
     speculator: Proposer | None = None,
+    diffusion: DiffusionModel | None = None,
+    learnt: Filter | None = None,
 ) -> Worker:
     """A worker over a poisoned pool: a key that nobody wrote is NaN."""
     vocab_size = model.head.shape[0]
@@ -123,10 +126,24 @@ def make_worker(
         ops="reference",
         eos_ids=(EOS,),
         num_parameters=0,
+        diffusion=diffusion,
     )
     grammars = GrammarCompiler(tokenizer_file, vocab_size, (EOS,))
     sequences = make_sequences(max_seqs, info.model_len, num_pages, page_size)
-    return Worker(model, model.ops, pool, sequences, grammars, info, max_seqs, 256, device, logits_bytes, speculator)
+    return Worker(
+        model,
+        model.ops,
+        pool,
+        sequences,
+        grammars,
+        info,
+        max_seqs,
+        256,
+        device,
+        logits_bytes,
+        speculator,
+        learnt=learnt,
+    )
 
 
 class Driver:
