@@ -13,6 +13,7 @@ from kernels import philox
 from kernels.blocks import AttentionBlock, DenseLayers, MlpBlock, composed_dense_layers
 from kernels.ops import AttentionRows
 from kernels.reference import ReferenceOps, row_statistics
+from kernels.triton import sample, statistics
 from kernels.triton.norm import add_rms_norm
 from kernels.triton.ops import TritonOps
 from tests.kernels.cpu.worlds import Shape
@@ -148,6 +149,27 @@ def test_each_word_of_noise_is_the_hosts(ops: TritonOps) -> None:
     seeds, index, positions = (torch.full((vocab,), value) for value in (seed, 2, position))
     drawn = ops.sample(level.contiguous(), seeds, index, positions, torch.zeros(vocab, dtype=torch.bool), 9)
     assert torch.equal(drawn, torch.arange(vocab))
+
+
+def test_programs_that_walk_several_blocks_keep_the_best_of_all(
+    ops: TritonOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with vocabularies of more than 16,384 ids: the best of an earlier block, of a later one, and equal ones."""
+    monkeypatch.setattr(statistics, "_BLOCK", 64)
+    monkeypatch.setattr(statistics, "_MAX_SPLITS", 2)
+    monkeypatch.setattr(sample, "_QUADS", 16)
+    monkeypatch.setattr(sample, "_MAX_SPLITS", 2)
+    logits = random(4, 400)
+    for row, pair in enumerate([(3, 70), (70, 3), (390, 250), (199, 201)]):
+        logits[row, list(pair)] = torch.tensor([9.0, 8.0 + row // 3])
+    ids = torch.arange(4)
+    actual, expected = ops.row_statistics(logits, ids), row_statistics(logits, ids)
+    assert torch.equal(actual.best_id, torch.tensor([3, 70, 390, 199]))
+    assert torch.equal(actual.second, expected.second)
+    torch.testing.assert_close(actual.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
+    for greedy in (ids < 0, ids >= 0):
+        drawn = ops.sample(logits / 4, ids, ids, ids, greedy, 5)
+        assert torch.equal(drawn, TWIN.sample(logits / 4, ids, ids, ids, greedy, 5))
 
 
 def test_draws_of_other_dtypes_are_refused(ops: TritonOps) -> None:

@@ -1,0 +1,45 @@
+"""Which back end a CUDA device gets; needs no device, since nothing is computed."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+
+import pytest
+import torch
+
+from kernels.reference import ReferenceOps
+from kernels.select import select_ops
+
+
+def test_cuda_gets_the_triton_kernels() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("pip install triton: shows that a CUDA device gets TritonOps")
+    assert select_ops("cuda", torch.bfloat16).name == "triton"
+    assert select_ops("cuda", torch.float16, "int8").name == "triton-int8"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "has_triton", "reason"),
+    [
+        ("cuda", torch.bfloat16, False, "triton is not installed"),
+        ("cuda", torch.float64, True, r"no torch\.float64"),
+        ("xpu", torch.bfloat16, True, "no kernels for xpu devices"),
+    ],
+)
+def test_other_devices_get_plain_torch_and_one_line_that_says_why(
+    device: str,
+    dtype: torch.dtype,
+    has_triton: bool,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_triton else None)
+    with caplog.at_level(logging.WARNING, "braid.kernels"):
+        ops = select_ops(device, dtype, "int4")
+    assert isinstance(ops, ReferenceOps)
+    assert ops.name == "reference-int4"
+    assert len(caplog.records) == 1
+    assert re.search(reason, caplog.text)
