@@ -139,7 +139,7 @@ def test_every_policy_of_the_catalogue_answers_or_says_why_not(server: Running) 
         if policy.topology is not Topology.BIDIRECTIONAL:
             refused.add(name)
     # A model that also generates token by token was not trained to judge its own tokens, and has no filter.
-    assert refused == {"llada2_edit", "learn2pd"}
+    assert refused == {"llada2_edit"}
 
 
 def test_what_a_watched_block_shows_is_the_text_to_come(server: Running) -> None:

@@ -30,7 +30,7 @@ def server() -> Iterator[Running]:
 
 
 def ask(server: Running, model: str | None, path: str = "/v1/completions", **fields: Any) -> Any:
-    body = {"prompt": "def fibonacci(n):", "max_tokens": 60, "temperature": 0, **fields}
+    body = {"prompt": "Once upon a time", "max_tokens": 60, "temperature": 0, "ignore_eos": True, **fields}
     body |= {} if model is None else {"model": model}
     with server.open(path, body) as answer:
         return json.load(answer)
@@ -145,7 +145,7 @@ def test_streams_of_both_go_on_after_a_kill_and_a_drain_lets_both_finish(
     started = threading.Barrier(3, timeout=PATIENCE_S)
 
     def stream(name: str, kind: str, max_tokens: int) -> None:
-        body = {"model": name, "prompt": "def fibonacci(n):", "max_tokens": max_tokens, "temperature": 0}
+        body = {"model": name, "prompt": "Once upon a time", "max_tokens": max_tokens, "temperature": 0}
         body |= {"stream": True, "ignore_eos": True}
         text = ""
         with server.open("/v1/completions", body) as events:
