@@ -2,7 +2,9 @@
 
 A step in which prompts and decodes meet may take `tbt_slo_s`, or, by default, `tbt_auto_factor` times what a step would
 take if all who are here, waiting prompts too, were decoding already: the streams of a burst's beginning do not hold up
-the burst. The largest prefill that fits is bought, but never less than `MIN_CHUNK`: prompts always progress.
+the burst. The target is what 99 of 100 steps shall keep to, so a step is planned shorter by what the late steps of the
+last while took beyond their prediction. The largest prefill that fits is bought, but never less than `MIN_CHUNK`:
+prompts always progress.
 
 Where several models take turns, the target is of a round: a step of each. A model's step may then take its equal part
 of the target, less where what the streams of the others need leaves less.
@@ -15,15 +17,17 @@ from math import inf
 from typing import NamedTuple, Protocol
 
 from scheduler.draft_plan import ALONE, Backlog, DraftPlan, Others
+from scheduler.lateness import Lateness
 from scheduler.step_cost import StepCost
 from scheduler.types import DraftTally, Limits, StepFeatures, StepResult
 
 MIN_CHUNK = 16
 """Fewest prompt tokens per step while decodes run: an unreachable target slows prompts down, it does not stop them."""
 
-_SAFETY = (1.1, 1.6)
-"""Bounds of the factor on the predicted time. In between it is 1 + 3 x the mean relative error of the predictions: for
-normal noise of that size, about 1 % of the steps take longer than that."""
+_SAFETY = (1.1, 2.2)
+"""Bounds of the factor on the predicted time. In between it is the 99th percentile of measured over predicted times."""
+
+_UNKNOWN_SAFETY = 1.2
 
 _BLIND_CHUNK = 64
 """Prompt tokens next to decodes while nothing has been measured yet."""
@@ -74,6 +78,7 @@ class BudgetPolicy:
         self.cost = cost
         self._limits = limits
         self._decodes = StepFeatures(0)
+        self._lateness = Lateness(0.99, _UNKNOWN_SAFETY)
 
     @property
     def stream_s(self) -> float:
@@ -98,7 +103,7 @@ class BudgetPolicy:
 
     def _safety(self) -> float:
         fewest, most = _SAFETY
-        return min(most, max(fewest, 1.0 + 3.0 * self.cost.mean_error))
+        return min(most, max(fewest, self._lateness.factor))
 
     def bound_s(self, draft: DraftPlan, backlog: Backlog | None) -> float:
         """Longest time that may be predicted for a step with these decodes, which have no drafts yet."""
@@ -147,5 +152,7 @@ class BudgetPolicy:
 
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         if is_timed:
-            self.cost.observe(draft.features, result.elapsed_s - result.draft_s)
+            seconds = result.elapsed_s - result.draft_s
+            self._lateness.observe(self.cost.predict(draft.features), seconds)
+            self.cost.observe(draft.features, seconds)
         return DraftReport()

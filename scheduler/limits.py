@@ -16,8 +16,8 @@ class Limits:
     watermark_pages       pages that admission leaves free
     max_prefill_share     most of a step's prefill budget one prompt takes while others wait, in (0, 1]
     max_queued_requests, max_queued_tokens   beyond these `add` refuses
-    tbt_slo_s             time-between-tokens target in seconds; None = auto: `tbt_auto_factor` x a step of all who are
-                          here, if they decoded already
+    tbt_slo_s             seconds between two tokens, kept by 99 in 100 steps; None = auto: `tbt_auto_factor` x a step
+                          of all who are here, if they decoded already
     """
 
     max_batched_tokens: int
@@ -30,5 +30,5 @@ class Limits:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
     tbt_slo_s: float | None = None
-    tbt_auto_factor: float = 2.3
+    tbt_auto_factor: float = 2.2
     enable_prefix_caching: bool = True

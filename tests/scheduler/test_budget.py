@@ -49,8 +49,8 @@ def test_the_automatic_target_is_a_multiple_of_the_undisturbed_step() -> None:
     world.step()
     world.add(make_request("second", (2,) * 900))
     plan = world.step()
-    # One decode takes 10.1 ms; 3 x 10.1 / 1.1 = 27.5 ms buy 17.4 ms of prompt rows at 0.1 ms.
-    assert 150 <= sizes(plan)[1] <= 185
+    # One decode takes 10.1 ms; nothing is known of late steps: 3 x 10.1 / 1.2 = 25.3 ms buy 15.2 ms of prompt rows.
+    assert 140 <= sizes(plan)[1] <= 160
     assert plan is not None
     assert plan.predicted_s <= 3.0 * 0.0101
 
@@ -62,6 +62,18 @@ LIMITS = Limits(2048, 64, 4096, 4096, 16)
 def test_streams_stall_at_most_three_undisturbed_steps_while_prompts_arrive(seed: int) -> None:
     quiet, disturbed = stall(LIMITS, Machine(), seed)
     assert percentile(disturbed.tbt_s, 99) <= 3.0 * percentile(quiet.tbt_s, 50)
+
+
+@pytest.mark.parametrize("noise", [0.15, 0.25])
+def test_streams_stall_no_longer_on_a_machine_whose_steps_vary(noise: float) -> None:
+    machine = Machine(noise=noise, outlier_rate=0.0)
+    ratios = []
+    for seed in range(2):
+        quiet, disturbed = stall(LIMITS, machine, seed)
+        # The slowest hundredth of undisturbed steps is late itself: by a factor of 1.4 and 1.8.
+        assert percentile(quiet.tbt_s, 99) >= 1.3 * percentile(quiet.tbt_s, 50)
+        ratios.append(percentile(disturbed.tbt_s, 99) / percentile(quiet.tbt_s, 50))
+    assert max(ratios) <= 3.0, ratios
 
 
 def test_the_stall_is_seen_when_the_target_is_relaxed() -> None:
@@ -96,8 +108,8 @@ def test_the_automatic_target_looks_at_who_will_decode_soon() -> None:
             world.add(make_request(f"r{number}", (2, number) * 100))
         chunks[num_waiting] = sum(sizes(world.step())[1:])
     # 10.1 ms x 2.3 / 1.1, and the same of the 13.0 ms that 31 decodes take.
-    assert 90 <= chunks[1] <= 120
-    assert 150 <= chunks[30] <= 190
+    assert 75 <= chunks[1] <= 95
+    assert 125 <= chunks[30] <= 165
 
 
 def test_a_burst_of_prompts_is_served_nearly_as_fast_as_without_a_target() -> None:
