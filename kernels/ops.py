@@ -50,6 +50,18 @@ class AttentionRows:
     tree_starts: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RowStatistics:
+    """What `Ops.row_statistics` finds, each [J]: float32, `best_id` int64."""
+
+    best_id: Tensor
+    best: Tensor
+    second: Tensor
+    lse: Tensor
+    entropy: Tensor
+    logit: Tensor
+
+
 class PackedLinear(Protocol):
     """A weight in the back end's own layout. `num_bytes` is the memory it really holds, bias included."""
 
@@ -182,6 +194,15 @@ class Ops(Protocol):
         (v // 4, position, sample index, stream), word v % 4; u = ((word >> 9) + 0.5) * 2^-23; G = -log(-log(u)).
         So it depends on (seed, sample index, position, stream, token) alone (R5). `kernels.philox` is its host twin.
         Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); Gumbel-max: Gumbel (1954).
+        """
+        ...
+
+    def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
+        """Of each row of logits, float32: the best id (the lowest of equals), the two greatest logits, log-sum-exp,
+        entropy in nats, the logit of its id in `ids_J` (int64).
+
+        -inf marks banned ids; at least one id of each row must be allowed. The second is -inf where only one id is.
+        The probability of an id is exp(logit - lse).
         """
         ...
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
-from kernels.ops import AttentionRows, PackedLinear
+from kernels.ops import AttentionRows, PackedLinear, RowStatistics
 from kernels.routing import Router, choose_experts
 
 TILE_ROWS = 256
@@ -202,6 +202,17 @@ class ReferenceOps:
         )
         return logits_JV.index_add(0, noisy, noise).argmax(dim=-1)
 
+    def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
+        # Sums in float64, so that the order in which a machine adds does not show.
+        logits = logits_JV.double()
+        log_probs = torch.log_softmax(logits, dim=-1)
+        best, best_id = logits.max(dim=-1)
+        second = logits.scatter(1, best_id[:, None], float("-inf")).amax(dim=-1)
+        entropy = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+        logit = logits.gather(1, ids_J[:, None])[:, 0]
+        found = (best, second, logits.logsumexp(-1), entropy, logit)
+        return RowStatistics(best_id, *(values.float() for values in found))
+
     def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
         page_size = k_pages.shape[2]
         for source, target in zip(from_slots_M.tolist(), to_slots_M.tolist(), strict=True):
@@ -303,32 +314,6 @@ def _seen_in_trees(rows: AttentionRows, tiles: Tensor, index: Tensor, window: in
     inside = bits.gather(2, offset.clamp(0, 63)) & (offset < 64)
     is_tree = (rows.tree[tiles] != 0).unsqueeze(2)
     return seen.where(~is_tree | (offset < 0), inside)
-
-
-@dataclass(frozen=True)
-class RowStatistics:
-    """What `row_statistics` finds, each [J]: float32, `best_id` int64."""
-
-    best_id: Tensor
-    best: Tensor
-    second: Tensor
-    lse: Tensor
-    entropy: Tensor
-    logit: Tensor
-
-
-def row_statistics(logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
-    """Of each row: the best id (the lowest of equals), two greatest logits, log-sum-exp, entropy in nats, id's logit.
-
-    -inf marks banned ids; at least one id of each row must be allowed. A second best is -inf where only one id is.
-    Probability of an id: exp(logit - lse). The triton back end needs no [rows, vocabulary] copy for them.
-    """
-    logits = logits_JV.float()
-    log_probs = torch.log_softmax(logits, dim=-1)
-    best, best_id = logits.max(dim=-1)
-    second = logits.scatter(1, best_id[:, None], float("-inf")).amax(dim=-1)
-    entropy = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
-    return RowStatistics(best_id, best, second, logits.logsumexp(-1), entropy, logits.gather(1, ids_J[:, None])[:, 0])
 
 
 def gumbel_noise(

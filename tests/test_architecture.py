@@ -102,6 +102,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     # Load generators: an ordinary client of any server, so nothing of ours.
     "server.bench": {"tqdm", "matplotlib"},
+    # The tasks of the embedded models are data; they are asked for as any text is.
+    "server.bench.diffusion_work": {"server.embedded.tasks", "server.embedded.functions"},
     # The step-time benchmark runs the engine's own parts in-process.
     "server.bench.steps": {"torch", "tqdm", "kernels", "scheduler", "server.models", "server.worker", "server.engine"},
     # So does the quality benchmark of denoising, on the tasks of the embedded models.

@@ -115,6 +115,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "braid_attention_block": (None, [c_void_p, POINTER(AttentionBlockArgs)]),
     "braid_dense_layers": (None, [c_void_p, POINTER(DenseLayersArgs)]),
     "braid_sample": (None, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_uint32, c_void_p]),
+    "braid_row_statistics": (None, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 3]),
 }
 
 

@@ -23,7 +23,7 @@ from kernels.cpu.arguments import RowsCheck, attention_args, move_args, qkv_args
 from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.layers import LayerTables
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
-from kernels.ops import AttentionRows, PackedLinear
+from kernels.ops import AttentionRows, PackedLinear, RowStatistics
 from kernels.routing import Router, choose_experts
 
 AMX_ROWS = 16
@@ -289,6 +289,19 @@ class CpuOps:
             greedy.data_ptr(), stream, out_J.data_ptr(),
         )  # fmt: skip
         return out_J
+
+    def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
+        logits, ids = logits_JV.contiguous(), ids_J.to(torch.int64).contiguous()
+        rows, vocab = logits.shape
+        if logits.dtype != torch.float32:
+            raise TypeError(f"logits are {logits.dtype}; expected float32")
+        if rows and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
+            raise IndexError(f"ids of row_statistics are {ids.tolist()}, but the logits have {vocab} tokens")
+        best_J, values = torch.empty(rows, dtype=torch.int64), torch.empty((5, rows))
+        self._lib.braid_row_statistics(
+            self._pool, logits.data_ptr(), rows, vocab, ids.data_ptr(), best_J.data_ptr(), values.data_ptr()
+        )
+        return RowStatistics(best_J, *values.unbind(0))
 
     def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
         self._lib.braid_move_kv(byref(move_args(k_pages, v_pages, from_slots_M, to_slots_M)))

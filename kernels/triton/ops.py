@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
-from kernels.ops import AttentionRows, PackedLinear
-from kernels.reference import DenseLinear, ReferenceOps, RowStatistics, dense_weight
+from kernels.ops import AttentionRows, PackedLinear, RowStatistics
+from kernels.reference import DenseLinear, ReferenceOps, dense_weight
 from kernels.routing import Router
 from kernels.triton.move import move_kv
 from kernels.triton.norm import add_rms_norm, rms_norm
@@ -127,7 +127,6 @@ class TritonOps:
         return self._torch.moe(x_TH, router_logits_TE, router, gate_up, down)
 
     def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
-        """Not of `Ops` yet: see `reference.row_statistics`."""
         return row_statistics(logits_JV, ids_J)
 
     def sample(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import RowStatistics
+from kernels.ops import RowStatistics
 from kernels.triton.tiles import next_power_of_two
 
 _BLOCK = 1024
@@ -99,7 +99,7 @@ def _finish(
 
 
 def row_statistics(logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
-    """`reference.row_statistics`, which defines it; float32, bfloat16 or float16 logits."""
+    """`Ops.row_statistics`; float32, bfloat16 or float16 logits."""
     num_rows, vocab = logits_JV.shape
     logits_JV, device = logits_JV.contiguous(), logits_JV.device
     splits = min(_MAX_SPLITS, next_power_of_two(triton.cdiv(vocab, _BLOCK)))

@@ -133,7 +133,7 @@ def _add_diffusion(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--spawn", metavar="FLAGS", help="start one with these flags for the run")
     parser.add_argument("--model", help="name without -diffusion (otherwise the first that has both)")
     parser.add_argument("--rounds", type=_positive, default=5, help="times that both sides are measured")
-    parser.add_argument("--requests", type=_positive, default=40, help="list tasks of a round, each under both names")
+    parser.add_argument("--requests", type=_positive, default=48, help="tasks of a round, each under both names")
     parser.add_argument("--streams", type=_even, default=16, help="in the crowd; half of them denoised when mixed")
     parser.add_argument("--seconds", type=_positive_float, default=4.0, help="of a crowd, in each round")
     parser.add_argument("--min-speed", type=_positive_float, help="exit 1 if the speed ratio is below this")

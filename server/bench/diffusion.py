@@ -1,7 +1,7 @@
 """Does denoising pay, and do streams that are not denoised suffer? One server that can do both, two ratios.
 
-speed   one stream, the same list tasks under both names of the model in turn: output tokens/s of the denoised answers
-        (policy `auto`) over those that come token by token without speculation
+speed   one stream, the same tasks under both names of the model in turn: output tokens/s of the denoised answers
+        (policy `auto`) over those that come token by token without speculation; for all tasks and for each kind
 company 16 streams, all token by token or half of them denoised, in turn: p99 time between tokens of those that come
         token by token, mixed over unmixed
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from server.bench import workload
 from server.bench.client import BenchError, Sample, Target, get_json, stream
+from server.bench.diffusion_work import KINDS, make_asks
 from server.bench.report import Distribution
 from server.bench.spawn import spawned_server
 from server.bench.speculation_report import Round
@@ -36,6 +37,7 @@ from server.bench.stall import RunningStreams
 
 SUFFIX = "-diffusion"
 """What the server's name of a model that it denoises ends in."""
+ALL = "all"
 NO_DRAFTS = {"speculation": {"mode": "off"}}
 STREAM_LEN = 400
 SETTLE_S = 0.3
@@ -65,32 +67,15 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """speed: output tokens/s; company: p99 in milliseconds. right_*: shares of right answers; tokens_per_event: of
-    denoised answers."""
+    """speed, and speeds by kind of task: output tokens/s; company: p99 in milliseconds. right_*: shares of right
+    answers; tokens_per_event: of denoised answers."""
 
     speed: Ratio
+    speeds: dict[str, Ratio]
     company: Ratio
     right_denoised: float
     right_plain: float
     tokens_per_event: float
-
-
-def list_task(rng: random.Random) -> Ask:
-    """A task with one answer, in the form the embedded models know; `expected` is that answer."""
-    items = [str(digit) for digit in rng.sample(range(10), rng.randint(3, 6) + 1)]
-    new = items.pop()
-    index = rng.randrange(len(items))
-    head, result = rng.choice(
-        (
-            ("copy", items),
-            ("reverse", items[::-1]),
-            ("sort", sorted(items)),
-            (f"insert {new} at {index + 1}", [*items[:index], new, *items[index:]]),
-            (f"remove at {index + 1}", items[:index] + items[index + 1 :]),
-            (f"replace {index + 1} by {new}", [*items[:index], new, *items[index + 1 :]]),
-        )
-    )
-    return Ask(f"{head}: {' '.join(items)} ->", 24, f" {' '.join(result)}\n")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -114,16 +99,13 @@ async def measure(target: Target, arguments: argparse.Namespace) -> Report:
     streams, rounds = arguments.streams, arguments.rounds
     with tqdm(total=2 * rounds, unit="round", disable=arguments.no_progress or None) as bar:
         await _ask_all(target, plain, _asks(arguments, -1), arguments.timeout_s)
-        denoised: list[Round] = []
-        token_by_token: list[Round] = []
-        right = [0, 0]
+        denoised: list[dict[str, Round]] = []
+        token_by_token: list[dict[str, Round]] = []
         for number in range(rounds):
             asks = _asks(arguments, number)
             sides = [(plain + SUFFIX, denoised), (plain, token_by_token)]
             for model, found in sides if number % 2 else sides[::-1]:
-                samples = await _ask_all(target, model, asks, arguments.timeout_s)
-                found.append(Round.of(samples))
-                right[found is token_by_token] += num_right(samples, asks)
+                found.append(await _ask_all(target, model, asks, arguments.timeout_s))
             bar.update()
         mixed: list[float] = []
         unmixed: list[float] = []
@@ -133,15 +115,28 @@ async def measure(target: Target, arguments: argparse.Namespace) -> Report:
             for num_denoised, figures in halves if number % 2 else halves[::-1]:
                 figures.append(await crowd.p99_ms(streams - num_denoised, num_denoised))
             bar.update()
-    total = rounds * arguments.requests
-    samples = [sample for one in denoised for sample in one.samples]
+    samples = [sample for one in denoised for sample in one[ALL].samples]
+    speeds = {
+        kind: Ratio.of([one[kind].speed for one in denoised], [one[kind].speed for one in token_by_token])
+        for kind in (ALL, *KINDS)
+    }
     return Report(
-        Ratio.of([one.speed for one in denoised], [one.speed for one in token_by_token]),
+        speeds.pop(ALL),
+        speeds,
         Ratio.of(mixed, unmixed),
-        right[0] / total,
-        right[1] / total,
+        _share_right(arguments, denoised),
+        _share_right(arguments, token_by_token),
         sum(s.output_tokens for s in samples) / max(1, sum(len(s.event_times) for s in samples)),
     )
+
+
+def _share_right(arguments: argparse.Namespace, rounds: Sequence[dict[str, Round]]) -> float:
+    right = total = 0
+    for number, found in enumerate(rounds):
+        asks = [ask for kind in _asks(arguments, number).values() for ask in kind]
+        right += num_right(found[ALL].samples, asks)
+        total += len(asks)
+    return right / total
 
 
 async def find_model(target: Target, asked: str | None) -> str:
@@ -157,22 +152,25 @@ async def find_model(target: Target, asked: str | None) -> str:
     return plain
 
 
-def _asks(arguments: argparse.Namespace, number: int) -> list[Ask]:
+def _asks(arguments: argparse.Namespace, number: int) -> dict[str, list[Ask]]:
     """New texts in every round, so that no round reads what the one before left in a cache."""
-    rng = random.Random(f"{arguments.seed} {number}")
-    return [list_task(rng) for _ in range(arguments.requests)]
+    return make_asks(random.Random(f"{arguments.seed} {number}"), arguments.requests)
 
 
-async def _ask_all(target: Target, model: str, asks: Sequence[Ask], timeout_s: float) -> list[Sample]:
-    """One after another. Raises BenchError if one fails: a ratio of what is left would be of other texts."""
-    samples = []
+async def _ask_all(target: Target, model: str, asks: dict[str, list[Ask]], timeout_s: float) -> dict[str, Round]:
+    """One after another, kind by kind; `ALL` is of all of them. Raises BenchError if one fails: a ratio of what is left
+    would be of other texts."""
+    found: dict[str, Round] = {}
     extra = {} if model.endswith(SUFFIX) else NO_DRAFTS
-    for number, ask in enumerate(asks):
-        sample = await stream(target, "/v1/completions", ask.body(model, 0.0, number) | extra, timeout_s)
-        if not sample.is_complete:
-            raise BenchError(f"a request to {model} failed: {sample.status} {sample.error}")
-        samples.append(sample)
-    return samples
+    for kind, some in asks.items():
+        samples = []
+        for number, ask in enumerate(some):
+            sample = await stream(target, "/v1/completions", ask.body(model, 0.0, number) | extra, timeout_s)
+            if not sample.is_complete:
+                raise BenchError(f"a request to {model} failed: {sample.status} {sample.error}")
+            samples.append(sample)
+        found[kind] = Round.of(samples)
+    return found | {ALL: Round.of([sample for one in found.values() for sample in one.samples])}
 
 
 def num_right(samples: Sequence[Sample], asks: Sequence[Ask]) -> int:
@@ -227,10 +225,16 @@ class _Crowd:
 
 def as_table(report: Report) -> str:
     speed, company = report.speed, report.company
+    kinds = [
+        f"  {kind:<10}{one.ours:>6.0f} and {one.base:>5.0f} output tokens/s: {one}"
+        for kind, one in report.speeds.items()
+    ]
     return "\n".join(
         [
-            f"1 stream, list tasks: {speed.ours:.0f} output tokens/s denoised, {speed.base:.0f} token by token; right "
-            f"{report.right_denoised:.0%} and {report.right_plain:.0%}; {report.tokens_per_event:.1f} tokens an event",
+            f"1 stream, tasks with one answer: {speed.ours:.0f} output tokens/s denoised, {speed.base:.0f} token by "
+            f"token; right {report.right_denoised:.0%} and {report.right_plain:.0%}; {report.tokens_per_event:.1f} "
+            "tokens an event",
+            *kinds,
             f"speed: denoised over token by token: {speed}",
             f"p99 between tokens, token by token: {company.ours:.1f} ms among denoised streams, {company.base:.1f} ms "
             "among their own kind",

@@ -11,7 +11,7 @@ from typing import Any
 
 from server.bench.parallel.cases import DETERMINISTIC, RANDOM
 from server.bench.parallel.measure import Figures, Theory
-from server.bench.parallel.sweep import AUTOREGRESSIVE, SEQUENTIAL
+from server.bench.parallel.sweep import AUTOREGRESSIVE, ONE_BY_ONE, SEQUENTIAL
 
 MIN_SEQUENTIAL = 0.97
 MIN_TOKENS_PER_FORWARD = 3.5
@@ -42,8 +42,8 @@ class Total:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A setting of a random task against theory. `own` is the model's accuracy with one token a step, where a perfect
-    one would always be right: its own errors are no errors of the sampler, so theory is scaled by it."""
+    """A setting of a random task against theory. `own` is the model's accuracy with one token a step in the same order,
+    where a perfect one would always be right: its own errors are not the sampler's, so theory is scaled by it."""
 
     figures: Figures
     own: float
@@ -72,26 +72,36 @@ def totals(figures: Sequence[Figures], tasks: Sequence[str]) -> list[Total]:
     return [Total.of(group) for group in groups.values()]
 
 
-def compare(one: Figures, sequential: Figures) -> Comparison:
-    """sequential: the same task with one token a step. Both counts have their own noise."""
+def compare(one: Figures, single: Figures) -> Comparison:
+    """single: the same task with one token a step. Both counts have their own noise."""
     assert one.expected is not None, "theory says nothing of this setting"
     assert one.variance is not None, "theory says nothing of this setting"
-    own = sequential.accuracy
+    own = single.accuracy
     # Never quite 0 or 1: a model that made no error in so many cases may still make one in the next.
-    smooth = (sequential.right + 1) / (sequential.cases + 2)
+    smooth = (single.right + 1) / (single.cases + 2)
     errors = smooth * (1 - smooth) * one.expected**2
-    variance = smooth * smooth * one.variance / one.cases**2 + errors / one.cases + errors / sequential.cases
+    variance = smooth * smooth * one.variance / one.cases**2 + errors / one.cases + errors / single.cases
     return Comparison(one, own, own * one.expected, math.sqrt(variance))
 
 
 def comparisons(figures: Sequence[Figures]) -> list[Comparison]:
-    """Every random task of every setting that theory predicts, but the sequential one, which scales the others."""
-    by_task = {one.task: one for one in figures if one.setting == SEQUENTIAL}
-    return [
-        compare(one, by_task[one.task])
-        for one in figures
-        if one.expected is not None and one.theory is not Theory.BLIND and one.setting != SEQUENTIAL
-    ]
+    """Every random task of every setting that theory predicts, but those that the others are scaled by."""
+    found = []
+    for one in figures:
+        if one.expected is None or one.theory is Theory.BLIND:
+            continue
+        single = _one_by_one(one, figures)
+        if single is not one:
+            found.append(compare(one, single))
+    return found
+
+
+def _one_by_one(one: Figures, figures: Sequence[Figures]) -> Figures:
+    """The same task with one token a step in the same order; left to right where that was not measured."""
+    policy = ONE_BY_ONE.get(one.policy)
+    # A perfect model that never fixes two items at once is always right.
+    single = [f for f in figures if (f.policy, f.task) == (policy, one.task) and (f.expected or 0.0) > 1 - 1e-9]
+    return single[0] if single else next(f for f in figures if (f.setting, f.task) == (SEQUENTIAL, one.task))
 
 
 def as_table(figures: Sequence[Figures]) -> str:
@@ -131,7 +141,7 @@ def _theory_block(found: Sequence[Comparison]) -> str:
     if not found:
         return ""
     head = f"{'setting':<24}{'task':<16}{'measured':>9}{'perfect':>9}{'x own':>9}{'3 sigma':>9}{'z':>7}  theory"
-    lines = ["random tasks against theory (own: this model's accuracy with one token a step)", head]
+    lines = ["random tasks against theory (own: this model's accuracy with one token a step in the same order)", head]
     for c in found:
         one = c.figures
         mark = ("" if c.is_within else "  OUTSIDE") + ("" if c.is_telling else "  (tells nothing: own is low)")

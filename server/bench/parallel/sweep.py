@@ -41,6 +41,9 @@ SWEEPS: Mapping[str, tuple[str, tuple[float, ...]]] = {
 # How a selector's choice of positions relates to what the step draws there.
 BY_PLACE = ("sequential", "random", "origin")
 BY_DISTRIBUTION = ("topk_margin", "entropy", "entropy_threshold", "entropy_bounded")
+# The policy with the same order of positions that can be made to fix one token a step.
+ONE_BY_ONE = {"random": "random", "topk_margin": "topk_margin", "entropy": "entropy"}
+ONE_BY_ONE |= {"entropy_threshold": "entropy", "entropy_bounded": "entropy"}
 REVISES = ("edit", "wino")
 
 

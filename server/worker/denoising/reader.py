@@ -20,7 +20,7 @@ from server.worker.denoising.block import MAX_SHADOWED, UNKNOWN, Block, complete
 from server.worker.denoising.editing import edits, narrow_out
 from server.worker.denoising.learn2pd import Filter
 from server.worker.denoising.planning import adablock
-from server.worker.denoising.selectors import BY_NAME, NEEDS_ENTROPY, Masks
+from server.worker.denoising.selectors import BY_NAME, Masks
 from server.worker.denoising.stats import Asked, RowStats, noise_word, read_stats
 from server.worker.denoising.stopping import all_in, eotp
 from server.worker.sequences import SequenceState
@@ -105,8 +105,7 @@ class DenoiseReader:
             blocks.append((index, block, slice(first, len(asked))))
         if not asked:
             return readings
-        with_entropy = any(block.decoding.selector.name in NEEDS_ENTROPY for _, block, _ in blocks)
-        measured = read_stats(self._ops, logits_of, asked, self._model.mask_id, self._rows_at_once, with_entropy)
+        measured = read_stats(self._ops, logits_of, asked, self._model.mask_id, self._rows_at_once)
         for index, block, part in blocks:
             failed = [measured.errors[row] for row in range(part.start, part.stop) if row in measured.errors]
             if failed:

@@ -208,4 +208,3 @@ BY_NAME: Mapping[str, Selector] = {
     "learn2pd": learn2pd,
 }
 """Which function chooses; what `edit` and `wino` do to fixed tokens is in editing.py."""
-NEEDS_ENTROPY = frozenset({"entropy", "entropy_threshold", "entropy_bounded"})

@@ -1,8 +1,8 @@
 """What a selector knows of a judged row: the token drawn from it, how sure it is, and how its rivals stand.
 
 Logits are made, processed and measured for a bounded number of rows at a time; afterwards there are a few numbers per
-row. Every number is a function of its own row alone: sums over the vocabulary are float64 and rounded to float32, so
-that the order in which a machine adds does not show. Source of the statistics: diffusion reference, 2.1 and 2.3.
+row. Every number is a function of its own row alone (`Ops.row_statistics`). Source of the statistics: diffusion
+reference, 2.1 and 2.3.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RowStats(NamedTuple):
     top         its probability
     margin      the same less that of the second
     gap         logit of the likeliest less that of the second
-    entropy     in nats; 0 where it was not asked for
+    entropy     in nats
     given       probability of the given token; without meaning where none was asked
     """
 
@@ -87,7 +87,6 @@ def read_stats(
     asked: Sequence[Asked],
     mask_id: int,
     rows_at_once: int,
-    with_entropy: bool,
 ) -> Measured:
     """The statistics of some rows, at least one, in their order.
 
@@ -98,7 +97,7 @@ def read_stats(
     errors: dict[int, str] = {}
     for start in range(0, len(asked), rows_at_once):
         part = asked[start : start + rows_at_once]
-        found = _measure(ops, logits_of([one.row for one in part]), part, mask_id, with_entropy)
+        found = _measure(ops, logits_of([one.row for one in part]), part, mask_id)
         parts.append(found.stats)
         logprobs.update((start + row, logprob) for row, logprob in found.logprobs.items())
         errors.update((start + row, error) for row, error in found.errors.items())
@@ -108,7 +107,7 @@ def read_stats(
     return Measured(stats, logprobs, errors)
 
 
-def _measure(ops: Ops, logits_JV: Tensor, asked: Sequence[Asked], mask_id: int, with_entropy: bool) -> Measured:
+def _measure(ops: Ops, logits_JV: Tensor, asked: Sequence[Asked], mask_id: int) -> Measured:
     device, rows = logits_JV.device, [one.judged for one in asked]
     # A mask is no answer: a sampler that can choose it may choose it for ever (2.1).
     logits_JV[:, mask_id] = NEG_INF
@@ -120,37 +119,24 @@ def _measure(ops: Ops, logits_JV: Tensor, asked: Sequence[Asked], mask_id: int, 
     raw_RV = torch.log_softmax(logits_JV[torch.tensor(wanted, device=device)], dim=1) if wanted else None
     errors = constrain(logits_JV, rows) | errors
     measured_JV = _temper(logits_JV, rows, asked)
-    best_J = measured_JV.argmax(dim=1)
-    tokens_J = torch.where(
-        torch.tensor([one.best for one in asked], device=device), best_J, _draw(ops, logits_JV, asked)
-    )
     given_J = torch.tensor([max(one.given, 0) for one in asked], device=device)
-    top_J2 = measured_JV.topk(2, dim=1).values
-    below_JV = measured_JV - top_J2[:, :1]
-    weights_JV = below_JV.exp()
-    total_J = weights_JV.sum(dim=1, dtype=torch.float64)
-
-    def share(weights: Tensor) -> Tensor:
-        return weights.double() / total_J
-
-    def of(ids: Tensor) -> Tensor:
-        return share(weights_JV.gather(1, ids.unsqueeze(1)).squeeze(1))
-
-    second_J = share((top_J2[:, 1] - top_J2[:, 0]).exp())
-    entropy_J = torch.zeros_like(total_J)
-    if with_entropy:
-        # A banned token has weight 0 and distance minus infinity: together they are nothing, not NaN.
-        spread_J = (weights_JV * below_JV.clamp_(min=-1e30)).sum(dim=1, dtype=torch.float64)
-        entropy_J = total_J.log() - spread_J / total_J
-    gap_J = top_J2[:, 0].double() - top_J2[:, 1].double()
-    numbers = torch.stack((of(tokens_J), of(best_J), of(best_J) - second_J, gap_J, entropy_J, of(given_J)))
+    found = ops.row_statistics(measured_JV, given_J)
+    tokens_J = found.best_id
+    if any(not one.best and not one.judged.recipe.is_greedy for one in asked):
+        is_best_J = torch.tensor([one.best for one in asked], device=device)
+        tokens_J = torch.where(is_best_J, tokens_J, _draw(ops, logits_JV, asked))
+    drawn_J = measured_JV.gather(1, tokens_J.unsqueeze(1)).squeeze(1)
+    logits_4J = torch.stack((drawn_J, found.best, found.second, found.logit))
+    confidence_J, top_J, second_J, given_J = (logits_4J.double() - found.lse.double()).exp()
+    gap_J = found.best.double() - found.second.double()
+    numbers = torch.stack((confidence_J, top_J, top_J - second_J, gap_J, found.entropy.double(), given_J))
     confidence, top, margin, gap, entropy, given = numbers.float().cpu().numpy()
     logprobs = {}
     if raw_RV is not None:
         num_top = [rows[index].recipe.sampling.logprobs or 0 for index in wanted]
-        found = token_logprobs(raw_RV, tokens_J[torch.tensor(wanted, device=device)], num_top)
-        logprobs = dict(zip(wanted, found, strict=True))
-    ids = torch.stack((tokens_J, best_J)).cpu().numpy()
+        entries = token_logprobs(raw_RV, tokens_J[torch.tensor(wanted, device=device)], num_top)
+        logprobs = dict(zip(wanted, entries, strict=True))
+    ids = torch.stack((tokens_J, found.best_id)).cpu().numpy()
     stats = RowStats(ids[0], confidence, ids[1], top, margin, gap, entropy, given)
     return Measured(stats, logprobs, errors)
 

@@ -10,7 +10,8 @@ import pytest
 
 from server.bench.cli import main
 from server.bench.client import Sample
-from server.bench.diffusion import SUFFIX, Ratio, list_task, num_right
+from server.bench.diffusion import SUFFIX, Ratio, num_right
+from server.bench.diffusion_work import KINDS, function_task, list_task, make_asks, record_task
 from tests.server.bench.fake_server import FakeServer
 from tests.server.bench.test_cli import url as url  # the fake server on a loop of its own
 
@@ -49,6 +50,23 @@ def test_list_tasks_have_the_answer_they_say() -> None:
     assert seen == {"copy", "reverse", "sort", "insert", "remove", "replace"}
 
 
+def test_each_task_comes_equally_often_whatever_was_asked_for() -> None:
+    asks = make_asks(random.Random(0), 9)
+    assert {kind: len(some) for kind, some in asks.items()} == {"lists": 12, "records": 2, "functions": 2}
+    assert list(asks) == list(KINDS)
+
+
+def test_records_and_functions_have_the_answer_they_say() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        record, function = record_task(rng), function_task(rng)
+        values = {str(value) for value in json.loads(record.expected).values()}
+        assert all(value in record.prompt for value in values)
+        assert function.prompt.startswith("def ")
+        assert function.prompt.endswith(":")
+        compile(f"{function.prompt}\n{function.expected}", "function", "exec")
+
+
 def test_an_answer_is_right_up_to_white_space_around_it() -> None:
     ask = list_task(random.Random(1))
     texts = [[ask.expected], [ask.expected.strip()], [ask.expected, "1"], []]
@@ -64,7 +82,8 @@ def test_bursts_are_faster_and_count_as_tokens(
     report = json.loads((tmp_path / "d.json").read_text())["report"]
     assert report["speed"]["median"] > 2, "four tokens for each gap of the other"
     assert report["company"]["median"] > 0
-    bodies = [body for body in fake.bodies if body["max_tokens"] == 24]
+    assert report["speeds"].keys() == KINDS.keys()
+    bodies = [body for body in fake.bodies if body["max_tokens"] in (24, 48, 96)]
     assert {body["model"] for body in bodies} == {"fake", "fake" + SUFFIX}
     assert all(("speculation" in body) == (body["model"] == "fake") for body in bodies)
     crowd = [body for body in fake.bodies if body["max_tokens"] == 400]

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels import philox
 from kernels.blocks import AttentionBlock, DenseLayers, MlpBlock, composed_dense_layers
 from kernels.ops import AttentionRows
-from kernels.reference import ReferenceOps, row_statistics
+from kernels.reference import ReferenceOps
 from kernels.triton import sample, statistics
 from kernels.triton.norm import add_rms_norm
 from kernels.triton.ops import TritonOps
@@ -108,7 +108,7 @@ def test_row_statistics(ops: TritonOps, vocab: int, dtype: torch.dtype) -> None:
     logits[3, vocab // 3] = logits[3, -1] = 30.0  # of equals, the lowest
     with poisoned():
         actual = ops.row_statistics(logits, ids)
-    expected = row_statistics(logits, ids)
+    expected = TWIN.row_statistics(logits, ids)
     for field in dataclasses.fields(expected):
         got, want = getattr(actual, field.name), getattr(expected, field.name)
         assert got.dtype == want.dtype
@@ -120,7 +120,7 @@ def test_statistics_are_the_definitions() -> None:
     """The twin itself, written out: probabilities in float64."""
     logits = random(3, 50).double() * 2
     p = logits.softmax(-1)
-    found = row_statistics(logits.float(), torch.tensor([3, 1, 4]))
+    found = TWIN.row_statistics(logits.float(), torch.tensor([3, 1, 4]))
     torch.testing.assert_close(found.entropy.double(), -(p * p.log()).sum(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close((found.best - found.lse).exp().double(), p.amax(-1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.second.double(), logits.sort(-1).values[:, -2], rtol=1e-6, atol=1e-6)
@@ -163,7 +163,7 @@ def test_programs_that_walk_several_blocks_keep_the_best_of_all(
     for row, pair in enumerate([(3, 70), (70, 3), (390, 250), (199, 201)]):
         logits[row, list(pair)] = torch.tensor([9.0, 8.0 + row // 3])
     ids = torch.arange(4)
-    actual, expected = ops.row_statistics(logits, ids), row_statistics(logits, ids)
+    actual, expected = ops.row_statistics(logits, ids), TWIN.row_statistics(logits, ids)
     assert torch.equal(actual.best_id, torch.tensor([3, 70, 390, 199]))
     assert torch.equal(actual.second, expected.second)
     torch.testing.assert_close(actual.entropy, expected.entropy, rtol=1e-5, atol=1e-5)

@@ -152,18 +152,41 @@ def test_a_perfect_sampler_is_within_three_sigma_whatever_its_model_slips(slip: 
     assert max(3 * c.sigma for c in found) < 0.15, "and the band is narrow"
 
 
+def test_theory_is_scaled_by_what_the_model_does_one_by_one_in_the_same_order() -> None:
+    """A model that slips in random order alone is a worse model there; its sampler is none the worse."""
+
+    class SlipsInRandomOrder(PerfectDecoder):
+        def _answer(self, case: Case, setting: Setting) -> Answer:
+            self.slip = 0.3 if setting.policy == "random" else 0.0
+            return super()._answer(case, setting)
+
+    task = cases("remove-random", count=400)
+    alone, _ = measure(SlipsInRandomOrder(), read_settings(["random:1,2"], MODEL), task, True, is_quiet=True)
+    (found,) = comparisons(alone)
+    assert found.own < 0.8
+    assert found.is_within
+    # Left to right says nothing of that.
+    without, _ = measure(SlipsInRandomOrder(), read_settings(["random:2"], MODEL), task, True, is_quiet=True)
+    (found,) = comparisons(without)
+    assert found.own == 1.0
+    assert not found.is_within
+
+
 def test_a_sampler_that_ignores_what_is_fixed_is_outside() -> None:
-    """It says that it fixed items one by one, but drew two at once."""
-    settings = read_settings(["random:1"], MODEL)
+    """It says that it fixed items two by two, but drew four at once."""
+    settings = read_settings(["random:1,2"], MODEL)
 
     def claims(setting: Setting, length: int) -> list[tuple[int, ...]]:
-        k = 2 if setting.policy == "random" else 1
+        k = 4 if setting.value == 2 else 1
         return [tuple(range(i, min(i + k, length))) for i in range(0, length, k)]
 
     class Liar(PerfectDecoder):
         def _answer(self, case: Case, setting: Setting) -> Answer:
             answer = super()._answer(case, setting)
-            return dataclasses.replace(answer, steps=tuple((p,) for step in answer.steps for p in step))
+            if setting.value != 2:
+                return answer
+            pairs = [tuple(range(i, min(i + 2, case.answer_len))) for i in range(0, case.answer_len, 2)]
+            return dataclasses.replace(answer, steps=tuple(pairs))
 
     figures, _ = measure(Liar(steps=claims), settings, cases("shuffle", count=200), True, is_quiet=True)
     (found,) = comparisons(figures)
@@ -171,7 +194,7 @@ def test_a_sampler_that_ignores_what_is_fixed_is_outside() -> None:
     assert found.z < -3
     (verdict,) = verdicts(figures)
     assert not verdict.holds
-    assert "random steps=1 shuffle" in str(verdict)
+    assert "random steps=2 shuffle" in str(verdict)
 
 
 def test_a_model_that_has_not_learnt_a_task_shows_nothing_about_the_sampler() -> None:

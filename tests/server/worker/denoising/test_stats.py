@@ -27,7 +27,7 @@ def logits() -> Tensor:
 
 
 def read(asked: list[Asked], logits_JV: Tensor, at_once: int = 100) -> Measured:
-    return read_stats(ReferenceOps(), lambda rows: logits_JV[rows].clone(), asked, MASK, at_once, with_entropy=True)
+    return read_stats(ReferenceOps(), lambda rows: logits_JV[rows].clone(), asked, MASK, at_once)
 
 
 def plain(row: Tensor, temperature: float = 1.0, top_k: int = 0) -> Tensor:
@@ -105,7 +105,7 @@ def test_tokens_follow_the_distribution_whatever_the_noise_is_keyed_by(varied: s
         recipe = make_recipe(Request("r", (1,), 9, sampling), ())
         judged = JudgedRow(recipe, [1], draw if varied == "position" else 6)
         asked.append(Asked(draw, judged, draw if varied == "step" else 0))
-    drawn = read_stats(ReferenceOps(), lambda rows: row.repeat(len(rows), 1), asked, mask, 1 << 20, False).stats.tokens
+    drawn = read_stats(ReferenceOps(), lambda rows: row.repeat(len(rows), 1), asked, mask, 1 << 20).stats.tokens
     counts = np.bincount(drawn, minlength=num_tokens)
     assert counts[mask] == 0
     kept = expected > 0
