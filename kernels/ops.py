@@ -9,7 +9,7 @@ P pages, S page_size, N sequences (or out features of a weight), I intermediate 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,6 +73,13 @@ class Ops(Protocol):
 
         Projections of one input are concatenated along `out` by the caller (q, k, v; gate, up). Weight-only
         quantisation is a property of the back end, not of this call.
+        """
+        ...
+
+    def pack_experts(self, num_experts: int, weight_of: Callable[[int], Tensor]) -> Sequence[PackedLinear]:
+        """Take over one projection [N, K] of every expert, without biases, for `moe`.
+
+        weight_of  gives expert e's weight and is asked in order, once each; one of them is in memory at a time
         """
         ...
 
@@ -159,7 +166,7 @@ class Ops(Protocol):
     ) -> Tensor:
         """Sum over the row's chosen experts of weight * down(silu_mul(gate_up(x))), [T, H].
 
-        Choice and weights are those of `routing.choose_experts`.
+        Choice and weights are those of `routing.choose_experts`; gate_up [2 I, H] and down [H, I] of `pack_experts`.
         """
         ...
 

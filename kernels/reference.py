@@ -6,7 +6,7 @@ Any device, float32, bfloat16 or float16. Legend of shapes in ops.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -94,6 +94,9 @@ class ReferenceOps:
         if self.quantization is not None:
             weight_NK = fake_quantize(weight_NK, self.quantization)
         return DenseLinear(weight_NK.contiguous(), bias_N)
+
+    def pack_experts(self, num_experts: int, weight_of: Callable[[int], Tensor]) -> list[DenseLinear]:
+        return [self.pack_linear(weight_of(expert)) for expert in range(num_experts)]
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
         dense = dense_weight(weight)

@@ -8,7 +8,7 @@ Legend of shapes in kernels/ops.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref, pointer
 from pathlib import Path
 from typing import Literal, cast
@@ -99,6 +99,9 @@ class CpuOps:
             reordered = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous())
             onednn = (reordered, None if bias_N is None else bias_N.to(torch.bfloat16))
         return CpuLinear(num_out, num_in, struct, tensors, onednn)
+
+    def pack_experts(self, num_experts: int, weight_of: Callable[[int], Tensor]) -> list[CpuLinear]:
+        return [self.pack_linear(weight_of(expert)) for expert in range(num_experts)]
 
     def _panels(self, weight_NK: Tensor, padded_out: int) -> tuple[tuple[Tensor, ...], int]:
         """The weight in its panel layout (and scales), and the layout's WeightFormat."""

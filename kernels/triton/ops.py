@@ -5,7 +5,7 @@ Runs on CPU tensors too where Triton interprets (TRITON_INTERPRET=1), which is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.reference import DenseLinear, ReferenceOps, RowStatistics, dense_weight
-from kernels.routing import Router
+from kernels.routing import Router, choose_experts
+from kernels.triton.moe import ExpertStack, moe, pack_experts
 from kernels.triton.move import move_kv
 from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.paged import PagedAttention
@@ -39,6 +40,9 @@ class TritonOps:
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> DenseLinear:
         return self._torch.pack_linear(weight_NK, bias_N)
+
+    def pack_experts(self, num_experts: int, weight_of: Callable[[int], Tensor]) -> ExpertStack:
+        return pack_experts(num_experts, lambda expert: self.pack_linear(weight_of(expert)).weight_NK)
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
         return self._torch.linear(x_TK, weight, residual_TN)
@@ -124,7 +128,8 @@ class TritonOps:
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
     ) -> Tensor:
-        return self._torch.moe(x_TH, router_logits_TE, router, gate_up, down)
+        weights_Tk, experts_Tk = choose_experts(router_logits_TE, router)
+        return moe(x_TH, weights_Tk, experts_Tk, gate_up, down)
 
     def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
         """Not of `Ops` yet: see `reference.row_statistics`."""

@@ -103,6 +103,14 @@ class Packer:
         bias_N = self._joined([f"{layer}.{name}.bias" for name in names]) if bias else None
         return self.pack(weight_NK, bias_N)
 
+    def experts(self, layers: Sequence[str], names: Sequence[str]) -> Sequence[PackedLinear]:
+        """One packed weight for each of `layers`, which are one MLP's experts."""
+        packed = self._ops.pack_experts(
+            len(layers), lambda expert: self._joined([f"{layers[expert]}.{name}.weight" for name in names])
+        )
+        self.num_bytes += sum(expert.num_bytes for expert in packed)
+        return packed
+
     def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
         packed = self._ops.pack_linear(weight_NK, bias_N)
         self.num_bytes += packed.num_bytes
@@ -167,8 +175,8 @@ class SparseMlp:
             moe.top_k, moe.norm_topk_prob, moe.is_sigmoid, bias_E, moe.num_groups, moe.top_groups, moe.scale
         )
         experts = [f"{layer}.mlp.experts.{expert}" for expert in range(moe.num_experts)]
-        self._gate_up = [packer.linear(expert, ("gate_proj", "up_proj")) for expert in experts]
-        self._down = [packer.linear(expert, ("down_proj",)) for expert in experts]
+        self._gate_up = packer.experts(experts, ("gate_proj", "up_proj"))
+        self._down = packer.experts(experts, ("down_proj",))
         shared = f"{layer}.mlp.shared_experts"
         self._shared = (
             (packer.linear(shared, ("gate_proj", "up_proj")), packer.linear(shared, ("down_proj",)))

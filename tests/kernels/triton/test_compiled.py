@@ -17,7 +17,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("pip install triton: shows that the kernels compile for sm_80, sm_90, sm_100", allow_module_level=True)
 
-from kernels.triton import attention, move, norm, rope, sample, silu, statistics
+from kernels.triton import attention, moe, move, norm, rope, sample, silu, statistics
 from kernels.triton.compiled import Usage, compile_kernel
 from kernels.triton.tiles import Geometry, large_geometry, padded_dim, small_geometry
 
@@ -96,6 +96,43 @@ def test_other_heads_types_and_pages_compile_without_spilling_much(
     assert usage.stack <= 64, usage
 
 
+@pytest.mark.parametrize(
+    ("average", "arch", "is_gated", "registers"),
+    [
+        (1, 80, True, 72), (1, 90, True, 72), (1, 90, False, 64), (100, 80, False, 164), (100, 90, True, 114),
+        (1000, 80, True, 147), (1000, 90, True, 114), (1000, 90, False, 100), (1000, 100, True, 80),
+    ],
+)  # fmt: skip
+def test_products_of_experts(average: int, arch: int, is_gated: bool, registers: int) -> None:
+    """average: rows of an expert, of 128 of 2048 x 768. Gated: gate and up together, else down."""
+    tiles = moe.expert_tiles(average * 128, 128, is_gated, 2)
+    usage = grouped_product(tiles, arch, is_gated)
+    assert usage.spills == 0
+    assert usage.registers <= registers + 8
+    # Where weights' bytes bound the time, two or three programs of a multiprocessor keep them coming.
+    assert usage.shared * ((2 if arch == 80 else 3) if average == 1 else 1) <= SHARED_LIMIT[arch]
+    assert usage.wide_copies > 0
+    assert usage.buffers >= tiles.num_stages - 1
+    assert usage.wgmma > 0 if arch == 90 and tiles.rows >= 64 else usage.mma > 0
+
+
+@pytest.mark.parametrize(("kind", "itemsize", "width"), [("fp32", 4, 768), ("fp16", 2, 1000)])
+def test_products_of_experts_of_other_types_and_sizes_stay_in_registers(kind: str, itemsize: int, width: int) -> None:
+    usage = grouped_product(moe.expert_tiles(128_000, 128, False, itemsize), 90, False, kind, width)
+    assert usage.spills == 0
+    assert usage.shared <= SHARED_LIMIT[90]
+
+
+def grouped_product(tiles: moe.ExpertTiles, arch: int, is_gated: bool, kind: str = "bf16", width: int = 768) -> Usage:
+    values = f"*{kind}"
+    arguments: dict[str, Any] = {"x": values, "weights": values, "out": values, "order": "*i32", "tile_expert": "*i32"}
+    arguments |= {"num_pairs": "i32", "num_tiles": "i32", "SHARE": 8 if is_gated else 1, "GATED": is_gated}
+    arguments |= dict(zip("NK", (width, 2048) if is_gated else (2048, width), strict=True))
+    arguments |= {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": moe._GROUP, "UPCAST": False}
+    arguments |= {"STAGES": tiles.num_stages}
+    return compile_kernel(moe.grouped_product, arch, arguments, tiles.num_warps, tiles.num_stages)
+
+
 def around() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Every other kernel with the types of a bfloat16 model."""
     b, f, i, long = "*bf16", "*fp32", "*i32", "*i64"
@@ -117,6 +154,13 @@ def around() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "move", move._move, {
         "k_pages": b, "v_pages": b, "sources": long, "targets": long, "num_moves": "i32", "K": 8, "PAGE": 64, "D": 128,
         "DP": 128,
+    }  # fmt: skip
+    yield "sort of experts", moe.sort_pairs, {
+        "experts": long, "order": i, "tile_expert": i, "num_pairs": "i32", "num_tiles": "i32", "E": 128, "EP": 128,
+        "BM": 64, "BLOCK": moe._SORT_BLOCK,
+    }  # fmt: skip
+    yield "sum of experts", moe.weighted_sum, {
+        "y": b, "weights": f, "out": b, "TOP_K": 8, "H": 2048, "BLOCK": moe._SUM_BLOCK,
     }  # fmt: skip
     yield "statistics", statistics._partial, {"logits": f, "V": 151936, "BLOCK": 1024, **parts}
     yield "statistics end", statistics._finish, {
@@ -141,7 +185,9 @@ def test_kernels_around_attention_compile_and_keep_their_values_in_registers(
 
 def test_mistake_5_nothing_that_a_step_changes_is_compiled_for() -> None:
     """Integers are compiled for anew where they are 1 or a multiple of 16, unless marked; tuning stops requests."""
-    for _, kernel, arguments in [("attend", attention.attend, {"table_stride": "i32"}), *around()]:
+    products = {"num_pairs": "i32", "num_tiles": "i32"}
+    others = [("attend", attention.attend, {"table_stride": "i32"}), ("experts", moe.grouped_product, products)]
+    for _, kernel, arguments in [*others, *around()]:
         changing = [
             parameter.name
             for parameter in kernel.params
