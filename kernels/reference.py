@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.routing import Router, choose_experts
+from kernels.truncation import truncate
 
 TILE_ROWS = 256
 """Longer spans are attended in tiles of this many rows, which bounds the score matrix."""
@@ -187,6 +188,9 @@ class ReferenceOps:
             y = self.linear(self.silu_mul(self.linear(x_TH[token], gate_up[expert])), down[expert])
             out_TH.index_add_(0, token, y.float() * weights_Tk[token, choice].unsqueeze(1))
         return out_TH.to(x_TH.dtype)
+
+    def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
+        truncate(logits_JV, min_p_J, top_k_J, top_p_J)
 
     def sample(
         self,

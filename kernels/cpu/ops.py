@@ -25,6 +25,7 @@ from kernels.cpu.layers import LayerTables
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.routing import Router, choose_experts
+from kernels.truncation import truncate
 
 AMX_ROWS = 16
 """A tile of the AMX unit has 16 rows; below, memory bandwidth bounds the product and nothing is gained."""
@@ -272,6 +273,9 @@ class CpuOps:
         for choice in range(top_k):
             out_TH += y_TkH[:, choice].float() * weights_Tk[:, choice, None]
         return out_TH.to(x_TH.dtype)
+
+    def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
+        truncate(logits_JV, min_p_J, top_k_J, top_p_J)
 
     def sample(
         self,

@@ -22,6 +22,7 @@ from kernels.triton.rope import qkv_rope_write
 from kernels.triton.sample import sample
 from kernels.triton.silu import silu_mul
 from kernels.triton.statistics import row_statistics
+from kernels.triton.truncate import truncate
 
 
 class TritonOps:
@@ -33,8 +34,8 @@ class TritonOps:
 
     def __init__(self, quantization: str | None = None, num_programs: int | None = None) -> None:
         self._torch = ReferenceOps(quantization)
-        num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
-        self._attention = PagedAttention(num_sms, num_programs)
+        self._num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
+        self._attention = PagedAttention(self._num_sms, num_programs)
         self.owns_threads = False
         self.name = "triton" if quantization is None else f"triton-{quantization}"
 
@@ -134,6 +135,9 @@ class TritonOps:
     def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
         """Not of `Ops` yet: see `reference.row_statistics`."""
         return row_statistics(logits_JV, ids_J)
+
+    def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
+        truncate(logits_JV, min_p_J, top_k_J, top_p_J, self._num_sms)
 
     def sample(
         self,

@@ -15,10 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.ops import Ops
+from kernels.truncation import NEG_INF
+from scheduler.types import Sampling
 from server.worker.grammar import GrammarMask
-from server.worker.recipe import CONSTRAINED, Feature, Recipe
+from server.worker.recipe import CONSTRAINED, FILTERS, Feature, Recipe
 from server.worker.sequences import Counts
-from server.worker.truncation import NEG_INF, keep_min_p, keep_top
+
+_UNFILTERED = Sampling()
 
 
 class JudgedRow(NamedTuple):
@@ -42,14 +46,14 @@ class JudgedRow(NamedTuple):
     behind: tuple[int, ...] = ()
 
 
-def process_logits(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
+def process_logits(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
     """Apply each row's rules to its logits, in place. Returns {row: message} for rows that no token can answer.
 
     logits_JV  float32 [J, V], finite; banned tokens become -inf
     A row with a message is left with no meaning and must not be sampled.
     """
     errors = constrain(logits_JV, rows)
-    temper(logits_JV, rows)
+    temper(ops, logits_JV, rows)
     return errors
 
 
@@ -72,14 +76,11 @@ def constrain(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
     return errors
 
 
-def temper(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+def temper(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
     """The second half: temperature, min_p, top_k, top_p."""
-    used = _used(rows)
     _divide_by_temperature(logits_JV, rows)
-    if used & Feature.MIN_P:
-        _on_rows(logits_JV, _with(rows, Feature.MIN_P), lambda part, at: keep_min_p(part, _min_p(rows, at, part)))
-    if used & Feature.TOP:
-        _on_rows(logits_JV, _with(rows, Feature.TOP), lambda part, at: keep_top(part, *_top(rows, at, part)))
+    if _used(rows) & FILTERS:
+        ops.truncate(logits_JV, *_filters(rows, logits_JV.device))
 
 
 def _used(rows: Sequence[JudgedRow]) -> int:
@@ -235,11 +236,11 @@ def _divide_by_temperature(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None
         logits_JV.div_(divisor.unsqueeze(1))
 
 
-def _min_p(rows: Sequence[JudgedRow], at: list[int], like: Tensor) -> Tensor:
-    return torch.tensor([rows[i].recipe.sampling.min_p for i in at], dtype=torch.float32, device=like.device)
-
-
-def _top(rows: Sequence[JudgedRow], at: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    top_k = torch.tensor([rows[i].recipe.sampling.top_k for i in at], device=like.device)
-    top_p = torch.tensor([rows[i].recipe.sampling.top_p for i in at], dtype=torch.float64, device=like.device)
-    return top_k, top_p
+def _filters(rows: Sequence[JudgedRow], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(min_p, top_k, top_p) of each row as `Ops.truncate` takes them, off where its recipe does not ask."""
+    asked = [row.recipe.sampling if row.recipe.features & FILTERS else _UNFILTERED for row in rows]
+    return (
+        torch.tensor([one.min_p for one in asked], dtype=torch.float32, device=device),
+        torch.tensor([one.top_k for one in asked], dtype=torch.int64, device=device),
+        torch.tensor([one.top_p for one in asked], dtype=torch.float64, device=device),
+    )

@@ -34,6 +34,8 @@ class Feature(IntFlag):
     TOP = 128
 
 
+FILTERS = int(Feature.MIN_P | Feature.TOP)
+"""Features that cut the tail, as a plain integer like `Recipe.features`."""
 CONSTRAINED = Feature.MIN_TOKENS | Feature.ALLOWED | Feature.BAD_WORDS | Feature.GRAMMAR
 """Features that ban tokens outright, so that a row may be left with none."""
 

@@ -1,4 +1,4 @@
-"""min_p, top_k and top_p: the filters that cut the tail of a distribution. Part of `process_logits`, used by it alone.
+"""min_p, top_k and top_p, the filters that cut the tail of a distribution: the one definition, for every back end.
 
 Each row is cut by a threshold on its own logits, so that the result depends on nothing else in the batch. On a CPU the
 threshold is found without sorting: a histogram over the distance to the best logit says in which bin the edge lies,
@@ -7,6 +7,8 @@ overlap.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,6 +24,27 @@ MAX_CELLS = 1 << 17
 
 _Floats = NDArray[np.float32]
 _Doubles = NDArray[np.float64]
+
+
+def truncate(logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
+    """`Ops.truncate`: first min_p, then top_k, then top_p of what is left, each on the rows that ask for it."""
+
+    def top(part_RV: Tensor, at: Tensor) -> None:
+        keep_top(part_RV, top_k_J[at], top_p_J[at])
+
+    _on_rows(logits_JV, min_p_J > 0, lambda part_RV, at: keep_min_p(part_RV, min_p_J[at]))
+    _on_rows(logits_JV, (top_k_J > 0) | (top_p_J < 1), top)
+
+
+def _on_rows(logits_JV: Tensor, is_asked_J: Tensor, change: Callable[[Tensor, Tensor], None]) -> None:
+    """Run `change` on some rows: on the whole if they are all of it, else on a copy that is put back."""
+    at = is_asked_J.nonzero().squeeze(1)
+    if len(at) == len(logits_JV):
+        change(logits_JV, at)
+    elif len(at):
+        part_RV = logits_JV[at]
+        change(part_RV, at)
+        logits_JV[at] = part_RV
 
 
 def keep_min_p(logits_RV: Tensor, min_p_R: Tensor) -> None:
