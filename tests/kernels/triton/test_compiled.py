@@ -17,7 +17,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("pip install triton: shows that the kernels compile for sm_80, sm_90, sm_100", allow_module_level=True)
 
-from kernels.triton import attention, moe, move, norm, rope, sample, silu, statistics
+from kernels.triton import attention, moe, move, norm, rope, sample, silu, statistics, truncate
 from kernels.triton.compiled import Usage, compile_kernel
 from kernels.triton.tiles import Geometry, large_geometry, padded_dim, small_geometry
 
@@ -133,6 +133,23 @@ def grouped_product(tiles: moe.ExpertTiles, arch: int, is_gated: bool, kind: str
     return compile_kernel(moe.grouped_product, arch, arguments, tiles.num_warps, tiles.num_stages)
 
 
+def filters(**sizes: int) -> dict[str, Any]:
+    return {
+        "logits": "*fp32", "log_min_p": "*fp32", "top_k": "*i64", "top_p": "*fp64", "peaks": "*fp32", "counts": "*i32",
+        "masses": "*i64", "found": "*fp32", "edges": "*i32", "last_ids": "*i32", "V": 151936, "PIVOTS": 16, **sizes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "weigh", "find"), [(80, 98, 102), (90, 98, 104), (100, 96, 119)])
+def test_filters_keep_their_sums_in_registers(arch: int, weigh: int, find: int) -> None:
+    """256 threads of 128 registers: two programs share a multiprocessor."""
+    for kernel, registers, splits in ((truncate._weigh, weigh, 16), (truncate._find_edges, find, 1)):
+        arguments = filters(BLOCK=truncate._PIVOT_BLOCK, SPLITS=splits)
+        usage = compile_kernel(kernel, arch, arguments, num_warps=8, num_stages=3)
+        assert usage.spills == 0
+        assert usage.registers <= min(128, registers + 8)
+
+
 def around() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Every other kernel with the types of a bfloat16 model."""
     b, f, i, long = "*bf16", "*fp32", "*i32", "*i64"
@@ -162,6 +179,8 @@ def around() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "sum of experts", moe.weighted_sum, {
         "y": b, "weights": f, "out": b, "TOP_K": 8, "H": 2048, "BLOCK": moe._SUM_BLOCK,
     }  # fmt: skip
+    for kernel in (truncate._peaks, truncate._collect, truncate._cut):
+        yield f"filters{kernel.__name__}", kernel, filters(BLOCK=truncate._BLOCK, SPLITS=16)
     yield "statistics", statistics._partial, {"logits": f, "V": 151936, "BLOCK": 1024, **parts}
     yield "statistics end", statistics._finish, {
         "logits": f, "ids": long, "best_id": long, "values": f, "num_rows": "i32", "V": 151936, **parts

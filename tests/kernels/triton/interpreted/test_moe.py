@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from dataclasses import replace
 
@@ -13,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.reference import ReferenceOps, fake_quantize
-from kernels.routing import Router, choose_experts
+from kernels.routing import Router
 from kernels.triton import moe
+from kernels.triton.gpu_checks import experts_error
 from kernels.triton.moe import ExpertStack, expert_tiles, grouped_product, max_tiles, sort_pairs
 from kernels.triton.ops import TritonOps
 from kernels.triton.tiles import next_power_of_two
 from tests.kernels.triton.worlds import poisoned
 
-UNITS = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
@@ -34,21 +33,10 @@ def stacks(num_experts: int, hidden: int, middle: int, dtype: torch.dtype) -> tu
 
 
 def check(x: Tensor, logits: Tensor, router: Router, gate_up: ExpertStack, down: ExpertStack) -> None:
-    """Every element in float64, bounded by what rounding h, y and the result explains of the magnitudes summed."""
     with poisoned():
         actual = TritonOps(num_programs=1).moe(x, logits, router, gate_up, down)
     assert actual.dtype == x.dtype
-    weights, experts = choose_experts(logits, router)
-    expected, mass = torch.zeros(x.shape).double(), torch.zeros(x.shape).double()
-    for choice in range(router.top_k):
-        both = torch.einsum("tk,tnk->tn", x.double(), gate_up.weight_ENK.double()[experts[:, choice]])
-        gate, up = both.chunk(2, 1)
-        inner = gate * gate.sigmoid() * up
-        product = down.weight_ENK.double()[experts[:, choice]]
-        expected += weights[:, choice, None] * torch.einsum("tk,tnk->tn", inner, product)
-        mass += weights[:, choice, None] * torch.einsum("tk,tnk->tn", inner.abs() + up.abs(), product.abs())
-    error = (actual.double() - expected).abs() / (UNITS[x.dtype] * (mass + expected.abs()))
-    assert not len(x) or float(error.nan_to_num(math.inf).max()) <= 1
+    assert experts_error(actual, x, logits, router, gate_up, down) <= 1
 
 
 @FEW
