@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers
+from kernels.edits import Edits
 from kernels.routing import Router
 
 
@@ -168,6 +169,10 @@ class Ops(Protocol):
 
         Choice and weights are those of `routing.choose_experts`; gate_up [2 I, H] and down [H, I] of `pack_experts`.
         """
+        ...
+
+    def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
+        """Bias, penalties, bans, masks and temperature in place, float32 and contiguous: `kernels.edits` defines it."""
         ...
 
     def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:

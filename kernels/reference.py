@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
+from kernels.edits import Edits, edit_logits
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.routing import Router, choose_experts
 from kernels.truncation import truncate
@@ -188,6 +189,9 @@ class ReferenceOps:
             y = self.linear(self.silu_mul(self.linear(x_TH[token], gate_up[expert])), down[expert])
             out_TH.index_add_(0, token, y.float() * weights_Tk[token, choice].unsqueeze(1))
         return out_TH.to(x_TH.dtype)
+
+    def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
+        edit_logits(logits_JV, edits)
 
     def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
         truncate(logits_JV, min_p_J, top_k_J, top_p_J)

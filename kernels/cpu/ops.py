@@ -23,6 +23,7 @@ from kernels.cpu.arguments import RowsCheck, attention_args, move_args, qkv_args
 from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.layers import LayerTables
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
+from kernels.edits import Edits, edit_logits
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.routing import Router, choose_experts
 from kernels.truncation import truncate
@@ -273,6 +274,9 @@ class CpuOps:
         for choice in range(top_k):
             out_TH += y_TkH[:, choice].float() * weights_Tk[:, choice, None]
         return out_TH.to(x_TH.dtype)
+
+    def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
+        edit_logits(logits_JV, edits)
 
     def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
         truncate(logits_JV, min_p_J, top_k_J, top_p_J)

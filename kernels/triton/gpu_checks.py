@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.edits import Cells, Edits, Masks, Penalties, edit_logits
 from kernels.ops import AttentionRows
 from kernels.reference import ReferenceOps, row_statistics
 from kernels.routing import Router, choose_experts
@@ -209,6 +211,7 @@ def twin_checks(
     yield "row_statistics best_id", 0.0 if torch.equal(found.best_id, wanted.best_id) else math.inf
     for field in ("best", "second", "lse", "entropy", "logit"):
         yield f"row_statistics {field}", share(getattr(found, field), getattr(wanted, field), 2.0**-16)
+    yield "edit_logits", _edits_error(ops, random(9, vocab) * 5)
     yield from _filter_errors(ops, random(len(FILTERS), vocab) * 3)
     key = ids * 77, ids + (3 << 16), ids
     greedy = ids == 1
@@ -233,6 +236,24 @@ def experts_error(
         mass.index_add_(0, rows, weights * ((inner.abs() + up.abs()) @ matrix_IH.abs()))
     error = (actual_TH.double() - expected).abs() / (unit * (mass + expected.abs()))
     return float(error.nan_to_num(math.inf).max()) if len(x_TH) else 0.0
+
+
+def _edits_error(ops: TritonOps, logits_JV: Tensor) -> float:
+    """0 if all kinds of edits together give the twin's bits."""
+    (num_rows, vocab), generator = logits_JV.shape, np.random.default_rng(0)
+    rows = np.repeat(np.arange(0, num_rows, 2), 300)
+    each = [np.concatenate([generator.permutation(vocab)[:300] for _ in range(0, num_rows, 2)]) for _ in range(3)]
+    values = generator.integers(0, 9, len(rows)).astype(np.float32)
+    rules = generator.uniform(0.3, 2.0, (4, num_rows)).astype(np.float32)
+    bits = generator.integers(-(1 << 31), 1 << 31, (3, -(-vocab // 32))).astype(np.int32)
+    edits = Edits(
+        Cells(rows, each[0], values / np.float32(7)), Penalties(Cells(rows, each[1], values), *rules[:3]),
+        Cells(rows, each[2]), Masks(np.asarray([0, 1, num_rows - 1]), bits), rules[3],
+    )  # fmt: skip
+    expected = logits_JV.clone()
+    ops.edit_logits(logits_JV, edits)
+    edit_logits(expected, edits)
+    return 0.0 if torch.equal(logits_JV, expected) else math.inf
 
 
 def _filter_errors(ops: TritonOps, logits_JV: Tensor) -> Iterator[tuple[str, float]]:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
+from kernels.edits import Edits
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.reference import DenseLinear, ReferenceOps, RowStatistics, dense_weight
 from kernels.routing import Router, choose_experts
+from kernels.triton.edits import edit_logits
 from kernels.triton.moe import ExpertStack, moe, pack_experts
 from kernels.triton.move import move_kv
 from kernels.triton.norm import add_rms_norm, rms_norm
@@ -135,6 +137,9 @@ class TritonOps:
     def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
         """Not of `Ops` yet: see `reference.row_statistics`."""
         return row_statistics(logits_JV, ids_J)
+
+    def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
+        edit_logits(logits_JV, edits)
 
     def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
         truncate(logits_JV, min_p_J, top_k_J, top_p_J, self._num_sms)

@@ -118,7 +118,7 @@ def _measure(ops: Ops, logits_JV: Tensor, asked: Sequence[Asked], mask_id: int, 
         logits_JV[:, mask_id] = NEG_INF
     wanted = [index for index, row in enumerate(rows) if row.recipe.sampling.logprobs is not None]
     raw_RV = torch.log_softmax(logits_JV[torch.tensor(wanted, device=device)], dim=1) if wanted else None
-    errors = constrain(logits_JV, rows) | errors
+    errors = constrain(ops, logits_JV, rows) | errors
     measured_JV = _temper(ops, logits_JV, rows, asked)
     best_J = measured_JV.argmax(dim=1)
     tokens_J = torch.where(

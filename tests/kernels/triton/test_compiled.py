@@ -17,7 +17,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("pip install triton: shows that the kernels compile for sm_80, sm_90, sm_100", allow_module_level=True)
 
-from kernels.triton import attention, moe, move, norm, rope, sample, silu, statistics, truncate
+from kernels.triton import attention, edits, moe, move, norm, rope, sample, silu, statistics, truncate
 from kernels.triton.compiled import Usage, compile_kernel
 from kernels.triton.tiles import Geometry, large_geometry, padded_dim, small_geometry
 
@@ -178,6 +178,13 @@ def around() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     }  # fmt: skip
     yield "sum of experts", moe.weighted_sum, {
         "y": b, "weights": f, "out": b, "TOP_K": 8, "H": 2048, "BLOCK": moe._SUM_BLOCK,
+    }  # fmt: skip
+    yield "edits of cells", edits._edit_cells, {
+        "logits": f, "starts": i, "ids": i, "values": f, "rules": f, "num_rows": "i32", "V": 151936,
+        "BLOCK": edits._CELLS,
+    }  # fmt: skip
+    yield "masks and temperature", edits._mask_and_divide, {
+        "logits": f, "masks": i, "bits": i, "temperatures": f, "V": 151936, "BLOCK": edits._BLOCK, "SPLITS": 16,
     }  # fmt: skip
     for kernel in (truncate._peaks, truncate._collect, truncate._cut):
         yield f"filters{kernel.__name__}", kernel, filters(BLOCK=truncate._BLOCK, SPLITS=16)

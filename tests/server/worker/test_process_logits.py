@@ -107,6 +107,7 @@ FEATURES: dict[str, dict[str, object]] = {
     "greedy": {"temperature": 0.0, "top_k": 3, "top_p": 0.5, "min_p": 0.9},
     "nearly greedy": {"temperature": 1e-3},
     "logit_bias": {"logit_bias": ((3, 5.0), (7, -100.0), (49, 2.5))},
+    "logit_bias of one token twice": {"logit_bias": ((3, 5.0), (3, -2.0), (49, 2.5))},
     "repetition": {"repetition_penalty": 1.7},
     "repetition below one": {"repetition_penalty": 0.6},
     "presence": {"presence_penalty": 1.5},
@@ -217,6 +218,16 @@ def test_a_complete_grammar_may_end_however_short_the_output() -> None:
     logits = torch.zeros(1, VOCAB)
     assert process_logits(OPS, logits, [row]) == {}
     assert (logits[0] > -math.inf).nonzero().squeeze(1).tolist() == [EOS]
+
+
+def test_allowed_ids_and_a_grammar_must_both_allow() -> None:
+    sampling = Sampling(allowed_token_ids=(2, 4, 33, 49), grammar=Grammar(GrammarKind.REGEX, "x"))
+    rows = [make_row(sampling, grammar=allowed) for allowed in ([4, 9, 33], [5, 6])]
+    logits = torch.zeros(3, VOCAB)
+    errors = process_logits(OPS, logits, [*rows, make_row(Sampling())])
+    assert (logits[0] > -math.inf).nonzero().squeeze(1).tolist() == [4, 33]
+    assert errors == {1: "no token is allowed at output position 0 by ALLOWED, GRAMMAR"}
+    assert (logits[2] == 0).all()
 
 
 def test_rows_without_a_rule_come_out_as_they_went_in() -> None:
