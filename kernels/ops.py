@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.blocks import AttentionBlock, DenseLayers
 from kernels.edits import Edits
 from kernels.routing import Router
+from kernels.truncation import Filters
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,14 @@ class Ops(Protocol):
         """Bias, penalties, bans, masks and temperature in place, float32 and contiguous: `kernels.edits` defines it."""
         ...
 
-    def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
+    def truncate(self, logits_JV: Tensor, filters: Filters) -> None:
         """Ban in place (-inf) what min_p, then top_k, then top_p cut off: `truncation.truncate` defines it.
 
         logits_JV  float32, divided by the temperature, contiguous; each row holds a finite value, none is NaN or +inf
-        min_p_J    float32, 0 = off: tokens less likely than min_p x the likeliest go
-        top_k_J    int64, 0 = off: the k best stay, and what equals the k-th
-        top_p_J    float64, 1 = off: the fewest best stay whose share of what is left reaches p, at least one; of equal
-                   tokens at the edge the lowest ids
+        min_p      tokens less likely than min_p x the likeliest go
+        top_k      the k best stay, and what equals the k-th
+        top_p      the fewest best stay whose share of what is left reaches p, at least one; of equal tokens at the edge
+                   the lowest ids
         """
         ...
 

@@ -18,7 +18,7 @@ from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
 from kernels.edits import Edits, edit_logits
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.routing import Router, choose_experts
-from kernels.truncation import truncate
+from kernels.truncation import Filters, truncate
 
 TILE_ROWS = 256
 """Longer spans are attended in tiles of this many rows, which bounds the score matrix."""
@@ -193,8 +193,8 @@ class ReferenceOps:
     def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
         edit_logits(logits_JV, edits)
 
-    def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
-        truncate(logits_JV, min_p_J, top_k_J, top_p_J)
+    def truncate(self, logits_JV: Tensor, filters: Filters) -> None:
+        truncate(logits_JV, filters)
 
     def sample(
         self,

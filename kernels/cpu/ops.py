@@ -26,7 +26,7 @@ from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
 from kernels.edits import Edits, edit_logits
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.routing import Router, choose_experts
-from kernels.truncation import truncate
+from kernels.truncation import Filters, truncate
 
 AMX_ROWS = 16
 """A tile of the AMX unit has 16 rows; below, memory bandwidth bounds the product and nothing is gained."""
@@ -278,8 +278,8 @@ class CpuOps:
     def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
         edit_logits(logits_JV, edits)
 
-    def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
-        truncate(logits_JV, min_p_J, top_k_J, top_p_J)
+    def truncate(self, logits_JV: Tensor, filters: Filters) -> None:
+        truncate(logits_JV, filters)
 
     def sample(
         self,

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.edits import Cells, Edits
+from kernels.triton.upload import upload
 
 _BLOCK = 1024
 _CELLS = 512
 _SPLITS = 16
-_ALIGN = 4
-"""Words of int32 that an array in the buffer starts at a multiple of: 16 bytes."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -102,10 +101,10 @@ def edit_logits(logits_JV: Tensor, edits: Edits) -> None:
         return
     lists = [edits.bias, None if edits.penalties is None else edits.penalties.cells, edits.banned]
     if any(cells is not None for cells in lists):
-        arrays = _rows_of_cells(lists, num_rows)
-        starts, ids, values, rules = _upload([*arrays, _penalty_rules(edits, num_rows)], logits_JV.device)
+        arrays = *_rows_of_cells(lists, num_rows), _penalty_rules(edits, num_rows)
+        starts, ids, values, rules = upload(arrays, logits_JV.device)
         _edit_cells[(num_rows,)](
-            logits_JV, starts, ids, values.view(torch.float32), rules.view(torch.float32), num_rows,
+            logits_JV, starts, ids, values, rules, num_rows,
             V=vocab, BLOCK=_CELLS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     if edits.masks is not None or edits.temperatures is not None:
@@ -115,14 +114,16 @@ def edit_logits(logits_JV: Tensor, edits: Edits) -> None:
             of_row[edits.masks.rows] = np.arange(len(edits.masks.rows), dtype=np.int32)
             bits = edits.masks.bits
         divisors = edits.temperatures if edits.temperatures is not None else np.ones(num_rows, dtype=np.float32)
-        masks, words, temperatures = _upload([of_row, bits, divisors], logits_JV.device)
+        masks, words, temperatures = upload([of_row, bits, divisors], logits_JV.device)
         _mask_and_divide[(num_rows, _SPLITS)](
-            logits_JV, masks, words, temperatures.view(torch.float32), V=vocab, BLOCK=_BLOCK, SPLITS=_SPLITS,
+            logits_JV, masks, words, temperatures, V=vocab, BLOCK=_BLOCK, SPLITS=_SPLITS,
             num_warps=4,
         )  # fmt: skip
 
 
-def _rows_of_cells(lists: Sequence[Cells | None], num_rows: int) -> tuple[NDArray[np.int32], ...]:
+def _rows_of_cells(
+    lists: Sequence[Cells | None], num_rows: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     """`starts`, `ids` and `values` of `_edit_cells`: the lists one after the other."""
     starts, ids, values, first = [], [], [], 0
     for cells in lists:
@@ -133,21 +134,10 @@ def _rows_of_cells(lists: Sequence[Cells | None], num_rows: int) -> tuple[NDArra
         ids.append(cells.ids.astype(np.int32))
         values.append(np.zeros(len(cells.ids), dtype=np.float32) if cells.values is None else cells.values)
         first += len(cells.ids)
-    return np.stack(starts), np.concatenate(ids), np.concatenate(values).view(np.int32)
+    return np.stack(starts), np.concatenate(ids), np.concatenate(values)
 
 
 def _penalty_rules(edits: Edits, num_rows: int) -> NDArray[np.float32]:
     if edits.penalties is None:
         return np.zeros((3, num_rows), dtype=np.float32)
     return np.stack(edits.penalties[1:])
-
-
-def _upload(arrays: Sequence[NDArray[np.int32] | NDArray[np.float32]], device: torch.device) -> list[Tensor]:
-    """The arrays as flat int32 tensors of one buffer, copied in one go."""
-    sizes = [-(-array.size // _ALIGN) * _ALIGN for array in arrays]
-    ends = np.cumsum(sizes).tolist()
-    flat = np.zeros(ends[-1], dtype=np.int32)
-    for array, end, size in zip(arrays, ends, sizes, strict=True):
-        flat[end - size : end - size + array.size] = array.ravel().view(np.int32)
-    buffer = torch.from_numpy(flat).to(device)
-    return [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]

@@ -21,7 +21,7 @@ from kernels.routing import Router, choose_experts
 from kernels.triton.moe import ExpertStack
 from kernels.triton.norm import add_rms_norm
 from kernels.triton.ops import TritonOps
-from kernels.truncation import truncate
+from kernels.truncation import Filters, truncate
 
 MASK_ALL = 1 << 30
 SHAPES = [
@@ -256,18 +256,22 @@ def _edits_error(ops: TritonOps, logits_JV: Tensor) -> float:
     return 0.0 if torch.equal(logits_JV, expected) else math.inf
 
 
+def filters_of(rules: Sequence[tuple[float, int, float]]) -> Filters:
+    """Of a row each (min_p, top_k, top_p)."""
+    min_p, top_k, top_p = (np.asarray(column) for column in zip(*rules, strict=True))
+    return Filters(min_p.astype(np.float32), top_k.astype(np.int64), top_p.astype(np.float64))
+
+
 def _filter_errors(ops: TritonOps, logits_JV: Tensor) -> Iterator[tuple[str, float]]:
     """Of each of FILTERS: the share of a row's mass that only one of the two keeps, in units of 2^-20.
 
     Sums in another order may end a token further.
     """
-    device = logits_JV.device
-    columns = [torch.tensor(column, device=device) for column in zip(*FILTERS, strict=True)]
-    rules = columns[0].float(), columns[1], columns[2].double()
+    rules = filters_of(FILTERS)
     logits_JV[:, ::7] = logits_JV[:, ::7].round()  # ties
     actual, expected = logits_JV.clone(), logits_JV.clone()
-    ops.truncate(actual, *rules)
-    truncate(expected, *rules)
+    ops.truncate(actual, rules)
+    truncate(expected, rules)
     weights = logits_JV.double().softmax(1)
     apart = ((actual != expected) * weights).sum(1) / (expected.isfinite() * weights).sum(1)
     for rule, share, row, wanted in zip(FILTERS, apart.tolist(), actual, expected, strict=True):
@@ -313,11 +317,11 @@ def repeat_checks(
     logits, ids = torch.randn(num_judged, 5000, device=device), torch.arange(num_judged, device=device)
     x, router = torch.randn(9, 64, device=device).half(), Router(2, True)
     gate_up, down = (ExpertStack(torch.randn(6, *size, device=device).half()) for size in ((96, 64), (64, 48)))
-    rules = torch.full((num_judged,), 0.0, device=device), ids * 0 + 40, torch.full_like(logits[:, 0], 0.9).double()
+    rules = filters_of([(0.0, 40, 0.9)] * num_judged)
 
     def truncated() -> Tensor:
         cut = logits.clone()
-        ops.truncate(cut, *rules)
+        ops.truncate(cut, rules)
         return cut
 
     calls: list[tuple[str, Callable[[], Tensor]]] = [

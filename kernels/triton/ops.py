@@ -25,6 +25,7 @@ from kernels.triton.sample import sample
 from kernels.triton.silu import silu_mul
 from kernels.triton.statistics import row_statistics
 from kernels.triton.truncate import truncate
+from kernels.truncation import Filters
 
 
 class TritonOps:
@@ -141,8 +142,8 @@ class TritonOps:
     def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
         edit_logits(logits_JV, edits)
 
-    def truncate(self, logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor) -> None:
-        truncate(logits_JV, min_p_J, top_k_J, top_p_J, self._num_sms)
+    def truncate(self, logits_JV: Tensor, filters: Filters) -> None:
+        truncate(logits_JV, filters, self._num_sms)
 
     def sample(
         self,

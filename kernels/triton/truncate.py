@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.upload import upload
+from kernels.truncation import Filters, log_min_p
+
 _BLOCK = 1024
 _PIVOT_BLOCK = 256
 _PIVOTS = 16
@@ -318,7 +321,7 @@ def _cut(
             tl.store(logits + row * V + v, float("-inf"), mask=(v < end) & (stays == 0))
 
 
-def truncate(logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tensor, num_sms: int) -> None:
+def truncate(logits_JV: Tensor, filters: Filters, num_sms: int) -> None:
     """`Ops.truncate`. A row is one program's from `num_sms` rows on, several programs' below.
 
     Raises ValueError or TypeError if the logits are not contiguous float32 of at most MAX_VOCAB ids.
@@ -338,7 +341,7 @@ def truncate(logits_JV: Tensor, min_p_J: Tensor, top_k_J: Tensor, top_p_J: Tenso
     masses = torch.empty((num_rows, splits, _PIVOTS), dtype=torch.int64, device=device)
     found = torch.empty((num_rows, vocab), dtype=torch.float32, device=device)
     edges, last_ids = (torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(2))
-    rules = logits_JV, min_p_J.log().contiguous(), top_k_J.contiguous(), top_p_J.contiguous()
+    rules = logits_JV, *upload([log_min_p(filters.min_p), filters.top_k, filters.top_p], device)
     grid, cut = (num_rows, splits), {"V": vocab, "SPLITS": splits}
     _peaks[grid](*rules, peaks, BLOCK=_BLOCK, **cut, num_warps=4)
     _weigh[grid](*rules, peaks, counts, masses, BLOCK=_PIVOT_BLOCK, PIVOTS=_PIVOTS, **cut, num_warps=8)

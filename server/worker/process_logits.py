@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.edits import Cells, Edits, Masks, Penalties
 from kernels.ops import Ops
+from kernels.truncation import Filters
 from scheduler.types import Sampling
 from server.worker.grammar import GrammarMask
 from server.worker.recipe import CONSTRAINED, FILTERS, Feature, Recipe
@@ -88,7 +89,7 @@ def _edit(
 
 def _filter(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
     if _used(rows) & FILTERS:
-        ops.truncate(logits_JV, *_filters(rows, logits_JV.device))
+        ops.truncate(logits_JV, _filters(rows))
 
 
 def _used(rows: Sequence[JudgedRow]) -> int:
@@ -220,11 +221,11 @@ def _temperatures(rows: Sequence[JudgedRow]) -> NDArray[np.float32] | None:
     return np.asarray(temperatures, dtype=np.float32)
 
 
-def _filters(rows: Sequence[JudgedRow], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(min_p, top_k, top_p) of each row as `Ops.truncate` takes them, off where its recipe does not ask."""
+def _filters(rows: Sequence[JudgedRow]) -> Filters:
+    """Of each row, off where its recipe does not ask."""
     asked = [row.recipe.sampling if row.recipe.features & FILTERS else _UNFILTERED for row in rows]
-    return (
-        torch.tensor([one.min_p for one in asked], dtype=torch.float32, device=device),
-        torch.tensor([one.top_k for one in asked], dtype=torch.int64, device=device),
-        torch.tensor([one.top_p for one in asked], dtype=torch.float64, device=device),
+    return Filters(
+        np.asarray([one.min_p for one in asked], dtype=np.float32),
+        np.asarray([one.top_k for one in asked], dtype=np.int64),
+        np.asarray([one.top_p for one in asked], dtype=np.float64),
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from kernels.truncation import _keep_top_by_sorting, keep_top, truncate
+from kernels.truncation import Filters, _keep_top_by_sorting, keep_top, truncate
 
 
 def kept(logits: list[float], min_p: float, top_k: int, top_p: float) -> list[int]:
@@ -42,21 +42,21 @@ def test_a_mixture_of_rows_is_cut_row_by_row(seed: int) -> None:
         (rng.choice([0, 0, 0.07, 1.0]), rng.choice([0, 0, 1, 7, 99]), rng.choice([1, 1, 0.03, 0.6, 0.95]))
         for _ in range(9)
     ]
-    cut, columns = logits.clone(), columns_of(rules)
-    truncate(cut, *columns)
+    cut, filters = logits.clone(), filters_of(rules)
+    truncate(cut, filters)
     for row, rule in enumerate(rules):
         expected = torch.full_like(logits[row], -math.inf)
         at = kept(logits[row].tolist(), *rule)
         expected[at] = logits[row, at]
         assert torch.equal(cut[row], expected), rule
         alone = logits[row : row + 1].clone()
-        truncate(alone, *(column[row : row + 1] for column in columns))
+        truncate(alone, filters.of(np.arange(row, row + 1)))
         assert torch.equal(alone[0], expected)
 
 
-def columns_of(rules: list[tuple[float, int, float]]) -> tuple[Tensor, Tensor, Tensor]:
-    min_p, top_k, top_p = zip(*rules, strict=True)
-    return torch.tensor(min_p, dtype=torch.float32), torch.tensor(top_k), torch.tensor(top_p, dtype=torch.float64)
+def filters_of(rules: list[tuple[float, int, float]]) -> Filters:
+    min_p, top_k, top_p = (np.asarray(column) for column in zip(*rules, strict=True))
+    return Filters(min_p.astype(np.float32), top_k.astype(np.int64), top_p.astype(np.float64))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -70,9 +70,10 @@ def test_the_histogram_and_the_sort_cut_the_same_tokens(seed: int) -> None:
     top_p = torch.rand(40, generator=generator, dtype=torch.float64)
     top_p[torch.rand(40, generator=generator) < 0.3] = 1.0
     by_histogram, by_sort = logits.clone(), logits.clone()
-    keep_top(by_histogram, top_k, top_p)
-    _keep_top_by_sorting(by_sort, top_k, top_p)
+    filters = Filters(np.zeros(40, dtype=np.float32), top_k.numpy(), top_p.numpy())
+    keep_top(by_histogram, filters)
+    _keep_top_by_sorting(by_sort, filters)
     assert torch.equal(by_histogram, by_sort)
     one = logits[7:8].clone()
-    keep_top(one, top_k[7:8], top_p[7:8])
+    keep_top(one, filters.of(np.arange(7, 8)))
     assert torch.equal(one[0], by_histogram[7])

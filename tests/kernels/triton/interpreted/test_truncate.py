@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kernels import truncation
 from kernels.triton import truncate as kernels
+from kernels.triton.gpu_checks import filters_of
 from kernels.triton.truncate import truncate
 from tests.kernels.triton.worlds import poisoned
 
@@ -32,12 +34,10 @@ def small_blocks() -> Iterator[None]:
 
 
 def check(logits: Tensor, rules: list[Rule], num_sms: int) -> Tensor:
-    min_p, top_k, top_p = zip(*rules, strict=True)
-    columns = torch.tensor(min_p, dtype=torch.float32), torch.tensor(top_k), torch.tensor(top_p, dtype=torch.float64)
-    actual, expected = logits.clone(), logits.clone()
+    actual, expected, filters = logits.clone(), logits.clone(), filters_of(rules)
     with poisoned():
-        truncate(actual, *columns, num_sms)
-    truncation.truncate(expected, *columns)
+        truncate(actual, filters, num_sms)
+    truncation.truncate(expected, filters)
     for row, rule in enumerate(rules):
         assert torch.equal(actual[row], expected[row]), (rule, actual[row].isinf().sum(), expected[row].isinf().sum())
     return actual
@@ -109,11 +109,10 @@ def test_rows_without_a_filter_are_not_looked_at() -> None:
     logits = torch.randn(2, 40, generator=torch.Generator().manual_seed(1))
     logits[0, 3] = math.nan
     cut = logits.clone()
-    truncate(cut, torch.zeros(2), torch.tensor([0, 5]), torch.ones(2).double(), MANY)
+    truncate(cut, filters_of([OFF, (0.0, 5, 1.0)]), MANY)
     assert torch.equal(cut[0].nan_to_num(), logits[0].nan_to_num())
     assert int((cut[1] > -math.inf).sum()) == 5
-    empty = logits[:0]
-    truncate(empty, torch.zeros(0), torch.zeros(0).long(), torch.ones(0).double(), MANY)
+    truncate(logits[:0], filters_of([OFF]).of(np.arange(0)), MANY)
 
 
 @pytest.mark.parametrize(
@@ -126,4 +125,4 @@ def test_rows_without_a_filter_are_not_looked_at() -> None:
 )
 def test_logits_that_cannot_be_cut_in_place_are_refused(logits: Tensor, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        truncate(logits, torch.zeros(2), torch.ones(2).long(), torch.ones(2).double(), MANY)
+        truncate(logits, filters_of([OFF] * len(logits)), MANY)
