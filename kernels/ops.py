@@ -9,7 +9,7 @@ P pages, S page_size, N sequences (or out features of a weight), I intermediate 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers
+from kernels.edits import Edits
 from kernels.routing import Router
+from kernels.truncation import Filters
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,13 @@ class Ops(Protocol):
 
         Projections of one input are concatenated along `out` by the caller (q, k, v; gate, up). Weight-only
         quantisation is a property of the back end, not of this call.
+        """
+        ...
+
+    def pack_experts(self, num_experts: int, weight_of: Callable[[int], Tensor]) -> Sequence[PackedLinear]:
+        """Take over one projection [N, K] of every expert, without biases, for `moe`.
+
+        weight_of  gives expert e's weight and is asked in order, once each; one of them is in memory at a time
         """
         ...
 
@@ -171,7 +180,22 @@ class Ops(Protocol):
     ) -> Tensor:
         """Sum over the row's chosen experts of weight * down(silu_mul(gate_up(x))), [T, H].
 
-        Choice and weights are those of `routing.choose_experts`.
+        Choice and weights are those of `routing.choose_experts`; gate_up [2 I, H] and down [H, I] of `pack_experts`.
+        """
+        ...
+
+    def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
+        """Bias, penalties, bans, masks and temperature in place, float32 and contiguous: `kernels.edits` defines it."""
+        ...
+
+    def truncate(self, logits_JV: Tensor, filters: Filters) -> None:
+        """Ban in place (-inf) what min_p, then top_k, then top_p cut off: `truncation.truncate` defines it.
+
+        logits_JV  float32, divided by the temperature, contiguous; each row holds a finite value, none is NaN or +inf
+        min_p      tokens less likely than min_p x the likeliest go
+        top_k      the k best stay, and what equals the k-th
+        top_p      the fewest best stay whose share of what is left reaches p, at least one; of equal tokens at the edge
+                   the lowest ids
         """
         ...
 

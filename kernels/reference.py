@@ -6,7 +6,7 @@ Any device, float32, bfloat16 or float16. Legend of shapes in ops.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
+from kernels.edits import Edits, edit_logits
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics
 from kernels.routing import Router, choose_experts
+from kernels.truncation import Filters, truncate
 
 TILE_ROWS = 256
 """Longer spans are attended in tiles of this many rows, which bounds the score matrix."""
@@ -94,6 +96,9 @@ class ReferenceOps:
         if self.quantization is not None:
             weight_NK = fake_quantize(weight_NK, self.quantization)
         return DenseLinear(weight_NK.contiguous(), bias_N)
+
+    def pack_experts(self, num_experts: int, weight_of: Callable[[int], Tensor]) -> list[DenseLinear]:
+        return [self.pack_linear(weight_of(expert)) for expert in range(num_experts)]
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
         dense = dense_weight(weight)
@@ -184,6 +189,12 @@ class ReferenceOps:
             y = self.linear(self.silu_mul(self.linear(x_TH[token], gate_up[expert])), down[expert])
             out_TH.index_add_(0, token, y.float() * weights_Tk[token, choice].unsqueeze(1))
         return out_TH.to(x_TH.dtype)
+
+    def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
+        edit_logits(logits_JV, edits)
+
+    def truncate(self, logits_JV: Tensor, filters: Filters) -> None:
+        truncate(logits_JV, filters)
 
     def sample(
         self,

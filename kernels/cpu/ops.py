@@ -8,7 +8,7 @@ Legend of shapes in kernels/ops.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref, pointer
 from pathlib import Path
 from typing import Literal, cast
@@ -23,8 +23,10 @@ from kernels.cpu.arguments import RowsCheck, attention_args, move_args, qkv_args
 from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.layers import LayerTables
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
+from kernels.edits import Edits, edit_logits
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics
 from kernels.routing import Router, choose_experts
+from kernels.truncation import Filters, truncate
 
 AMX_ROWS = 16
 """A tile of the AMX unit has 16 rows; below, memory bandwidth bounds the product and nothing is gained."""
@@ -99,6 +101,9 @@ class CpuOps:
             reordered = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous())
             onednn = (reordered, None if bias_N is None else bias_N.to(torch.bfloat16))
         return CpuLinear(num_out, num_in, struct, tensors, onednn)
+
+    def pack_experts(self, num_experts: int, weight_of: Callable[[int], Tensor]) -> list[CpuLinear]:
+        return [self.pack_linear(weight_of(expert)) for expert in range(num_experts)]
 
     def _panels(self, weight_NK: Tensor, padded_out: int) -> tuple[tuple[Tensor, ...], int]:
         """The weight in its panel layout (and scales), and the layout's WeightFormat."""
@@ -269,6 +274,12 @@ class CpuOps:
         for choice in range(top_k):
             out_TH += y_TkH[:, choice].float() * weights_Tk[:, choice, None]
         return out_TH.to(x_TH.dtype)
+
+    def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
+        edit_logits(logits_JV, edits)
+
+    def truncate(self, logits_JV: Tensor, filters: Filters) -> None:
+        truncate(logits_JV, filters)
 
     def sample(
         self,

@@ -10,13 +10,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.edits import Cells, Edits, Masks, Penalties, edit_logits
 from kernels.ops import AttentionRows
 from kernels.reference import ReferenceOps
+from kernels.routing import Router, choose_experts
+from kernels.triton.moe import ExpertStack
 from kernels.triton.norm import add_rms_norm
 from kernels.triton.ops import TritonOps
+from kernels.truncation import Filters, truncate
 
 MASK_ALL = 1 << 30
 SHAPES = [
@@ -24,6 +29,8 @@ SHAPES = [
     (2, 1, 256, 64, None),
 ]  # fmt: skip
 """Query heads, kv heads, head size, page size, window."""
+FILTERS = [(0.0, 0, 1.0), (0.05, 0, 1.0), (0.0, 40, 1.0), (0.0, 0, 0.9), (0.01, 50, 0.7), (0.0, 0, 0.9999)]
+"""min_p, top_k, top_p."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -162,8 +169,13 @@ def attention_checks(ops: TritonOps, device: torch.device, spans: Sequence[Span]
             yield what, worst_error(world, out, scale, window)
 
 
-def twin_checks(ops: TritonOps, device: torch.device, vocab: int) -> Iterator[tuple[str, float]]:
-    """(what, worst difference from the plain-torch twin as a share of what rounding explains) of all other kernels."""
+def twin_checks(
+    ops: TritonOps, device: torch.device, vocab: int, expert_rows: Sequence[int] = (1, 9, 400, 4000)
+) -> Iterator[tuple[str, float]]:
+    """(what, worst difference from the plain-torch twin as a share of what rounding explains) of all other kernels.
+
+    expert_rows  steps of so many rows go through 6 experts: with the default, all tile shapes
+    """
     twin = ReferenceOps()
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -181,6 +193,11 @@ def twin_checks(ops: TritonOps, device: torch.device, vocab: int) -> Iterator[tu
         yield f"silu_mul {dtype}", share(ops.silu_mul(x), twin.silu_mul(x), unit)
         yield f"logits {dtype}", _logits_error(ops, random(5, 256, dtype=dtype), random(999, 256, dtype=dtype))
         yield f"qkv_rope_write {dtype}", _rope_error(ops, twin, dtype, device, unit)
+        gate_up, down = (ExpertStack(random(6, *size, dtype=dtype) / 8) for size in ((160, 72), (72, 80)))
+        for num_rows in expert_rows:
+            x, logits, router = random(num_rows, 72, dtype=dtype), random(num_rows, 6) * 2, Router(2, True)
+            error = experts_error(ops.moe(x, logits, router, gate_up, down), x, logits, router, gate_up, down)
+            yield f"moe {dtype} {num_rows} rows", error
         k, v = random(5, 2, 7, 40, dtype=dtype), random(5, 2, 7, 40, dtype=dtype)
         copies = k.clone(), v.clone()
         moves = torch.tensor([8, 9, 30, 3], device=device), torch.tensor([7, 8, 3, 4], device=device)
@@ -194,11 +211,75 @@ def twin_checks(ops: TritonOps, device: torch.device, vocab: int) -> Iterator[tu
     yield "row_statistics best_id", 0.0 if torch.equal(found.best_id, wanted.best_id) else math.inf
     for field in ("best", "second", "lse", "entropy", "logit"):
         yield f"row_statistics {field}", share(getattr(found, field), getattr(wanted, field), 2.0**-16)
+    yield "edit_logits", _edits_error(ops, random(9, vocab) * 5)
+    yield from _filter_errors(ops, random(len(FILTERS), vocab) * 3)
     key = ids * 77, ids + (3 << 16), ids
     greedy = ids == 1
     for stream in (0, 1, 0xFFFFFFFF):
         same = torch.equal(ops.sample(logits, *key, greedy, stream), twin.sample(logits, *key, greedy, stream))
         yield f"sample stream {stream}", 0.0 if same else math.inf
+
+
+def experts_error(
+    actual_TH: Tensor, x_TH: Tensor, logits_TE: Tensor, router: Router, gate_up: ExpertStack, down: ExpertStack
+) -> float:
+    """Worst error of `Ops.moe` against float64, as a share of what rounding explains of the magnitudes summed."""
+    unit = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[x_TH.dtype]
+    weights_Tk, experts_Tk = choose_experts(logits_TE, router)
+    expected, mass = torch.zeros_like(x_TH, dtype=torch.float64), torch.zeros_like(x_TH, dtype=torch.float64)
+    for expert in range(len(down)):
+        rows, choice = (experts_Tk == expert).nonzero(as_tuple=True)
+        gate, up = (x_TH[rows].double() @ gate_up.weight_ENK[expert].double().T).chunk(2, 1)
+        weights, inner = weights_Tk[rows, choice, None].double(), gate * gate.sigmoid() * up
+        matrix_IH = down.weight_ENK[expert].double().T
+        expected.index_add_(0, rows, weights * (inner @ matrix_IH))
+        mass.index_add_(0, rows, weights * ((inner.abs() + up.abs()) @ matrix_IH.abs()))
+    error = (actual_TH.double() - expected).abs() / (unit * (mass + expected.abs()))
+    return float(error.nan_to_num(math.inf).max()) if len(x_TH) else 0.0
+
+
+def _edits_error(ops: TritonOps, logits_JV: Tensor) -> float:
+    """0 if all kinds of edits together give the twin's bits."""
+    (num_rows, vocab), generator = logits_JV.shape, np.random.default_rng(0)
+    rows = np.repeat(np.arange(0, num_rows, 2), 300)
+    each = [np.concatenate([generator.permutation(vocab)[:300] for _ in range(0, num_rows, 2)]) for _ in range(3)]
+    values = generator.integers(0, 9, len(rows)).astype(np.float32)
+    rules = generator.uniform(0.3, 2.0, (4, num_rows)).astype(np.float32)
+    bits = generator.integers(-(1 << 31), 1 << 31, (3, -(-vocab // 32))).astype(np.int32)
+    edits = Edits(
+        Cells(rows, each[0], values / np.float32(7)), Penalties(Cells(rows, each[1], values), *rules[:3]),
+        Cells(rows, each[2]), Masks(np.asarray([0, 1, num_rows - 1]), bits), rules[3],
+    )  # fmt: skip
+    expected = logits_JV.clone()
+    ops.edit_logits(logits_JV, edits)
+    edit_logits(expected, edits)
+    return 0.0 if torch.equal(logits_JV, expected) else math.inf
+
+
+def filters_of(rules: Sequence[tuple[float, int, float]]) -> Filters:
+    """Of a row each (min_p, top_k, top_p)."""
+    min_p, top_k, top_p = (np.asarray(column) for column in zip(*rules, strict=True))
+    return Filters(min_p.astype(np.float32), top_k.astype(np.int64), top_p.astype(np.float64))
+
+
+def _filter_errors(ops: TritonOps, logits_JV: Tensor) -> Iterator[tuple[str, float]]:
+    """Of each of FILTERS: the share of a row's mass that only one of the two keeps, in units of 2^-20.
+
+    Sums in another order may end a token further.
+    """
+    rules = filters_of(FILTERS)
+    logits_JV[:, ::7] = logits_JV[:, ::7].round()  # ties
+    actual, expected = logits_JV.clone(), logits_JV.clone()
+    ops.truncate(actual, rules)
+    truncate(expected, rules)
+    weights = logits_JV.double().softmax(1)
+    apart = ((actual != expected) * weights).sum(1) / (expected.isfinite() * weights).sum(1)
+    for rule, share, row, wanted in zip(FILTERS, apart.tolist(), actual, expected, strict=True):
+        is_exact = rule[2] == 1.0
+        yield (
+            f"truncate min_p {rule[0]} top_k {rule[1]} top_p {rule[2]}",
+            ((0.0 if torch.equal(row, wanted) else math.inf) if is_exact else share / 2.0**-20),
+        )
 
 
 def _logits_error(ops: TritonOps, x_JK: Tensor, weight_VK: Tensor) -> float:
@@ -234,10 +315,21 @@ def repeat_checks(
     """(what, runs whose bits differ from the first): a race or a read of stale scratch shows here."""
     world = make_world(spans, 8, 2, 64, 64, torch.float16, device)
     logits, ids = torch.randn(num_judged, 5000, device=device), torch.arange(num_judged, device=device)
+    x, router = torch.randn(9, 64, device=device).half(), Router(2, True)
+    gate_up, down = (ExpertStack(torch.randn(6, *size, device=device).half()) for size in ((96, 64), (64, 48)))
+    rules = filters_of([(0.0, 40, 0.9)] * num_judged)
+
+    def truncated() -> Tensor:
+        cut = logits.clone()
+        ops.truncate(cut, rules)
+        return cut
+
     calls: list[tuple[str, Callable[[], Tensor]]] = [
         ("attention", lambda: ops.paged_attention(world.q_TQD, world.k_pages, world.v_pages, world.rows, 0.125)),
         ("row_statistics", lambda: ops.row_statistics(logits, ids).entropy),
         ("sample", lambda: ops.sample(logits, ids, ids, ids, ids < 0)),
+        ("truncate", truncated),
+        ("moe", lambda: ops.moe(x, x[:, :6].float(), router, gate_up, down)),
     ]
     for name, call in calls:
         first = call()

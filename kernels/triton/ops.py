@@ -5,15 +5,18 @@ Runs on CPU tensors too where Triton interprets (TRITON_INTERPRET=1), which is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
+from kernels.edits import Edits
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics
 from kernels.reference import DenseLinear, ReferenceOps, dense_weight
-from kernels.routing import Router
+from kernels.routing import Router, choose_experts
+from kernels.triton.edits import edit_logits
+from kernels.triton.moe import ExpertStack, moe, pack_experts
 from kernels.triton.move import move_kv
 from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.paged import PagedAttention
@@ -21,6 +24,8 @@ from kernels.triton.rope import qkv_rope_write
 from kernels.triton.sample import sample
 from kernels.triton.silu import silu_mul
 from kernels.triton.statistics import row_statistics
+from kernels.triton.truncate import truncate
+from kernels.truncation import Filters
 
 
 class TritonOps:
@@ -32,13 +37,16 @@ class TritonOps:
 
     def __init__(self, quantization: str | None = None, num_programs: int | None = None) -> None:
         self._torch = ReferenceOps(quantization)
-        num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
-        self._attention = PagedAttention(num_sms, num_programs)
+        self._num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
+        self._attention = PagedAttention(self._num_sms, num_programs)
         self.owns_threads = False
         self.name = "triton" if quantization is None else f"triton-{quantization}"
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> DenseLinear:
         return self._torch.pack_linear(weight_NK, bias_N)
+
+    def pack_experts(self, num_experts: int, weight_of: Callable[[int], Tensor]) -> ExpertStack:
+        return pack_experts(num_experts, lambda expert: self.pack_linear(weight_of(expert)).weight_NK)
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
         return self._torch.linear(x_TK, weight, residual_TN)
@@ -124,10 +132,17 @@ class TritonOps:
         gate_up: Sequence[PackedLinear],
         down: Sequence[PackedLinear],
     ) -> Tensor:
-        return self._torch.moe(x_TH, router_logits_TE, router, gate_up, down)
+        weights_Tk, experts_Tk = choose_experts(router_logits_TE, router)
+        return moe(x_TH, weights_Tk, experts_Tk, gate_up, down)
 
     def row_statistics(self, logits_JV: Tensor, ids_J: Tensor) -> RowStatistics:
         return row_statistics(logits_JV, ids_J)
+
+    def edit_logits(self, logits_JV: Tensor, edits: Edits) -> None:
+        edit_logits(logits_JV, edits)
+
+    def truncate(self, logits_JV: Tensor, filters: Filters) -> None:
+        truncate(logits_JV, filters, self._num_sms)
 
     def sample(
         self,

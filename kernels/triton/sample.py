@@ -54,7 +54,8 @@ def _partial(
     for first in tl.range(split * part, split * part + part, QUADS):
         v = first * 4 + tl.arange(0, 4 * QUADS)
         x = tl.load(logits + row * V + v, mask=v < end, other=float("-inf"))
-        if not is_greedy:
+        # Tokens that a filter has banned draw nothing, and after top_k or top_p few blocks hold another.
+        if (not is_greedy) & (tl.max(x, 0) > float("-inf")):
             quad = (first + tl.arange(0, QUADS)).to(tl.uint32)
             words = draw_words(quad, seed, position, sample_index, stream.to(tl.uint32))
             uniform = ((words >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07  # 2^-23

@@ -16,20 +16,13 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, MlpBlock
-from kernels.ops import AttentionRows, Ops, PackedLinear
+from kernels.ops import AttentionRows, Ops
 from kernels.routing import Router
 from server.models.config import ModelConfig
+from server.models.packing import Packer, Weights
 
 FLOAT32 = ".expert_bias"
 """End of the names of tensors that stay float32 in every model: rounding a router's bias would choose other experts."""
-
-
-class Weights(Protocol):
-    """Where the tensors come from: a checkpoint or a random generator, on the model's device and in its dtype."""
-
-    def take(self, name: str) -> Tensor:
-        """The tensor of this name of `weight_shapes`; each is taken once, and the caller owns it."""
-        ...
 
 
 def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -84,45 +77,6 @@ def _gated_shapes(name: str, hidden: int, size: int, bias: bool = False) -> Iter
     yield from _linear_shapes(f"{name}.down_proj", hidden, size, bias)
 
 
-class Packer:
-    """Takes tensors from `weights`, joins projections of one input, packs them and counts the bytes kept."""
-
-    def __init__(self, weights: Weights, ops: Ops) -> None:
-        self._weights = weights
-        self._ops = ops
-        self.num_bytes = 0
-
-    def tensor(self, name: str) -> Tensor:
-        tensor = self._weights.take(name)
-        self.num_bytes += tensor.nbytes
-        return tensor
-
-    def linear(self, layer: str, names: Sequence[str], bias: bool = False) -> PackedLinear:
-        """One packed weight of the projections `names` of `layer`, concatenated along their outputs."""
-        weight_NK = self._joined([f"{layer}.{name}.weight" for name in names])
-        bias_N = self._joined([f"{layer}.{name}.bias" for name in names]) if bias else None
-        return self.pack(weight_NK, bias_N)
-
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
-        packed = self._ops.pack_linear(weight_NK, bias_N)
-        self.num_bytes += packed.num_bytes
-        return packed
-
-    def _joined(self, names: Sequence[str]) -> Tensor:
-        """Concatenated along dimension 0, one source tensor in memory at a time beside the result."""
-        first = self._weights.take(names[0])
-        if len(names) == 1:
-            return first
-        parts = [first, *(self._weights.take(name) for name in names[1:])]
-        joined = first.new_empty((sum(part.shape[0] for part in parts), *first.shape[1:]))
-        row = 0
-        while parts:
-            part = parts.pop(0)
-            joined[row : row + part.shape[0]] = part
-            row += part.shape[0]
-        return joined
-
-
 def attention_block(config: ModelConfig, index: int, packer: Packer, cos_sin_MR: Tensor) -> AttentionBlock:
     """The weights of a layer's attention half."""
     layer = f"model.layers.{index}"
@@ -167,8 +121,8 @@ class SparseMlp:
             moe.top_k, moe.norm_topk_prob, moe.is_sigmoid, bias_E, moe.num_groups, moe.top_groups, moe.scale
         )
         experts = [f"{layer}.mlp.experts.{expert}" for expert in range(moe.num_experts)]
-        self._gate_up = [packer.linear(expert, ("gate_proj", "up_proj")) for expert in experts]
-        self._down = [packer.linear(expert, ("down_proj",)) for expert in experts]
+        self._gate_up = packer.experts(experts, ("gate_proj", "up_proj"))
+        self._down = packer.experts(experts, ("down_proj",))
         shared = f"{layer}.mlp.shared_experts"
         self._shared = (
             (packer.linear(shared, ("gate_proj", "up_proj")), packer.linear(shared, ("down_proj",)))

@@ -26,7 +26,8 @@ from server.models import (
     sdar_moe,
 )
 from server.models.config import CheckpointError, ModelConfig, read_raw
-from server.models.layers import Decoder, LayerOps, Weights
+from server.models.layers import Decoder, LayerOps
+from server.models.packing import Weights
 from server.models.rope import rotary_table
 
 ReadConfig = Callable[[Mapping[str, Any]], ModelConfig]

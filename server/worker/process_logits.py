@@ -7,7 +7,7 @@ batch of plain rows is one division, or nothing when all are greedy. Works in pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.edits import Cells, Edits, Masks, Penalties
+from kernels.ops import Ops
+from kernels.truncation import Filters
+from scheduler.types import Sampling
 from server.worker.grammar import GrammarMask
-from server.worker.recipe import CONSTRAINED, Feature, Recipe
+from server.worker.recipe import CONSTRAINED, FILTERS, Feature, Recipe
 from server.worker.sequences import Counts
-from server.worker.truncation import NEG_INF, keep_min_p, keep_top
+
+_UNFILTERED = Sampling()
 
 
 class JudgedRow(NamedTuple):
@@ -42,44 +47,49 @@ class JudgedRow(NamedTuple):
     behind: tuple[int, ...] = ()
 
 
-def process_logits(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
+def process_logits(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
     """Apply each row's rules to its logits, in place. Returns {row: message} for rows that no token can answer.
 
     logits_JV  float32 [J, V], finite; banned tokens become -inf
     A row with a message is left with no meaning and must not be sampled.
     """
-    errors = constrain(logits_JV, rows)
-    temper(logits_JV, rows)
+    errors = _edit(ops, logits_JV, rows, _temperatures(rows))
+    _filter(ops, logits_JV, rows)
     return errors
 
 
-def constrain(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
+def constrain(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
     """The first half: bias, penalties, bans and grammar. For readers that measure the distribution in between."""
+    return _edit(ops, logits_JV, rows, None)
+
+
+def temper(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+    """The second half: temperature, min_p, top_k, top_p."""
+    ops.edit_logits(logits_JV, Edits(temperatures=_temperatures(rows)))
+    _filter(ops, logits_JV, rows)
+
+
+def _edit(
+    ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow], temperatures: NDArray[np.float32] | None
+) -> dict[int, str]:
     used = _used(rows)
     errors: dict[int, str] = {}
-    if used & Feature.BIAS:
-        _add_bias(logits_JV, rows)
-    if used & Feature.PENALTY:
-        _penalise(logits_JV, rows)
-    if used & (Feature.MIN_TOKENS | Feature.BAD_WORDS):
-        _ban(logits_JV, rows)
-    if used & Feature.ALLOWED:
-        _keep_allowed(logits_JV, rows)
-    if used & Feature.GRAMMAR:
-        _mask_by_grammar(logits_JV, rows, errors)
+    edits = Edits(
+        bias=_bias(rows) if used & Feature.BIAS else None,
+        penalties=_penalties(rows) if used & Feature.PENALTY else None,
+        banned=_banned(rows) if used & (Feature.MIN_TOKENS | Feature.BAD_WORDS) else None,
+        masks=_masks(rows, logits_JV.shape[1], errors) if used & (Feature.ALLOWED | Feature.GRAMMAR) else None,
+        temperatures=temperatures,
+    )
+    ops.edit_logits(logits_JV, edits)
     if used & CONSTRAINED:
         _find_empty(logits_JV, rows, errors)
     return errors
 
 
-def temper(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
-    """The second half: temperature, min_p, top_k, top_p."""
-    used = _used(rows)
-    _divide_by_temperature(logits_JV, rows)
-    if used & Feature.MIN_P:
-        _on_rows(logits_JV, _with(rows, Feature.MIN_P), lambda part, at: keep_min_p(part, _min_p(rows, at, part)))
-    if used & Feature.TOP:
-        _on_rows(logits_JV, _with(rows, Feature.TOP), lambda part, at: keep_top(part, *_top(rows, at, part)))
+def _filter(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+    if _used(rows) & FILTERS:
+        ops.truncate(logits_JV, _filters(rows))
 
 
 def _used(rows: Sequence[JudgedRow]) -> int:
@@ -94,56 +104,36 @@ def _with(rows: Sequence[JudgedRow], feature: Feature) -> list[int]:
     return [index for index, row in enumerate(rows) if row.recipe.features & bits]
 
 
-def _on_rows(logits_JV: Tensor, at: list[int], change: Callable[[Tensor, list[int]], None]) -> None:
-    """Run `change` on some rows: on the whole if they are all of it, else on a copy that is put back."""
-    if len(at) == logits_JV.shape[0]:
-        change(logits_JV, at)
-        return
-    index = torch.tensor(at, device=logits_JV.device)
-    part = logits_JV[index]
-    change(part, at)
-    logits_JV[index] = part
+def _cells(at: list[int], ids: list[NDArray[np.int64]], values: list[NDArray[np.float32]] | None = None) -> Cells:
+    """Tokens `ids[i]` of rows `at[i]`."""
+    rows = np.repeat(np.asarray(at, dtype=np.int64), [part.size for part in ids])
+    return Cells(rows, np.concatenate(ids), None if values is None else np.concatenate(values))
 
 
-def _cells(device: torch.device, ids: list[NDArray[np.int64]], at: list[int]) -> tuple[Tensor, Tensor]:
-    """Index pair (row, token id) of the cells `ids[i]` of rows `at[i]`."""
-    row = np.repeat(np.asarray(at, dtype=np.int64), [part.size for part in ids])
-    return torch.from_numpy(row).to(device), torch.from_numpy(np.concatenate(ids)).to(device)
-
-
-def _add_bias(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+def _bias(rows: Sequence[JudgedRow]) -> Cells:
     at = _with(rows, Feature.BIAS)
-    cells = _cells(logits_JV.device, [rows[i].recipe.bias_ids for i in at], at)
-    values = torch.from_numpy(np.concatenate([rows[i].recipe.bias_values for i in at])).to(logits_JV.device)
-    logits_JV.index_put_(cells, values, accumulate=True)
+    return _cells(at, [rows[i].recipe.bias_ids for i in at], [rows[i].recipe.bias_values for i in at])
 
 
-def _penalise(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
-    """Repetition (prompt and output tokens) divides or multiplies; frequency and presence (output tokens) subtract."""
+def _penalties(rows: Sequence[JudgedRow]) -> Penalties:
+    """Repetition is of prompt and output tokens, frequency and presence of output tokens."""
     at, found = [], []
     for index in _with(rows, Feature.PENALTY):
         counts = rows[index].counts
         assert counts is not None, "a sequence with penalties has counts"
         at.append(index)
         found.append(counts)
-    sizes = [counts.ids.size for counts in found]
-    cells = _cells(logits_JV.device, [counts.ids for counts in found], at)
-
-    def spread(values: list[float]) -> Tensor:
-        return torch.from_numpy(np.repeat(np.asarray(values, dtype=np.float32), sizes)).to(logits_JV.device)
-
-    samplings = [rows[i].recipe.sampling for i in at]
-    repetition = spread([sampling.repetition_penalty for sampling in samplings])
-    frequency = spread([sampling.frequency_penalty for sampling in samplings])
-    presence = spread([sampling.presence_penalty for sampling in samplings])
-    count = torch.from_numpy(np.concatenate([counts.counts for counts in found])).to(logits_JV.device)
-    values = logits_JV[cells]
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    logits_JV[cells] = values - frequency * count - presence * (count > 0)
+    samplings = [row.recipe.sampling for row in rows]
+    return Penalties(
+        _cells(at, [counts.ids for counts in found], [counts.counts for counts in found]),
+        np.asarray([sampling.repetition_penalty for sampling in samplings], dtype=np.float32),
+        np.asarray([sampling.frequency_penalty for sampling in samplings], dtype=np.float32),
+        np.asarray([sampling.presence_penalty for sampling in samplings], dtype=np.float32),
+    )
 
 
-def _ban(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
-    """Ban EOS and stop ids while the output is too short, and the last token of every bad word about to be complete."""
+def _banned(rows: Sequence[JudgedRow]) -> Cells | None:
+    """EOS and stop ids while the output is too short, and the last token of every bad word about to be complete."""
     at: list[int] = []
     banned: list[NDArray[np.int64]] = []
     for index in _with(rows, Feature.MIN_TOKENS | Feature.BAD_WORDS):
@@ -157,8 +147,7 @@ def _ban(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
         if words:
             at.append(index)
             banned.append(np.asarray(words, dtype=np.int64))
-    if at:
-        logits_JV[_cells(logits_JV.device, banned, at)] = NEG_INF
+    return _cells(at, banned) if at else None
 
 
 def _ends_of_bad_words(row: JudgedRow) -> list[int]:
@@ -188,31 +177,28 @@ def _gaps_of_bad_words(row: JudgedRow, tail: list[int]) -> list[int]:
     return found
 
 
-def _keep_allowed(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
-    for index in _with(rows, Feature.ALLOWED):
-        allowed = torch.from_numpy(rows[index].recipe.allowed_ids).to(logits_JV.device)
-        kept = logits_JV[index, allowed]
-        logits_JV[index].fill_(NEG_INF)
-        logits_JV[index, allowed] = kept
+def _masks(rows: Sequence[JudgedRow], vocab_size: int, errors: dict[int, str]) -> Masks:
+    """Of rows with allowed ids, with a grammar, or with both, which then must agree."""
+    at = _with(rows, Feature.ALLOWED | Feature.GRAMMAR)
+    bits = np.empty((len(at), (vocab_size + 31) // 32), dtype=np.int32)
+    for place, index in enumerate(at):
+        row = rows[index]
+        bits[place] = -1
+        if row.recipe.features & Feature.ALLOWED:
+            bits[place] = _bits(row.recipe.allowed_ids, vocab_size)
+        if row.recipe.features & Feature.GRAMMAR:
+            mask = row.mask
+            assert mask is not None, "a row of a sequence with a grammar has a mask"
+            bits[place] &= mask.bits
+            if mask.error is not None:
+                errors[index] = mask.error
+    return Masks(np.asarray(at, dtype=np.int64), bits)
 
 
-def _mask_by_grammar(logits_JV: Tensor, rows: Sequence[JudgedRow], errors: dict[int, str]) -> None:
-    at = _with(rows, Feature.GRAMMAR)
-    masks = []
-    for index in at:
-        mask = rows[index].mask
-        assert mask is not None, "a row of a sequence with a grammar has a mask"
-        masks.append(mask)
-        if mask.error is not None:
-            errors[index] = mask.error
-    bits = np.stack([mask.bits for mask in masks])
-    is_banned = np.unpackbits(bits.view(np.uint8), axis=1, count=logits_JV.shape[1], bitorder="little") == 0
-    banned = torch.from_numpy(is_banned).to(logits_JV.device)
-
-    def apply(part: Tensor, _: list[int]) -> None:
-        part.masked_fill_(banned, NEG_INF)
-
-    _on_rows(logits_JV, at, apply)
+def _bits(ids: NDArray[np.int64], vocab_size: int) -> NDArray[np.int32]:
+    is_set = np.zeros((vocab_size + 31) // 32 * 32, dtype=bool)
+    is_set[ids] = True
+    return np.packbits(is_set, bitorder="little").view(np.int32)
 
 
 def _find_empty(logits_JV: Tensor, rows: Sequence[JudgedRow], errors: dict[int, str]) -> None:
@@ -228,18 +214,18 @@ def _find_empty(logits_JV: Tensor, rows: Sequence[JudgedRow], errors: dict[int, 
         logits_JV[row].zero_()
 
 
-def _divide_by_temperature(logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
+def _temperatures(rows: Sequence[JudgedRow]) -> NDArray[np.float32] | None:
     temperatures = [row.recipe.temperature for row in rows]
-    if any(temperature != 1.0 for temperature in temperatures):
-        divisor = torch.tensor(temperatures, dtype=torch.float32, device=logits_JV.device)
-        logits_JV.div_(divisor.unsqueeze(1))
+    if all(temperature == 1.0 for temperature in temperatures):
+        return None
+    return np.asarray(temperatures, dtype=np.float32)
 
 
-def _min_p(rows: Sequence[JudgedRow], at: list[int], like: Tensor) -> Tensor:
-    return torch.tensor([rows[i].recipe.sampling.min_p for i in at], dtype=torch.float32, device=like.device)
-
-
-def _top(rows: Sequence[JudgedRow], at: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    top_k = torch.tensor([rows[i].recipe.sampling.top_k for i in at], device=like.device)
-    top_p = torch.tensor([rows[i].recipe.sampling.top_p for i in at], dtype=torch.float64, device=like.device)
-    return top_k, top_p
+def _filters(rows: Sequence[JudgedRow]) -> Filters:
+    """Of each row, off where its recipe does not ask."""
+    asked = [row.recipe.sampling if row.recipe.features & FILTERS else _UNFILTERED for row in rows]
+    return Filters(
+        np.asarray([one.min_p for one in asked], dtype=np.float32),
+        np.asarray([one.top_k for one in asked], dtype=np.int64),
+        np.asarray([one.top_p for one in asked], dtype=np.float64),
+    )

@@ -34,6 +34,8 @@ class Feature(IntFlag):
     TOP = 128
 
 
+FILTERS = int(Feature.MIN_P | Feature.TOP)
+"""Features that cut the tail, as a plain integer like `Recipe.features`."""
 CONSTRAINED = Feature.MIN_TOKENS | Feature.ALLOWED | Feature.BAD_WORDS | Feature.GRAMMAR
 """Features that ban tokens outright, so that a row may be left with none."""
 
@@ -47,6 +49,7 @@ class Recipe:
     seed         the 64-bit seed as a signed integer
     end_ids      EOS and stop ids: masked until `min_tokens` are out
     min_tokens   the sampling's; more than there can be if the request's diffusion never ends early
+    bias_ids     distinct: a token named twice gets the sum
     bad_words    (tokens that must come before, token that is then banned)
     """
 
@@ -72,6 +75,9 @@ def make_recipe(request: Request, eos_ids: tuple[int, ...]) -> Recipe:
     """The recipe of a request; eos_ids are the model's."""
     sampling = request.sampling
     is_greedy = sampling.temperature < GREEDY_BELOW
+    bias: dict[int, float] = {}
+    for token, value in sampling.logit_bias:
+        bias[token] = bias.get(token, 0.0) + value
     return Recipe(
         sampling=sampling,
         features=int(_features(sampling, is_greedy, sampling.min_tokens > 0 or _never_ends(request))),
@@ -81,8 +87,8 @@ def make_recipe(request: Request, eos_ids: tuple[int, ...]) -> Recipe:
         end_ids=_ids({*eos_ids, *request.stop_ids}),
         min_tokens=NEVER_ENDS if _never_ends(request) else sampling.min_tokens,
         stop_ids=request.stop_ids,
-        bias_ids=_ids(token for token, _ in sampling.logit_bias),
-        bias_values=np.asarray([value for _, value in sampling.logit_bias], dtype=np.float32),
+        bias_ids=_ids(bias),
+        bias_values=np.asarray(list(bias.values()), dtype=np.float32),
         allowed_ids=_ids(set(sampling.allowed_token_ids or ())),
         bad_words=tuple((list(word[:-1]), word[-1]) for word in sampling.bad_words if word),
     )

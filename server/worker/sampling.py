@@ -57,7 +57,7 @@ def read_tokens(
         logits_JV[torch.tensor(list(errors), device=logits_JV.device)] = 0.0
     wanted = [index for index, row in enumerate(rows) if row.recipe.sampling.logprobs is not None]
     raw = _log_softmax(logits_JV, wanted) if wanted else None
-    errors = process_logits(logits_JV, rows) | errors
+    errors = process_logits(ops, logits_JV, rows) | errors
     samples = _sample(ops, logits_JV, rows).tolist()
     for index in errors:
         samples[index] = FAILED

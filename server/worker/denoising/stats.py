@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.ops import Ops
+from kernels.truncation import NEG_INF
 from scheduler.types import TokenLogprob
 from server.worker.logprobs import token_logprobs
 from server.worker.process_logits import JudgedRow, constrain, temper
 from server.worker.sampling import NOT_FINITE, not_finite
-from server.worker.truncation import NEG_INF
 
 
 class Asked(NamedTuple):
@@ -117,8 +117,8 @@ def _measure(ops: Ops, logits_JV: Tensor, asked: Sequence[Asked], mask_id: int) 
         logits_JV[:, mask_id] = NEG_INF
     wanted = [index for index, row in enumerate(rows) if row.recipe.sampling.logprobs is not None]
     raw_RV = torch.log_softmax(logits_JV[torch.tensor(wanted, device=device)], dim=1) if wanted else None
-    errors = constrain(logits_JV, rows) | errors
-    measured_JV = _temper(logits_JV, rows, asked)
+    errors = constrain(ops, logits_JV, rows) | errors
+    measured_JV = _temper(ops, logits_JV, rows, asked)
     given_J = torch.tensor([max(one.given, 0) for one in asked], device=device)
     found = ops.row_statistics(measured_JV, given_J)
     tokens_J = found.best_id
@@ -141,19 +141,19 @@ def _measure(ops: Ops, logits_JV: Tensor, asked: Sequence[Asked], mask_id: int) 
     return Measured(stats, logprobs, errors)
 
 
-def _temper(logits_JV: Tensor, rows: Sequence[JudgedRow], asked: Sequence[Asked]) -> Tensor:
+def _temper(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow], asked: Sequence[Asked]) -> Tensor:
     """Temper in place; returns the distribution that each row's confidence is of, a copy only where the two differ."""
     raw = [i for i, one in enumerate(asked) if not one.filtered and not one.judged.recipe.is_greedy]
     if not raw:
-        temper(logits_JV, rows)
+        temper(ops, logits_JV, rows)
         return logits_JV
     if len(raw) == len(asked):
         measured_JV = logits_JV.clone()
-        temper(logits_JV, rows)
+        temper(ops, logits_JV, rows)
         return measured_JV
     index = torch.tensor(raw, device=logits_JV.device)
     kept = logits_JV[index]
-    temper(logits_JV, rows)
+    temper(ops, logits_JV, rows)
     return logits_JV.index_copy(0, index, kept)
 
 

@@ -105,7 +105,7 @@ class DiffusionDrafter:
         # The last token, too, was output: row i is at output position num_output - 1 + i.
         rows = [_row(want, i - 1) for i in range(logits_RV.shape[0])]
         logits_RV[:, self._mask_id] = float("-inf")
-        if process_logits(logits_RV, rows):
+        if process_logits(self._ops, logits_RV, rows):
             return None
         probs_RV = torch.softmax(logits_RV, dim=1)
         best = probs_RV.amax(dim=1).tolist()

@@ -131,7 +131,7 @@ def _branch(ops: Ops, heads: Sequence[tuple[Tree, int]], logits_JV: Tensor) -> N
         logits_JV[index].zero_()
     paths = [tree.nodes[index].path if index >= 0 else () for tree, index in heads]
     rows = [row_after(tree.want, path) for (tree, _), path in zip(heads, paths, strict=True)]
-    bad |= process_logits(logits_JV, rows).keys()
+    bad |= process_logits(ops, logits_JV, rows).keys()
     # The noise may lift any token to the top: the very best is drawn from all, the next from the likeliest.
     drawn_J1 = draw(ops, logits_JV, rows).unsqueeze(1)
     logq_JV = torch.log_softmax(logits_JV, dim=1)

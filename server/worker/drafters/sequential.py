@@ -134,7 +134,7 @@ class SequentialDrafter:
         for index in bad:
             logits_JV[index].zero_()
         rows = [lane.row() for lane in lanes]
-        bad |= process_logits(logits_JV, rows).keys()
+        bad |= process_logits(self._ops, logits_JV, rows).keys()
         for index in bad:
             logits_JV[index].zero_()
         probs_JV = torch.softmax(logits_JV, dim=1)

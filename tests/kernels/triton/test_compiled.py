@@ -17,7 +17,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("pip install triton: shows that the kernels compile for sm_80, sm_90, sm_100", allow_module_level=True)
 
-from kernels.triton import attention, move, norm, rope, sample, silu, statistics
+from kernels.triton import attention, edits, moe, move, norm, rope, sample, silu, statistics, truncate
 from kernels.triton.compiled import Usage, compile_kernel
 from kernels.triton.tiles import Geometry, large_geometry, padded_dim, small_geometry
 
@@ -96,6 +96,60 @@ def test_other_heads_types_and_pages_compile_without_spilling_much(
     assert usage.stack <= 64, usage
 
 
+@pytest.mark.parametrize(
+    ("average", "arch", "is_gated", "registers"),
+    [
+        (1, 80, True, 72), (1, 90, True, 72), (1, 90, False, 64), (100, 80, False, 164), (100, 90, True, 114),
+        (1000, 80, True, 147), (1000, 90, True, 114), (1000, 90, False, 100), (1000, 100, True, 80),
+    ],
+)  # fmt: skip
+def test_products_of_experts(average: int, arch: int, is_gated: bool, registers: int) -> None:
+    """average: rows of an expert, of 128 of 2048 x 768. Gated: gate and up together, else down."""
+    tiles = moe.expert_tiles(average * 128, 128, is_gated, 2)
+    usage = grouped_product(tiles, arch, is_gated)
+    assert usage.spills == 0
+    assert usage.registers <= registers + 8
+    # Where weights' bytes bound the time, two or three programs of a multiprocessor keep them coming.
+    assert usage.shared * ((2 if arch == 80 else 3) if average == 1 else 1) <= SHARED_LIMIT[arch]
+    assert usage.wide_copies > 0
+    assert usage.buffers >= tiles.num_stages - 1
+    assert usage.wgmma > 0 if arch == 90 and tiles.rows >= 64 else usage.mma > 0
+
+
+@pytest.mark.parametrize(("kind", "itemsize", "width"), [("fp32", 4, 768), ("fp16", 2, 1000)])
+def test_products_of_experts_of_other_types_and_sizes_stay_in_registers(kind: str, itemsize: int, width: int) -> None:
+    usage = grouped_product(moe.expert_tiles(128_000, 128, False, itemsize), 90, False, kind, width)
+    assert usage.spills == 0
+    assert usage.shared <= SHARED_LIMIT[90]
+
+
+def grouped_product(tiles: moe.ExpertTiles, arch: int, is_gated: bool, kind: str = "bf16", width: int = 768) -> Usage:
+    values = f"*{kind}"
+    arguments: dict[str, Any] = {"x": values, "weights": values, "out": values, "order": "*i32", "tile_expert": "*i32"}
+    arguments |= {"num_pairs": "i32", "num_tiles": "i32", "SHARE": 8 if is_gated else 1, "GATED": is_gated}
+    arguments |= dict(zip("NK", (width, 2048) if is_gated else (2048, width), strict=True))
+    arguments |= {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": moe._GROUP, "UPCAST": False}
+    arguments |= {"STAGES": tiles.num_stages}
+    return compile_kernel(moe.grouped_product, arch, arguments, tiles.num_warps, tiles.num_stages)
+
+
+def filters(**sizes: int) -> dict[str, Any]:
+    return {
+        "logits": "*fp32", "log_min_p": "*fp32", "top_k": "*i64", "top_p": "*fp64", "peaks": "*fp32", "counts": "*i32",
+        "masses": "*i64", "found": "*fp32", "edges": "*i32", "last_ids": "*i32", "V": 151936, "PIVOTS": 16, **sizes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "weigh", "find"), [(80, 98, 102), (90, 98, 104), (100, 96, 119)])
+def test_filters_keep_their_sums_in_registers(arch: int, weigh: int, find: int) -> None:
+    """256 threads of 128 registers: two programs share a multiprocessor."""
+    for kernel, registers, splits in ((truncate._weigh, weigh, 16), (truncate._find_edges, find, 1)):
+        arguments = filters(BLOCK=truncate._PIVOT_BLOCK, SPLITS=splits)
+        usage = compile_kernel(kernel, arch, arguments, num_warps=8, num_stages=3)
+        assert usage.spills == 0
+        assert usage.registers <= min(128, registers + 8)
+
+
 def around() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Every other kernel with the types of a bfloat16 model."""
     b, f, i, long = "*bf16", "*fp32", "*i32", "*i64"
@@ -118,6 +172,22 @@ def around() -> Iterator[tuple[str, Any, dict[str, Any]]]:
         "k_pages": b, "v_pages": b, "sources": long, "targets": long, "num_moves": "i32", "K": 8, "PAGE": 64, "D": 128,
         "DP": 128,
     }  # fmt: skip
+    yield "sort of experts", moe.sort_pairs, {
+        "experts": long, "order": i, "tile_expert": i, "num_pairs": "i32", "num_tiles": "i32", "E": 128, "EP": 128,
+        "BM": 64, "BLOCK": moe._SORT_BLOCK,
+    }  # fmt: skip
+    yield "sum of experts", moe.weighted_sum, {
+        "y": b, "weights": f, "out": b, "TOP_K": 8, "H": 2048, "BLOCK": moe._SUM_BLOCK,
+    }  # fmt: skip
+    yield "edits of cells", edits._edit_cells, {
+        "logits": f, "starts": i, "ids": i, "values": f, "rules": f, "num_rows": "i32", "V": 151936,
+        "BLOCK": edits._CELLS,
+    }  # fmt: skip
+    yield "masks and temperature", edits._mask_and_divide, {
+        "logits": f, "masks": i, "bits": i, "temperatures": f, "V": 151936, "BLOCK": edits._BLOCK, "SPLITS": 16,
+    }  # fmt: skip
+    for kernel in (truncate._peaks, truncate._collect, truncate._cut):
+        yield f"filters{kernel.__name__}", kernel, filters(BLOCK=truncate._BLOCK, SPLITS=16)
     yield "statistics", statistics._partial, {"logits": f, "V": 151936, "BLOCK": 1024, **parts}
     yield "statistics end", statistics._finish, {
         "logits": f, "ids": long, "best_id": long, "values": f, "num_rows": "i32", "V": 151936, **parts
@@ -141,7 +211,9 @@ def test_kernels_around_attention_compile_and_keep_their_values_in_registers(
 
 def test_mistake_5_nothing_that_a_step_changes_is_compiled_for() -> None:
     """Integers are compiled for anew where they are 1 or a multiple of 16, unless marked; tuning stops requests."""
-    for _, kernel, arguments in [("attend", attention.attend, {"table_stride": "i32"}), *around()]:
+    products = {"num_pairs": "i32", "num_tiles": "i32"}
+    others = [("attend", attention.attend, {"table_stride": "i32"}), ("experts", moe.grouped_product, products)]
+    for _, kernel, arguments in [*others, *around()]:
         changing = [
             parameter.name
             for parameter in kernel.params

@@ -84,7 +84,7 @@ class TargetText:
         if state.counts is not None:
             counts = state.counts.beyond(tokens, ())
         row = JudgedRow(state.recipe, tokens, num_output, counts)
-        assert not process_logits(logits_JV, [row])
+        assert not process_logits(self._model.ops, logits_JV, [row])
         return int(draw(self._model.ops, logits_JV, [row]))
 
     def extended(self, state: SequenceState, tokens: Sequence[int], count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""min_p, top_k and top_p: the filters that cut the tail of a distribution. Part of `process_logits`, used by it alone.
+"""min_p, top_k and top_p, the filters that cut the tail of a distribution: the one definition, for every back end.
 
 Each row is cut by a threshold on its own logits, so that the result depends on nothing else in the batch. On a CPU the
 threshold is found without sorting: a histogram over the distance to the best logit says in which bin the edge lies,
@@ -7,6 +7,9 @@ overlap.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,23 +27,59 @@ _Floats = NDArray[np.float32]
 _Doubles = NDArray[np.float64]
 
 
-def keep_min_p(logits_RV: Tensor, min_p_R: Tensor) -> None:
-    """Ban tokens less likely than min_p x the likeliest. In place; min_p in (0, 1]."""
-    floor = logits_RV.amax(dim=1, keepdim=True) + min_p_R.log().unsqueeze(1)
-    logits_RV.masked_fill_(logits_RV < floor, NEG_INF)
+class Filters(NamedTuple):
+    """Of each row, in host memory: min_p float32, 0 = off; top_k int64, 0 = off; top_p float64, 1 = off."""
+
+    min_p: _Floats
+    top_k: NDArray[np.int64]
+    top_p: _Doubles
+
+    def of(self, rows: NDArray[np.intp]) -> Filters:
+        return Filters(self.min_p[rows], self.top_k[rows], self.top_p[rows])
 
 
-def keep_top(logits_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> None:
+def log_min_p(min_p: _Floats) -> _Floats:
+    """How far below the best logit each row's floor lies, -inf where it is off; the same on every device."""
+    off = np.full(min_p.shape, NEG_INF)
+    return np.log(min_p, where=min_p > 0, out=off, dtype=np.float64).astype(np.float32)
+
+
+def truncate(logits_JV: Tensor, filters: Filters) -> None:
+    """`Ops.truncate`: first min_p, then top_k, then top_p of what is left, each on the rows that ask for it."""
+    _on_rows(logits_JV, filters, filters.min_p > 0, keep_min_p)
+    _on_rows(logits_JV, filters, (filters.top_k > 0) | (filters.top_p < 1), keep_top)
+
+
+def _on_rows(
+    logits_JV: Tensor, filters: Filters, is_asked: NDArray[np.bool_], change: Callable[[Tensor, Filters], None]
+) -> None:
+    """Run `change` on some rows: on the whole if they are all of it, else on a copy that is put back."""
+    rows = np.flatnonzero(is_asked)
+    if rows.size == is_asked.size:
+        change(logits_JV, filters)
+    elif rows.size:
+        at = torch.from_numpy(rows).to(logits_JV.device)
+        part_RV = logits_JV[at]
+        change(part_RV, filters.of(rows))
+        logits_JV[at] = part_RV
+
+
+def keep_min_p(logits_RV: Tensor, filters: Filters) -> None:
+    """Ban tokens less likely than min_p x the likeliest. In place."""
+    floor = torch.from_numpy(log_min_p(filters.min_p)).to(logits_RV.device).unsqueeze(1)
+    logits_RV.masked_fill_(logits_RV < logits_RV.amax(dim=1, keepdim=True) + floor, NEG_INF)
+
+
+def keep_top(logits_RV: Tensor, filters: Filters) -> None:
     """Keep the k best tokens, then the fewest best of these whose mass reaches p. In place.
 
-    logits_RV  float32, at least one finite entry per row
-    top_k_R    int64, 0 = off; tokens equal to the k-th best stay too
-    top_p_R    float64, 1 = off; at least one token stays; of equal tokens at the edge the lowest ids stay
+    logits_RV  float32, at least one finite entry per row; tokens equal to the k-th best stay too, at least one token
+    stays for any p, and of equal tokens at the edge of p the lowest ids
     """
     if logits_RV.device.type != "cpu":
-        _keep_top_by_sorting(logits_RV, top_k_R, top_p_R)
+        _keep_top_by_sorting(logits_RV, filters)
         return
-    logits, top_k, top_p = logits_RV.numpy(), top_k_R.numpy(), top_p_R.numpy()
+    logits, top_k, top_p = logits_RV.numpy(), filters.top_k, filters.top_p
     vocab_size = logits.shape[1]
     size = max(1, MAX_CELLS // vocab_size)
     for rows in _parts(np.flatnonzero((top_k > 0) & (top_k < vocab_size)), size):
@@ -98,8 +137,9 @@ def _edge(logits: _Floats, weights: _Floats, wanted: _Doubles) -> tuple[_Floats,
     return floor, (inside >= floor[:, None]).sum(axis=1) - (last + 1)
 
 
-def _keep_top_by_sorting(logits_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> None:
+def _keep_top_by_sorting(logits_RV: Tensor, filters: Filters) -> None:
     """The same on a device where sorting is cheap and atomic histograms are not exact."""
+    top_k_R, top_p_R = (torch.from_numpy(column).to(logits_RV.device) for column in filters[1:])
     vocab_size = logits_RV.shape[1]
     sorted_RV, ids_RV = logits_RV.sort(dim=1, descending=True, stable=True)
     last = torch.where(top_k_R > 0, top_k_R.clamp(max=vocab_size), vocab_size) - 1
