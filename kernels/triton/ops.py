@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
-from kernels.ops import AttentionRows, PackedLinear
+from kernels.ops import AttentionRows, PackedLinear, StepRows
 from kernels.reference import DenseLinear, ReferenceOps, RowStatistics, dense_weight
 from kernels.routing import Router
 from kernels.triton.move import move_kv
@@ -24,7 +26,7 @@ from kernels.triton.statistics import row_statistics
 
 
 class TritonOps:
-    """`Ops` on a CUDA device.
+    """`Ops` on a CUDA device, and `FixedPlans`.
 
     quantization  None, "int8" or "int4": as in `ReferenceOps`, the rounding without the saving
     num_programs  pieces that attention's work is cut into; default: by the device's multiprocessors
@@ -35,6 +37,8 @@ class TritonOps:
         num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
         self._attention = PagedAttention(num_sms, num_programs)
         self.owns_threads = False
+        # The loop over experts in torch asks the device which of them have rows.
+        self.captures_experts = False
         self.name = "triton" if quantization is None else f"triton-{quantization}"
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> DenseLinear:
@@ -140,6 +144,15 @@ class TritonOps:
         stream: int = 0,
     ) -> Tensor:
         return sample(logits_JV, seeds_J, sample_index_J, positions_J, greedy_J, stream)
+
+    def plan_words(self, num_rows: int) -> int:
+        return self._attention.plan_words(num_rows)
+
+    def fix_plans(self, rows: AttentionRows, words: Tensor) -> None:
+        self._attention.fix_plans(rows, words)
+
+    def write_plans(self, host: StepRows, words: NDArray[np.int32]) -> None:
+        self._attention.write_plans(host, words)
 
     def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
         move_kv(k_pages, v_pages, from_slots_M, to_slots_M)
