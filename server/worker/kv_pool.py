@@ -163,19 +163,28 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         poison: bool = False,
+        has_spare: bool = False,
     ) -> None:
-        """poison: fill every page with NaN, so that any read of a key that nobody wrote shows in the logits."""
+        """poison: fill every page with NaN, so that any read of a key that nobody wrote shows in the logits.
+
+        has_spare: there is a page more, `spare_page`, that nobody is ever given: what is written there is read by none
+        """
         self.num_pages = num_pages
         self.page_size = page_size
         self.dtype, self.device = dtype, device
         self.layers: list[tuple[Tensor, Tensor]] = [
-            ops.allocate_kv(num_pages, page_size, config.num_kv_heads, config.head_dim, dtype, device)
+            ops.allocate_kv(num_pages + has_spare, page_size, config.num_kv_heads, config.head_dim, dtype, device)
             for _ in range(config.num_layers)
         ]
         if poison:
             for k_pages, v_pages in self.layers:
                 k_pages.fill_(float("nan"))
                 v_pages.fill_(float("nan"))
+
+    @property
+    def spare_page(self) -> int:
+        """The page behind those of the sequences, in a pool that has one."""
+        return self.num_pages
 
     @property
     def num_bytes(self) -> int:
