@@ -255,7 +255,7 @@ def test_arrays_arrive_as_they_were_in_one_copy() -> None:
 
 
 def test_the_outcomes_of_a_worker_with_captured_steps_are_those_without() -> None:
-    """All kinds of span, sampling rules and logprobs; steps above and below the captured sizes."""
+    """All kinds of span, sampling rules and logprobs; steps above and below the captured sizes, run in two halves."""
 
     def worker(graphed: Callable[[KVPool], GraphedForward] | None) -> Worker:
         made = make_worker(model, PAGE, PAGES, diffusion=DiffusionModel(MASK, 4), graphed=graphed)
@@ -267,8 +267,12 @@ def test_the_outcomes_of_a_worker_with_captured_steps_are_those_without() -> Non
     model, capture = TinyModel(VOCAB), Recorded()
     alone = worker(None)
     captured = worker(lambda pool: graphed(model, pool, Poisoning(), capture))
+    captured.is_asynchronous = True
     for plan in random_plans(random.Random(7), alone.info, 30, 100):
-        expected, actual = alone.run(plan).outcomes, captured.run(plan).outcomes
+        num_runs = capture.num_runs
+        finish = captured.launch(plan)
+        assert capture.num_runs - num_runs == (0 < plan.num_tokens <= SIZES[-1]), "the forward waits for the end"
+        expected, actual = alone.run(plan).outcomes, finish().outcomes
         for one, other in zip(expected, actual, strict=True):
             assert (one.tokens, one.error, one.denoised) == (other.tokens, other.error, other.denoised)
             assert one.error is None
