@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -219,11 +219,12 @@ class Ops(Protocol):
         ...
 
 
+@runtime_checkable
 class FixedPlans(Protocol):
     """What a back end offers besides `Ops` whose forwards may be captured (CUDA graphs) though it plans on the host.
 
     A captured forward reads its plan from memory that stays; whoever replays it fills that memory anew for each step.
-    Forwards of one set of sizes are told apart by their `AttentionRows` object.
+    Forwards are told apart by their `AttentionRows` object, whose plan goes with it.
     """
 
     captures_experts: bool

@@ -7,6 +7,7 @@ Owns what outlives a call: the plan of the step that ran last, the plans of capt
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +76,8 @@ class PagedAttention:
         self._plans: dict[Shape, DevicePlan] = {}
         self._shapes: dict[Shape, None] = {}  # seen so far, in order
         self._layouts: dict[int, dict[Shape, FixedLayout]] = {}
-        # Of captured steps, by the identity of their rows, which stay here.
-        self._fixed: dict[int, tuple[AttentionRows, dict[Shape, DevicePlan]]] = {}
+        # Of captured steps, by the identity of their rows, and gone with them.
+        self._fixed: dict[int, tuple[weakref.ref[AttentionRows], dict[Shape, DevicePlan]]] = {}
         self._scratch: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def run(
@@ -140,7 +141,8 @@ class PagedAttention:
             )
             plans[shape] = DevicePlan(launches, visible, low, tree, tree_start, shape.window is not None, has_tree=True)
             start += layout.num_words
-        self._fixed[id(rows)] = (rows, plans)
+        key = id(rows)
+        self._fixed[key] = (weakref.ref(rows, lambda _: self._fixed.pop(key, None)), plans)
 
     def write_plans(self, host: StepRows, words: NDArray[np.int32]) -> None:
         """`FixedPlans.write_plans`."""
@@ -204,7 +206,8 @@ def _upload(launches: list[Launch], masks: list[NDArray[np.int32] | None], devic
     starts = [0, *ends[:-1].tolist()]
     for start, array in zip(starts, arrays, strict=True):
         flat[start : start + array.size] = array.ravel()
-    buffer = torch.from_numpy(flat).to(device)
+    staged = torch.from_numpy(flat)
+    buffer = staged.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else staged.to(device)
     parts = [buffer[start : start + array.size] for start, array in zip(starts, arrays, strict=True)]
     visible, low, tree, tree_start = parts[:4]
     on_device = tuple(DeviceLaunch(launch.geometry, *parts[4 + 3 * i : 7 + 3 * i]) for i, launch in enumerate(launches))

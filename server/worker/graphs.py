@@ -134,7 +134,7 @@ class GraphedForward:
         self._of_rows: dict[int, _Graph] = {}
         self._num_rows = 0
 
-    def capture(self, progress: bool = False) -> None:
+    def capture(self, progress: bool = False, after_each: Callable[[], None] = lambda: None) -> None:
         """Capture all sizes, the largest first, which takes the memory that the others share. Writes to nobody's page.
 
         progress  show a bar
@@ -148,6 +148,7 @@ class GraphedForward:
             for size in tqdm(self._sizes[::-1], desc="CUDA graphs", disable=not progress, leave=False):
                 graph = self._make(size)
                 self._graphs[size] = self._of_rows[id(graph.batch.rows)] = graph
+                after_each()
 
     def place(self, host: HostBatch) -> Batch:
         """The step's tensors: those of a captured size where one holds it, valid until the next call."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from scheduler.types import (
     Admission,
@@ -18,15 +20,59 @@ from scheduler.types import (
     StepPlan,
     Topology,
 )
-from server.worker.info import WorkerInfo
+from server.worker.batch import HostBatch, host_batch
 from server.worker.kv_pool import pages_for
+from server.worker.recipe import make_recipe
+from server.worker.sequences import SequenceState, make_sequences
 
 KINDS = ("decode", "decode", "chunk", "chain", "tree", "denoise")
 MOST_CONTEXT = 300
 """Most keys before a span."""
+MOST_PAGES = 2000
+"""Most pages that a step's sequences have together."""
 
 
-def random_plans(generator: random.Random, info: WorkerInfo, count: int, most_rows: int) -> Iterator[StepPlan]:
+class Bounds(Protocol):
+    """What a step must respect; `WorkerInfo` has it."""
+
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def diffusion(self) -> DiffusionModel | None: ...
+
+
+@dataclass(frozen=True)
+class Space:
+    """`Bounds` without a worker. Fields as in `WorkerInfo`."""
+
+    num_pages: int
+    page_size: int
+    model_len: int
+    vocab_size: int
+    diffusion: DiffusionModel | None = None
+
+
+def random_batches(generator: random.Random, bounds: Bounds, count: int, most_rows: int) -> Iterator[HostBatch]:
+    """The rows of `random_plans`."""
+    table = make_sequences(most_rows, bounds.model_len, bounds.num_pages, bounds.page_size)
+
+    def state(new: Admission, slot: int, step: int) -> SequenceState:
+        return SequenceState(new.request, make_recipe(new.request, ()), slot, list(new.tokens), step)
+
+    for plan in random_plans(generator, bounds, count, most_rows):
+        table.apply(plan, state)
+        if plan.spans:
+            states = [table[span.seq_id] for span in plan.spans]
+            yield host_batch(plan.spans, states, table.page_table, bounds.page_size)
+
+
+def random_plans(generator: random.Random, bounds: Bounds, count: int, most_rows: int) -> Iterator[StepPlan]:
     """Steps of 1 to `most_rows` rows, each of sequences of its own; the last plan only releases what is left.
 
     The keys before a span are whatever the pages hold. Denoised spans come where the model denoises block by
@@ -34,26 +80,26 @@ def random_plans(generator: random.Random, info: WorkerInfo, count: int, most_ro
     """
     released: tuple[int, ...] = ()
     for step in range(1, count + 1):
-        plan = _random_plan(generator, step, info, generator.randint(1, most_rows), released)
+        plan = _random_plan(generator, step, bounds, generator.randint(1, most_rows), released)
         released = tuple(span.seq_id for span in plan.spans)
         yield plan
     yield StepPlan(count + 1, (), released=released)
 
 
 def _random_plan(
-    generator: random.Random, step: int, info: WorkerInfo, num_rows: int, released: tuple[int, ...]
+    generator: random.Random, step: int, bounds: Bounds, num_rows: int, released: tuple[int, ...]
 ) -> StepPlan:
-    diffusion = info.diffusion
+    diffusion = bounds.diffusion
     if diffusion is not None and (diffusion.topology is not Topology.BLOCK_CAUSAL or diffusion.shift):
         diffusion = None
-    pages = generator.sample(range(info.num_pages), info.num_pages)
+    pages = generator.sample(range(bounds.num_pages), min(bounds.num_pages, MOST_PAGES))
     spans: list[Span] = []
     admitted: list[Admission] = []
     new_pages: list[tuple[int, tuple[int, ...]]] = []
     left = num_rows
     while left:
-        span, request = _random_span(generator, step << 20 | len(spans), left, info, diffusion)
-        needed = pages_for(span.kv_len, info.page_size)
+        span, request = _random_span(generator, step << 20 | len(spans), left, bounds, diffusion)
+        needed = pages_for(span.kv_len, bounds.page_size)
         if needed > len(pages):
             break
         spans.append(span)
@@ -64,13 +110,13 @@ def _random_plan(
 
 
 def _random_span(
-    generator: random.Random, seq_id: int, most_rows: int, info: WorkerInfo, diffusion: DiffusionModel | None
+    generator: random.Random, seq_id: int, most_rows: int, bounds: Bounds, diffusion: DiffusionModel | None
 ) -> tuple[Span, Request]:
     """A span and a request whose prompt is all that comes before it and its first token."""
     kind = generator.choice(KINDS)
     if kind == "denoise" and (diffusion is None or diffusion.block_size > most_rows):
         kind = "decode"
-    most_rows = min(most_rows, info.model_len // 2)
+    most_rows = min(most_rows, bounds.model_len // 2)
     length = {
         "decode": 1,
         "chunk": generator.randint(1, min(most_rows, 150)),
@@ -78,11 +124,11 @@ def _random_span(
         "tree": generator.randint(1, min(most_rows, 20)),
         "denoise": diffusion.block_size if diffusion else 1,
     }[kind]
-    start = generator.randint(0, min(MOST_CONTEXT, info.model_len - length))
+    start = generator.randint(0, min(MOST_CONTEXT, bounds.model_len - length))
     if kind == "denoise" and diffusion:
         start -= start % diffusion.block_size
-    tokens = tuple(generator.randrange(info.vocab_size) for _ in range(length))
-    before = tuple(generator.randrange(info.vocab_size) for _ in range(start))
+    tokens = tuple(generator.randrange(bounds.vocab_size) for _ in range(length))
+    before = tuple(generator.randrange(bounds.vocab_size) for _ in range(start))
     request = Request(f"random {seq_id}", (*before, tokens[0]), 64, _random_sampling(generator))
     everything = tuple(range(length))
     if kind in ("decode", "chunk"):

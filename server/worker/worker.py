@@ -50,10 +50,14 @@ LOGITS_BYTES = 64 << 20
 
 
 class _Begun(NamedTuple):
-    """A step whose forward is under way: its spans and probes, their rows and hidden states [rows, H]."""
+    """A step whose forward is under way: its spans and probes, their rows and hidden states [rows, H].
+
+    num_compiled  kernels that had been compiled before it
+    """
 
     plan: StepPlan
     started_at: float
+    num_compiled: int
     states: Sequence[SequenceState] = ()
     probes: Sequence[Probe] = ()
     batch: Batch | None = None
@@ -81,6 +85,7 @@ class Worker:
         learnt: Filter | None = None,
         attention: AttentionProbe | None = None,
         place: Callable[[HostBatch], Batch] | None = None,
+        num_compiled: Callable[[], int] | None = None,
     ) -> None:
         self.info, self._prober, self._attention = info, prober, attention
         self._sequences, self._speculator, self._profile_memory = sequences, speculator, profile_memory
@@ -90,6 +95,7 @@ class Worker:
         self.is_asynchronous = device.type != "cpu"
         diffusion = info.diffusion
         self._place = place or partial(place_batch, device=device)
+        self._num_compiled = num_compiled or (lambda: 0)
         self._denoiser = None if diffusion is None else DenoiseReader(ops, diffusion, self._rows_at_once, learnt)
 
     def prepare(self, request: Request) -> None:
@@ -149,9 +155,9 @@ class Worker:
             self._attention.forget(plan.released)
         self._sequences.apply(plan, self._make_state)
         if not plan.spans:
-            return _Begun(plan, started_at)
+            return _Begun(plan, started_at, self._num_compiled())
         with torch.inference_mode():
-            return self._forward(plan, started_at)
+            return self._forward(plan, started_at, self._num_compiled())
 
     def _finish(self, begun: _Begun) -> StepResult:
         """Read the forward's rows. The first reading waits for the device."""
@@ -159,7 +165,8 @@ class Worker:
         if begun.batch is not None and begun.hidden_TH is not None:
             with torch.inference_mode():
                 outcomes, draft_s = self._read(begun, begun.batch, begun.hidden_TH)
-        return StepResult(begun.plan.step, tuple(outcomes), time.perf_counter() - begun.started_at, draft_s)
+        elapsed_s, num_compiled = time.perf_counter() - begun.started_at, self._num_compiled() - begun.num_compiled
+        return StepResult(begun.plan.step, tuple(outcomes), elapsed_s, draft_s, num_compiled)
 
     def _make_state(self, admission: Admission, slot: int, step: int) -> SequenceState:
         request = admission.request
@@ -174,7 +181,7 @@ class Worker:
             state.failure = str(error)
         return state
 
-    def _forward(self, plan: StepPlan, started_at: float) -> _Begun:
+    def _forward(self, plan: StepPlan, started_at: float, num_compiled: int) -> _Begun:
         spans = plan.spans
         states = [self._sequences[span.seq_id] for span in spans]
         for span, state in zip(spans, states, strict=True):
@@ -190,7 +197,7 @@ class Worker:
         )
         watched = self._attention.watch(plan.step, spans, states, batch.first_rows) if self._attention else None
         hidden_TH = (watched or self._model).forward(batch.tokens, batch.rows, self._pool.layers)
-        return _Begun(plan, started_at, states, probes, batch, hidden_TH)
+        return _Begun(plan, started_at, num_compiled, states, probes, batch, hidden_TH)
 
     def _read(self, begun: _Begun, batch: Batch, hidden_TH: Tensor) -> tuple[list[Outcome], float]:
         """Outcomes in span order and the seconds that went into proposing drafts."""

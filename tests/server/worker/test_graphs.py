@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,15 +15,15 @@ from torch import Tensor
 from kernels.cpu.build import find_compiler
 from kernels.cpu.ops import CpuOps
 from kernels.ops import AttentionRows, StepRows
-from scheduler.types import DiffusionModel, StepPlan
+from kernels.reference import ReferenceOps
+from scheduler.types import DiffusionModel
 from server.models.loading import random_model
-from server.worker.batch import HostBatch, host_batch, place
+from server.worker.batch import HostBatch, place
 from server.worker.forward import ForwardModel
+from server.worker.gpu_checks import replay_check
 from server.worker.graphs import GraphedForward, fill_up, graph_sizes
 from server.worker.kv_pool import KVPool
-from server.worker.random_steps import random_plans
-from server.worker.recipe import make_recipe
-from server.worker.sequences import SequenceState, SequenceTable, make_sequences
+from server.worker.random_steps import Space, random_batches, random_plans
 from server.worker.transfer import Transfer, upload
 from server.worker.worker import Worker
 from tests.server.worker.tiny_model import TinyModel, make_worker
@@ -35,12 +34,14 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 64)
 
 
 class Recorded:
-    """Stands for `CudaCapture`: a replay is the recorded function once more. num_runs counts replays."""
+    """Stands for CUDA graphs: a replay is the recorded function once more."""
 
     def __init__(self) -> None:
-        self.num_runs = 0
+        self.num_runs = self.num_captured = 0
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.num_captured += 1
+
         def replay() -> None:
             self.num_runs += 1
             run()
@@ -104,20 +105,10 @@ def ruin(host: HostBatch) -> None:
         values[:] = -7
 
 
-def batches(seed: int, model: TinyModel, count: int, most_rows: int) -> list[HostBatch]:
+def batches(seed: int, count: int, most_rows: int) -> list[HostBatch]:
     """Random steps of all kinds of span, denoised blocks included."""
-    info = replace(make_worker(model, PAGE, PAGES).info, diffusion=DiffusionModel(MASK, 4))
-    table = make_sequences(64, info.model_len, PAGES, PAGE)
-    return [
-        host_batch(plan.spans, states, table.page_table.copy(), PAGE)
-        for plan in random_plans(random.Random(seed), info, count, most_rows)
-        if (states := applied(table, plan))
-    ]
-
-
-def applied(table: SequenceTable, plan: StepPlan) -> list[SequenceState]:
-    table.apply(plan, lambda new, slot, step: SequenceState(new.request, make_recipe(new.request, ()), slot, [], step))
-    return [table[span.seq_id] for span in plan.spans]
+    space = Space(PAGES, PAGE, 256, VOCAB, DiffusionModel(MASK, 4))
+    return list(random_batches(random.Random(seed), space, count, most_rows))
 
 
 def make_pool(model: TinyModel) -> KVPool:
@@ -155,7 +146,7 @@ def test_a_replayed_step_is_the_step_run_as_it_is_bit_for_bit(seed: int) -> None
     graphs = graphed(watched, pool, transfer, capture)
     assert same_pages(before, pool.layers), "capturing wrote to a page of somebody"
     static = set(watched.places[1:])
-    for host in batches(seed, model, 25, 64):
+    for host in batches(seed, 25, 64):
         kv, num_copies = copied(pool), transfer.num_copies
         with torch.inference_mode():
             size = next(size for size in SIZES if size >= len(host.tokens))
@@ -188,7 +179,7 @@ def test_a_step_filled_up_is_the_step_of_its_own_rows_alone() -> None:
         mine.copy_(torch.randn(len(mine) // 4).untyped_storage())
         its.copy_(mine)
     graphs = graphed(model, pool, Poisoning(), Recorded())
-    for host in batches(9, TinyModel(VOCAB), 25, 64):
+    for host in batches(9, 25, 64):
         with torch.inference_mode():
             alone = place(host, CPU)
             expected = model.forward(alone.tokens, alone.rows, other.layers)
@@ -200,7 +191,7 @@ def test_the_plan_arrives_with_the_rows_it_is_of() -> None:
     model, planner = TinyModel(VOCAB), Planner()
     graphs = GraphedForward(model, planner, make_pool(model), 33, SIZES, Recorded(), Poisoning())
     graphs.capture()
-    for host in batches(4, model, 8, 40):
+    for host in batches(4, 8, 40):
         visible = host.rows.visible.tolist()
         with torch.inference_mode():
             batch = graphs.place(host)
@@ -213,7 +204,7 @@ def test_steps_above_the_largest_size_and_before_the_capture_run_as_they_are() -
     model, capture = TinyModel(VOCAB), Recorded()
     pool = make_pool(model)
     graphs = GraphedForward(model, None, pool, 33, (1, 2, 4), capture, Poisoning())
-    large, small = (next(host for host in batches(2, model, 60, most) if len(host.tokens) == most) for most in (9, 3))
+    large, small = (next(host for host in batches(2, 60, most) if len(host.tokens) == most) for most in (9, 3))
     for is_captured in (False, True):
         if is_captured:
             graphs.capture()
@@ -232,7 +223,7 @@ def test_sizes_are_fine_where_steps_are_small() -> None:
     assert (sizes[0], sizes[-1], len(sizes)) == (1, 512, 51)
     assert max(b - a for a, b in pairwise(sizes)) == 16
     with pytest.raises(ValueError, match="a step of 5 rows does not fit in 4"):
-        fill_up(next(host for host in batches(2, TinyModel(VOCAB), 60, 9) if len(host.tokens) == 5), 4, 0, PAGE)
+        fill_up(next(host for host in batches(2, 60, 9) if len(host.tokens) == 5), 4, 0, PAGE)
 
 
 def test_arrays_arrive_as_they_were_in_one_copy() -> None:
@@ -279,3 +270,19 @@ def test_the_outcomes_of_a_worker_with_captured_steps_are_those_without() -> Non
             logprobs = [entry.logprob for entry in one.logprobs]
             assert [entry.logprob for entry in other.logprobs] == pytest.approx(logprobs, abs=1e-4)
     assert 5 < capture.num_runs < 30
+
+
+def test_the_gpu_check_of_replays_finds_a_replay_that_is_another_step() -> None:
+    """The check itself, on a CPU: right for a faithful replay, wrong for one that skips a step."""
+
+    class Lazy(Recorded):
+        def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+            replay = super().__call__(run)
+            return lambda: replay() if self.num_runs < 3 else None
+
+    ops = ReferenceOps()
+    model = random_model("hidden=32,layers=1,heads=2,mlp=32,vocab=50,max_len=512", ops, torch.float32, CPU)
+    for capture, is_right in ((Recorded(), True), (Lazy(), False)):
+        what, found = replay_check(model, ops, torch.float32, CPU, capture, 5)
+        assert found == is_right, what
+        assert "5 replayed steps" in what
