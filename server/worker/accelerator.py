@@ -32,8 +32,11 @@ class CudaGraphs:
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            run()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                run()
+        except RuntimeError as error:
+            raise RuntimeError(f"a forward cannot be captured ({error}); --enforce-eager does without") from error
         return graph.replay
 
 

@@ -78,7 +78,7 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
         accelerator,
         captured_sizes(config, model, ops) if accelerator is not None else (),
     )
-    remember = partial(_profile_memory, config, model, num_threads)
+    remember = partial(_profile_memory, parts, num_threads)
     if accelerator is None or before is None:
         return _on_host(parts, remember)
     return _on_accelerator(parts, accelerator, before, remember, progress)
@@ -172,19 +172,20 @@ def _load_draft(
     )
 
 
-def _profile_memory(config: WorkerConfig, model: Model, num_threads: int, info: WorkerInfo) -> DiskMemory | None:
+def _profile_memory(parts: Parts, num_threads: int, info: WorkerInfo) -> DiskMemory | None:
     """Of everything that the time of a step depends on and that is known here."""
-    folder = default_folder()
+    config, folder = parts.config, default_folder()
     if folder is None or not config.remember_profile:
         return None
     conditions: dict[str, str | int] = {
         "shapes": repr(SHAPES),
-        "model": repr(model.config),
+        "model": repr(parts.model.config),
         "weight_bytes": info.weight_bytes,
         "dtype": info.dtype,
         "quantization": config.quantization or "",
         "device": device_name(info.device),
         "ops": info.ops,
+        "captured": repr(parts.sizes),
         "threads": num_threads,
         "torch": torch.__version__,
         "pages": info.num_pages,

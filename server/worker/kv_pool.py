@@ -164,7 +164,8 @@ class KVPool:
     ) -> None:
         """poison: fill every page with NaN, so that any read of a key that nobody wrote shows in the logits.
 
-        has_spare: there is a page more, `spare_page`, that nobody is ever given: what is written there is read by none
+        has_spare: there is a page more, `spare_page`, that nobody is ever given: what is written there is read by none.
+            On a device that has use for one, warm-up reads keys that nobody wrote, so all are 0 to begin with
         """
         self.num_pages = num_pages
         self.page_size = page_size
@@ -173,6 +174,10 @@ class KVPool:
             ops.allocate_kv(num_pages + has_spare, page_size, config.num_kv_heads, config.head_dim, dtype, device)
             for _ in range(config.num_layers)
         ]
+        if has_spare:
+            for k_pages, v_pages in self.layers:
+                k_pages.zero_()
+                v_pages.zero_()
         if poison:
             for k_pages, v_pages in self.layers:
                 k_pages.fill_(float("nan"))
