@@ -64,8 +64,8 @@ NOBODY = HostBatch(
 def fill_up(host: HostBatch, size: int, dump_page: int, page_size: int) -> HostBatch:
     """The step with rows up to `size`: a span of rows that see nothing (`visible` 0) and write to `dump_page`.
 
-    Tree masks are always there, `span_starts` has size + 2 entries (empty spans at the end), the page table one row
-    more. Raises ValueError if the step has more rows.
+    `span_starts` has size + 2 entries (empty spans at the end), the page table one row more. Raises ValueError if the
+    step has more rows.
     """
     num_rows, num_spans = len(host.tokens), len(host.page_table)
     if num_rows > size:
@@ -81,8 +81,6 @@ def fill_up(host: HostBatch, size: int, dump_page: int, page_size: int) -> HostB
     span_starts[: num_spans + 1] = rows.span_starts
     table = np.full((num_spans + 1, host.page_table.shape[1]), dump_page, np.int32)
     table[:num_spans] = host.page_table
-    tree = np.zeros(num_rows, np.int64) if rows.tree is None else rows.tree
-    tree_starts = np.zeros(num_rows, np.int32) if rows.tree_starts is None else rows.tree_starts
     return HostBatch(
         filled(host.tokens),
         table,
@@ -92,8 +90,8 @@ def fill_up(host: HostBatch, size: int, dump_page: int, page_size: int) -> HostB
             filled(rows.positions),
             filled(rows.visible),
             span_starts,
-            filled(tree),
-            filled(tree_starts),
+            None if rows.tree is None else filled(rows.tree),
+            None if rows.tree_starts is None else filled(rows.tree_starts),
         ),
         host.first_rows,
     )
@@ -220,7 +218,7 @@ class GraphedForward:
              rows.span_starts),
             strict=True,
         ):  # fmt: skip
-            part[...] = values
+            part[...] = 0 if values is None else values
         if self._plans is not None:
             self._plans.write_plans(rows, words)
         buffer[num_bytes:] = host.page_table.reshape(-1).view(np.uint8)

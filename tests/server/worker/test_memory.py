@@ -18,7 +18,6 @@ from server.worker import build
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
 from server.worker.graphs import Capture
-from server.worker.info import WorkerInfo
 from server.worker.memory import MemoryReading, Needs, graph_bytes, kv_budget, ledger, peak_of, show
 from server.worker.random_steps import random_plans
 from server.worker.warm_up import kernel_steps, largest_steps
@@ -158,9 +157,16 @@ def test_a_worker_on_a_device_measures_divides_warms_up_and_captures() -> None:
     assert real.num_runs == before + 5
 
 
-def test_eager_means_that_nothing_is_captured_and_pages_get_the_memory_of_graphs() -> None:
-    device = Played()
-    worker = make(device, enforce_eager=True, kv_cache_bytes=5 * MIB)
+@pytest.fixture(scope="module")
+def eager() -> tuple[Played, Worker]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "select_ops", lambda *args, **options: PlannedOps())
+        device = Played()
+        return device, make(device, enforce_eager=True, kv_cache_bytes=5 * MIB)
+
+
+def test_eager_means_that_nothing_is_captured_and_pages_get_the_memory_of_graphs(eager: tuple[Played, Worker]) -> None:
+    device, worker = eager
     assert device.recorded == []
     assert dict(worker.info.memory)["CUDA graphs"] == 0
     assert worker.info.num_pages == 5 * MIB // (2 * 2 * 2 * 8 * 16 * 4)
@@ -184,9 +190,8 @@ def rows_of(plans: Sequence[StepPlan]) -> list[int]:
     return [plan.num_tokens for plan in plans if plan.spans]
 
 
-def test_the_largest_steps_fill_the_budget_and_every_form_of_attention_is_run() -> None:
-    device = Played()
-    info: WorkerInfo = make(device, enforce_eager=True, max_batched_tokens=200, kv_cache_bytes=MIB).info
+def test_the_largest_steps_fill_the_budget_and_every_form_of_attention_is_run(eager: tuple[Played, Worker]) -> None:
+    info = eager[1].info
     prompts, crowd, _ = largest_steps(info, 8, 600)
     assert rows_of([prompts]) == [600]
     assert max(span.kv_len for span in prompts.spans) == 256
@@ -202,8 +207,8 @@ def test_sizes_are_shown_in_the_unit_that_fits() -> None:
     assert [show(size) for size in (5, 2048, 3 * MIB, -2 * GIB)] == ["5 B", "2.00 KiB", "3.00 MiB", "-2.00 GiB"]
 
 
-def test_a_step_says_how_many_kernels_it_compiled() -> None:
-    worker = make(device := Played(), enforce_eager=True, kv_cache_bytes=MIB)
+def test_a_step_says_how_many_kernels_it_compiled(eager: tuple[Played, Worker]) -> None:
+    device, worker = eager
     plan = next(iter(random_plans(random.Random(1), worker.info, 1, 8)))
     assert worker.run(plan).num_compiled == 0
     # The played device compiles whenever it is read.
