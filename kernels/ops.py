@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers
@@ -23,14 +25,26 @@ from kernels.truncation import Filters
 
 
 @dataclass(frozen=True)
+class StepRows:
+    """The fields of `AttentionRows` that a plan of attention needs, on the host; meaning and types as there."""
+
+    row_seq: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    visible: NDArray[np.int32]
+    span_starts: NDArray[np.int32]
+    tree: NDArray[np.int64] | None = None
+    tree_starts: NDArray[np.int32] | None = None
+
+
+@dataclass(frozen=True)
 class AttentionRows:
     """Where the rows of one step live in the paged KV cache; built once per step, the same for all layers.
 
     page_table   int32 [N, max_pages]; entries past a sequence's last page are never read
     row_seq      int32 [T], the row of page_table that belongs to each query row
     positions    int32 [T], the row's RoPE position; it is the row's KV index but in trees and for shadow rows
-    visible      int32 [T], >= 1: the row sees keys [low, visible), low = max(0, position - window + 1), or 0 without
-                 a window
+    visible      int32 [T], >= 0: the row sees keys [low, visible), low = max(0, position - window + 1), or 0 without
+                 a window. 0: it fills a captured step up, sees nothing, and its attention is 0
     slots        int64 [T], page_id * page_size + offset: where the row's K and V are written
     span_starts  int32 [spans + 1], ascending from 0 to T: rows of one span are contiguous and of one sequence
     tree         int64 [T], or None in a step without trees and shadows. Not 0: the row is of a tree whose keys lie at
@@ -40,6 +54,7 @@ class AttentionRows:
                  it sees the keys before tree_start from `low` on and its last `window` bits (the n-th bit of a path
                  stands at position tree_start + n)
     tree_starts  int32 [T], there if `tree` is; read where tree is not 0
+    host         the same rows on the host, where who made them has them: a back end that plans need not read them back
     """
 
     page_table: Tensor
@@ -50,6 +65,7 @@ class AttentionRows:
     span_starts: Tensor
     tree: Tensor | None = None
     tree_starts: Tensor | None = None
+    host: StepRows | None = None
 
 
 @dataclass(frozen=True)
@@ -244,5 +260,29 @@ class Ops(Protocol):
         """One layer's k_pages and v_pages, each [P, K, S, D] and not initialised.
 
         A back end may choose another layout and documents it; nobody but its own methods may look inside.
+        """
+        ...
+
+
+@runtime_checkable
+class FixedPlans(Protocol):
+    """What a back end offers besides `Ops` whose forwards may be captured (CUDA graphs) though it plans on the host.
+
+    A captured forward reads its plan from memory that stays; whoever replays it fills that memory anew for each step.
+    Forwards are told apart by their `AttentionRows` object, whose plan goes with it.
+    """
+
+    def plan_words(self, num_rows: int) -> int:
+        """int32 words for the plans of a step of so many rows, any spans, and the kinds of layer run so far."""
+        ...
+
+    def fix_plans(self, rows: AttentionRows, words: Tensor) -> None:
+        """From now on these rows' attention follows what stands in `words`, int32 on the device, when it runs."""
+        ...
+
+    def write_plans(self, host: StepRows, words: NDArray[np.int32]) -> None:
+        """Plan a step into `words`, on the host; they are then copied to what `fix_plans` was given for its size.
+
+        The step has that size's rows: padding rows are spans of their own, with `visible` 0.
         """
         ...

@@ -297,7 +297,9 @@ def _attend(
     q = q_TQD[tiles].float().view(num_tiles, num_rows, num_kv, -1, head_dim).permute(0, 2, 3, 1, 4)  # [B, K, G, R, D]
     scores = torch.matmul(q, gather(k_pages).transpose(-1, -2)) * scale
     scores = scores.masked_fill(~seen.view(num_tiles, 1, 1, num_rows, -1), float("-inf"))
-    out = torch.matmul(torch.softmax(scores, dim=-1), gather(v_pages))
+    # Not NaN in a row that sees nothing, but 0; elsewhere these weights are 0 already.
+    weights = torch.softmax(scores, dim=-1).masked_fill(~seen.view(num_tiles, 1, 1, num_rows, -1), 0.0)
+    out = torch.matmul(weights, gather(v_pages))
     return out.permute(0, 3, 1, 2, 4).reshape(num_tiles, num_rows, -1, head_dim).to(q_TQD.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -55,3 +56,13 @@ def _select_on_device(device: torch.device, dtype: torch.dtype, quantization: st
         return TritonOps(quantization)
     logging.getLogger("braid.kernels").warning("plain torch serves on %s, which is slower: %s", device, reason)
     return ReferenceOps(quantization)
+
+
+def compilations() -> Callable[[], int]:
+    """How many kernels this process has compiled since this call; always 0 where no back end compiles while it runs."""
+    if importlib.util.find_spec("triton") is None:
+        return lambda: 0
+    from kernels.triton.compilations import Compilations
+
+    counter = Compilations()
+    return lambda: counter.count

@@ -71,4 +71,5 @@ def step_stats(
         draft_s=result.draft_s,
         drafts=tuple(report.tallies),
         goodput_predicted=draft.goodput,
+        num_compiled=result.num_compiled,
     )

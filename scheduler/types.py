@@ -185,12 +185,16 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Outcomes in span order and the step's wall time in seconds; draft_s of these went into proposing drafts."""
+    """Outcomes in span order and the step's wall time in seconds; draft_s of these went into proposing drafts.
+
+    num_compiled  kernels that had to be compiled in this step: none after warm-up
+    """
 
     step: int
     outcomes: tuple[Outcome, ...]
     elapsed_s: float
     draft_s: float = 0.0
+    num_compiled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +261,7 @@ class StepStats:
     drafts         the same per drafter and position
     goodput_predicted   tokens per second the planner expected of this step (0 = no planner, or nothing known yet)
     model          whose step it was, as `Request.model`; the gauges are of this model alone
+    num_compiled   as in `StepResult`
     """
 
     step: int = 0
@@ -284,3 +289,4 @@ class StepStats:
     drafts: tuple[DraftTally, ...] = ()
     goodput_predicted: float = 0.0
     model: str = ""
+    num_compiled: int = 0

@@ -23,6 +23,7 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         f"model     {weights}: {_count(facts.num_parameters)} parameters, {facts.dtype}, {facts.device} ({facts.ops})",
         f"memory    weights {_bytes(facts.weight_bytes)}, KV {_bytes(facts.kv_bytes)} = {facts.num_pages} pages of "
         f"{facts.page_size} tokens: room for {room:.1f} sequences of {facts.model_len} tokens",
+        *_device(facts),
         *(line for other in facts.also for line in _also(other)),
         f"limits    {facts.max_seqs} sequences at once, {facts.max_queued_requests} queued; "
         f"{facts.max_batched_tokens} tokens a step, time between tokens {slo}; "
@@ -42,6 +43,12 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys() else ""
     lines += ["try", f"  curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"]
     return "\n".join(lines)
+
+
+def _device(facts: EngineInfo) -> list[str]:
+    """What holds a GPU's memory besides."""
+    rest = [(what, size) for what, size in facts.memory if what not in ("weights", "KV pages")]
+    return ["          " + ", ".join(f"{what} {_bytes(size)}" for what, size in rest)] if rest else []
 
 
 def _also(facts: EngineInfo) -> tuple[str, str]:

@@ -7,6 +7,7 @@ No environment variable is read. The command line and files are parsed in flags.
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,6 +60,13 @@ class ServerConfig(BaseModel):
     block_size: AutoCount = _engine(None, "tokens of a KV page; auto = what measured best on the device")
     kv_cache_memory: AutoCount = _engine(None, "bytes of the KV pool (2GiB); auto = a share of what is free")
     kv_shares: Shares = _engine((), "parts of that memory for each model, the first one first (3,1); auto = equal")
+    gpu_memory_utilization: float = _engine(
+        0.9, "part of a GPU's memory for weights, a step, CUDA graphs and, of what is left, KV pages", gt=0, le=1
+    )
+    enforce_eager: bool = _engine(False, "no CUDA graphs: a faster start, slower small steps")
+    max_cudagraph_capture_size: AutoCount = _engine(
+        None, "tokens of the largest step in a CUDA graph; auto = 512, or max-num-batched-tokens"
+    )
     enable_prefix_caching: bool = _engine(True, "reuse the KV of prompts that begin alike")
     threads: AutoCount = _engine(None, "CPU threads of a step; auto = physical cores")
     grammar_timeout: Seconds = _engine(5.0, "seconds to compile a structured-output constraint")
@@ -211,34 +219,23 @@ class ServerConfig(BaseModel):
         return None if "*" in self.allowed_hosts else self.allowed_hosts or default
 
     def engine_config(self) -> EngineConfig:
+        same = {field.name for field in fields(EngineConfig)} & ServerConfig.model_fields.keys() - {"speculation"}
         first = EngineConfig(
-            model=self.model,
-            dtype=self.dtype,
-            device=self.device,
-            random_weights=self.random_weights,
-            quantization=self.quantization,
+            **{name: getattr(self, name) for name in same},
             kv_cache_bytes=self.kv_cache_memory,
-            max_model_len=self.max_model_len,
+            max_graph_tokens=self.max_cudagraph_capture_size,
             page_size=self.block_size,
             max_batched_tokens=self.max_num_batched_tokens,
             max_seqs=self.max_num_seqs,
             num_threads=self.threads,
-            revision=self.revision,
-            download_dir=self.download_dir,
-            max_logprobs=self.max_logprobs,
-            seed=self.seed,
             max_queued_requests=self.max_num_queued_reqs,
             max_queued_tokens=self.max_num_queued_tokens,
-            max_prefill_share=self.max_prefill_share,
             tbt_slo_s=None if self.tbt_slo_ms is None else self.tbt_slo_ms / 1000,
-            enable_prefix_caching=self.enable_prefix_caching,
             queue_timeout_s=self.queue_timeout,
             grammar_timeout_s=self.grammar_timeout,
             step_timeout_s=self.step_timeout,
             delta_interval_s=self.delta_interval_ms / 1000,
             progress=not self.quiet,
-            default_decoding=self.default_decoding,
-            denoise_block_size=self.denoise_block_size,
             speculation=SpeculationConfig(
                 mode=self.speculation,
                 drafters=self.drafters,

@@ -33,6 +33,8 @@ ALLOWED: dict[str, set[str]] = {
         "scheduler.step_cost",
         "llguidance",
         "safetensors",
+        # Progress of the capture of CUDA graphs at start.
+        "tqdm",
     },
     "server.text": {"tokenizers", "jinja2", "transformers"},
     "server.engine": {"scheduler", "msgspec", "zmq"},

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
 from kernels.edits import Edits
-from kernels.ops import AttentionRows, PackedLinear, RowStatistics
+from kernels.ops import AttentionRows, PackedLinear, RowStatistics, StepRows
 from kernels.reference import DenseLinear, ReferenceOps, dense_weight
 from kernels.routing import Router, choose_experts
 from kernels.triton.edits import edit_logits
@@ -29,7 +31,7 @@ from kernels.truncation import Filters
 
 
 class TritonOps:
-    """`Ops` on a CUDA device.
+    """`Ops` on a CUDA device, and `FixedPlans`.
 
     quantization  None, "int8" or "int4": as in `ReferenceOps`, the rounding without the saving
     num_programs  pieces that attention's work is cut into; default: by the device's multiprocessors
@@ -154,6 +156,15 @@ class TritonOps:
         stream: int = 0,
     ) -> Tensor:
         return sample(logits_JV, seeds_J, sample_index_J, positions_J, greedy_J, stream)
+
+    def plan_words(self, num_rows: int) -> int:
+        return self._attention.plan_words(num_rows)
+
+    def fix_plans(self, rows: AttentionRows, words: Tensor) -> None:
+        self._attention.fix_plans(rows, words)
+
+    def write_plans(self, host: StepRows, words: NDArray[np.int32]) -> None:
+        self._attention.write_plans(host, words)
 
     def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
         move_kv(k_pages, v_pages, from_slots_M, to_slots_M)

@@ -1,12 +1,13 @@
 """From `AttentionRows` to launches: plans a step's attention once for all layers of one shape and runs it.
 
-Owns what outlives a call: the plan of the step that ran last and the scratch of cut units (two slots per program,
-whatever the batch). Reading the rows back to plan them costs one copy from the device per step.
+Owns what outlives a call: the plan of the step that ran last, the plans of captured steps, and the scratch of cut units
+(two slots per program, whatever the batch). Rows that come without their host copy are read back to be planned.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +18,11 @@ from torch import Tensor
 
 from kernels.ops import AttentionRows
 from kernels.triton.attention import attend, combine
+from kernels.triton.fixed import ALIGN, FixedLayout, fixed_layout
 from kernels.triton.plan import Launch, StepRows, plan_step, row_masks
 from kernels.triton.tiles import MAX_GROUP, Geometry, padded_dim
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ALIGN = 16
-"""Arrays of a plan start at multiples of 64 bytes: a pointer's alignment is part of what Triton compiles for."""
 _COMBINE_PIECES = 16
 """Pieces of a cut unit that are merged at a time."""
 
@@ -74,6 +74,10 @@ class PagedAttention:
         self._num_programs = num_programs
         self._step: AttentionRows | None = None
         self._plans: dict[Shape, DevicePlan] = {}
+        self._shapes: dict[Shape, None] = {}  # seen so far, in order
+        self._layouts: dict[int, dict[Shape, FixedLayout]] = {}
+        # Of captured steps, by the identity of their rows, and gone with them.
+        self._fixed: dict[int, tuple[weakref.ref[AttentionRows], dict[Shape, DevicePlan]]] = {}
         self._scratch: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def run(
@@ -113,12 +117,51 @@ class PagedAttention:
 
     def plan(self, rows: AttentionRows, shape: Shape) -> DevicePlan:
         """The step's plan for one shape; made at the step's first layer, found again at the others."""
+        if (fixed := self._fixed.get(id(rows))) is not None:
+            return fixed[1][shape]
         if rows is not self._step:
             self._step, self._plans = rows, {}
         plan = self._plans.get(shape)
         if plan is None:
+            self._shapes[shape] = None
             plan = self._plans[shape] = self._make(rows, shape)
         return plan
+
+    def plan_words(self, num_rows: int) -> int:
+        """`FixedPlans.plan_words`."""
+        return sum(layout.num_words for layout in self._layouts_of(num_rows).values())
+
+    def fix_plans(self, rows: AttentionRows, words: Tensor) -> None:
+        """`FixedPlans.fix_plans`."""
+        plans, start = {}, 0
+        for shape, layout in self._layouts_of(len(rows.visible)).items():
+            visible, low, tree, tree_start, *parts = layout.on_device(words[start : start + layout.num_words])
+            launches = tuple(
+                DeviceLaunch(geometry, *parts[3 * i : 3 * i + 3]) for i, geometry in enumerate(layout.geometries)
+            )
+            plans[shape] = DevicePlan(launches, visible, low, tree, tree_start, shape.window is not None, has_tree=True)
+            start += layout.num_words
+        key = id(rows)
+        self._fixed[key] = (weakref.ref(rows, lambda _: self._fixed.pop(key, None)), plans)
+
+    def write_plans(self, host: StepRows, words: NDArray[np.int32]) -> None:
+        """`FixedPlans.write_plans`."""
+        start = 0
+        for layout in self._layouts_of(len(host.visible)).values():
+            layout.write(host, words[start : start + layout.num_words])
+            start += layout.num_words
+
+    def _layouts_of(self, num_rows: int) -> dict[Shape, FixedLayout]:
+        """Settled when first asked for: a shape that first runs later is of another model, which is not captured."""
+        if num_rows not in self._layouts:
+            self._layouts[num_rows] = {
+                shape: fixed_layout(
+                    num_rows, shape.num_q // shape.num_kv, shape.num_kv, shape.head_dim, shape.itemsize, shape.window,
+                    self._num_sms, self._num_programs,
+                )
+                for shape in self._shapes
+            }  # fmt: skip
+        return self._layouts[num_rows]
 
     def _make(self, rows: AttentionRows, shape: Shape) -> DevicePlan:
         host = host_rows(rows)
@@ -141,7 +184,9 @@ class PagedAttention:
 
 
 def host_rows(rows: AttentionRows) -> StepRows:
-    """Copy what a plan needs to the host: one transfer, three with draft trees."""
+    """What a plan needs, on the host; copied from the device where the rows came without it."""
+    if rows.host is not None:
+        return rows.host
     parts = (rows.row_seq, rows.positions, rows.visible, rows.span_starts)
     flat: NDArray[np.int32] = torch.cat(parts).cpu().numpy()
     bounds = np.cumsum([len(part) for part in parts])[:-1]
@@ -156,12 +201,13 @@ def _upload(launches: list[Launch], masks: list[NDArray[np.int32] | None], devic
     arrays = [mask if mask is not None else np.zeros(1, np.int32) for mask in masks]
     for launch in launches:
         arrays += [launch.header(), launch.units, launch.cum]
-    ends = np.cumsum([-(-array.size // _ALIGN) * _ALIGN for array in arrays])
+    ends = np.cumsum([-(-array.size // ALIGN) * ALIGN for array in arrays])
     flat = np.zeros(int(ends[-1]), dtype=np.int32)
     starts = [0, *ends[:-1].tolist()]
     for start, array in zip(starts, arrays, strict=True):
         flat[start : start + array.size] = array.ravel()
-    buffer = torch.from_numpy(flat).to(device)
+    staged = torch.from_numpy(flat)
+    buffer = staged.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else staged.to(device)
     parts = [buffer[start : start + array.size] for start, array in zip(starts, arrays, strict=True)]
     visible, low, tree, tree_start = parts[:4]
     on_device = tuple(DeviceLaunch(launch.geometry, *parts[4 + 3 * i : 7 + 3 * i]) for i, launch in enumerate(launches))

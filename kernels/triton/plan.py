@@ -16,24 +16,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.ops import StepRows as StepRows
 from kernels.triton.tiles import SMALL_ROWS, Geometry, large_geometry, small_geometry
 
 Ints = NDArray[np.int32]
 UNIT_FIELDS = 8
 NO_TREE = 1 << 30
 """Where the tree of a row without one starts: past every key. 0 would mask the row (`attention.md` 7, mistake 17)."""
-
-
-@dataclass(frozen=True)
-class StepRows:
-    """The fields of `AttentionRows` that a plan needs, on the host; types as there."""
-
-    row_seq: Ints
-    positions: Ints
-    visible: Ints
-    span_starts: Ints
-    tree: NDArray[np.int64] | None = None
-    tree_starts: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +108,7 @@ def plan_step(
     """The launches of one step: short spans in small tiles, long ones in large tiles; at most two, none if no rows."""
     lengths = np.diff(rows.span_starts)
     packed = lengths * group
-    is_large = packed > max(SMALL_ROWS, group)
+    is_large = is_long(lengths, group)
     launches = []
     shapes = [
         (~is_large, lambda most: small_geometry(most, group, head_dim, itemsize, num_sms)),
@@ -132,6 +121,11 @@ def plan_step(
             starts = rows.span_starts[:-1][chosen]
             launches.append(plan_launch(rows.row_seq, starts, lengths[chosen], masks, group, num_kv, geometry))
     return launches
+
+
+def is_long(lengths: Ints, group: int) -> NDArray[np.bool_]:
+    """Which spans of so many rows go to the large tiles."""
+    return lengths * group > max(SMALL_ROWS, group)
 
 
 def plan_launch(

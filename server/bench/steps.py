@@ -32,7 +32,8 @@ from server.bench.report import percentile
 from server.engine.config import EngineConfig, SpeculationConfig, make_limits
 from server.engine.loop import worker_config
 from server.models.registry import Model
-from server.worker.build import build_worker, usable_cores
+from server.worker.build import build_worker
+from server.worker.machine import usable_cores
 from server.worker.worker import Worker
 
 MIB = 1 << 20

@@ -87,6 +87,9 @@ class EngineConfig:
     quantization: str | None = None
     kv_cache_bytes: int | None = None
     kv_share: float = 1.0
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    max_graph_tokens: int | None = None
     max_model_len: int | None = None
     page_size: int | None = None
     max_batched_tokens: int = 1024
@@ -119,6 +122,7 @@ class EngineInfo:
 
     diffusion   how the model denoises; None = it only generates token by token
     phases      start-up, in order: (name, seconds)
+    memory      what holds how many bytes: weights and KV pages; on a GPU all of its memory
     drafters    (name, whether it runs a model step by step), in order of preference; none = nothing is ever drafted
     max_drafts  most drafts of one sequence in one step
     speculation, synthetic_acceptance   as configured (`SpeculationConfig`)
@@ -147,6 +151,7 @@ class EngineInfo:
     pid: int
     diffusion: DiffusionModel | None = None
     phases: tuple[tuple[str, float], ...] = ()
+    memory: tuple[tuple[str, int], ...] = ()
     drafters: tuple[tuple[str, bool], ...] = ()
     max_drafts: int = 8
     speculation: str = "off"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, NoReturn, Protocol
 
 from scheduler.budget import StepPolicy
 from scheduler.draft_plan import ALONE, Others
@@ -23,10 +24,21 @@ from server.engine.preparation import Preparation
 class WorkerLike(Protocol):
     """What the loop asks of a worker (`server/worker/worker.py`)."""
 
+    @property
+    def is_asynchronous(self) -> bool: ...
     def prepare(self, request: Request) -> None: ...
     def run(self, plan: StepPlan) -> StepResult: ...
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]: ...
     def forget(self, request_id: str) -> None: ...
     def close(self) -> None: ...
+
+
+class _Launched(NamedTuple):
+    """A step that has begun. finish() gives its result, or raises what went wrong in either half."""
+
+    plan: StepPlan
+    started_at: float
+    finish: Callable[[], StepResult]
 
 
 class SchedulerLike(Protocol):
@@ -67,6 +79,7 @@ class EngineCore:
         self._patience = Patience(queue_timeout_s)
         self._resubmitted: set[str] = set()
         self._request_of: dict[int, str] = {}
+        self._launched: _Launched | None = None
         self._outbox: list[Delta] = []
 
     @property
@@ -133,15 +146,31 @@ class EngineCore:
         out, self._outbox = self._outbox, []
         return out
 
-    def execute(self, plan: StepPlan) -> tuple[list[Delta], StepStats]:
-        """Run the step. Raises what isolation cannot pin on a request: then the engine must end."""
+    @property
+    def is_asynchronous(self) -> bool:
+        """There is time between `launch` and `collect` for other work: the device computes beside the host."""
+        return self._worker.is_asynchronous
+
+    def launch(self, plan: StepPlan) -> None:
+        """Begin the step. What goes wrong comes out of `collect`; until then requests may come and go."""
         for seq_id in plan.released:
             self._request_of.pop(seq_id, None)
         for admission in plan.admitted:
             self._request_of[admission.seq_id] = admission.request.id
             self._patience.forget(admission.request.id)
         started_at = self._clock()
-        result, failures = run_isolated(self._worker.run, plan)
+        try:
+            finish = self._worker.launch(plan)
+        except Exception as error:
+            finish = partial(_raise, error)
+        self._launched = _Launched(plan, started_at, finish)
+
+    def collect(self) -> tuple[list[Delta], StepStats]:
+        """End the step that was launched. Raises what isolation cannot pin on a request: then the engine must end."""
+        launched, self._launched = self._launched, None
+        assert launched is not None, "collect() follows launch()"
+        plan, started_at, finish = launched
+        result, failures = run_isolated(self._worker.run, plan, finish)
         if failures:
             result = replace(result, elapsed_s=self._clock() - started_at)
         failed = [delta for failure in failures if (delta := self._fail(failure)) is not None]
@@ -153,6 +182,11 @@ class EngineCore:
             if delta.finish_reason is not None:
                 self._release(delta.request_id)
         return deltas, stats
+
+    def execute(self, plan: StepPlan) -> tuple[list[Delta], StepStats]:
+        """Both halves of a step, one after the other."""
+        self.launch(plan)
+        return self.collect()
 
     def step(self) -> tuple[list[Delta], StepStats | None]:
         """Plan and run one step; (deltas, None) if there was nothing to run."""
@@ -201,3 +235,7 @@ class EngineCore:
         if request_id in self._prepared:
             self._prepared.discard(request_id)
             self._worker.forget(request_id)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

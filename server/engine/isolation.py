@@ -48,14 +48,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
-def run_isolated(run: Run, plan: StepPlan) -> tuple[StepResult, tuple[Failure, ...]]:
+def run_isolated(
+    run: Run, plan: StepPlan, first: Callable[[], StepResult] | None = None
+) -> tuple[StepResult, tuple[Failure, ...]]:
     """The plan's result and the sequences that failed; their outcomes carry an error.
 
+    first  ends a run of the plan that has begun
     Extra forwards: none when the step works; at most log2(spans) + 1 for one culprit.
     Raises EngineFault or the worker's own error when the fault is not one request's.
     """
     try:
-        return run(plan), ()
+        return run(plan) if first is None else first(), ()
     except Exception as error:
         if is_fatal(error):
             raise

@@ -1,4 +1,4 @@
-"""An engine process: bootstrap, then `drain; plan; execute; send` until it is told to stop or its parent is gone.
+"""An engine process: bootstrap, then `drain; plan; launch; send; collect` until it is told to stop or is orphaned.
 
 Nothing here waits for the network or the front end (R9): sends are queued by zmq, an idle loop blocks on its sockets.
 A fault that is not one request's ends the process with a non-zero code; the front end starts another one.
@@ -82,12 +82,18 @@ class Loop:
                 return
             plan = core.plan()
             self._outgoing.add(core.take_outbox(), None)
-            self._send_if_due(plan)
-            if plan is not None:
-                self._outgoing.add(*core.execute(plan))
-                self._send_if_due(None, more=core.has_work)
-            else:
+            if plan is None:
+                self._send_if_due(None)
                 self._wait(core)
+                continue
+            core.launch(plan)
+            # Beside a device that computes: the last step's tokens leave, and what has arrived is taken in.
+            self._send_if_due(plan)
+            if core.is_asynchronous:
+                self._drain(core)
+            self._outgoing.add(*core.collect())
+            if not core.is_asynchronous:
+                self._send_if_due(None, more=core.has_work)
 
     def close(self) -> None:
         """Let the last message out, then close."""

@@ -43,6 +43,7 @@ class SeveralCores:
         self._turns = [_Turn(name, core) for name, core in cores.items()]
         self._clock = clock
         self._planned: _Turn | None = None
+        self._launched_at = 0.0
         self._outbox: list[Delta] = []
 
     @property
@@ -87,16 +88,31 @@ class SeveralCores:
             out += turn.core.take_outbox()
         return out
 
-    def execute(self, plan: StepPlan) -> tuple[list[Delta], StepStats]:
-        """Run the step. Raises what isolation cannot pin on a request: then the engine must end."""
+    @property
+    def is_asynchronous(self) -> bool:
+        """As `EngineCore.is_asynchronous`, of the models together: they are on one device."""
+        return any(turn.core.is_asynchronous for turn in self._turns)
+
+    def launch(self, plan: StepPlan) -> None:
+        """Begin the step; as `EngineCore.launch`."""
+        assert self._planned is not None, "launch() follows plan()"
+        self._launched_at = self._clock()
+        self._planned.core.launch(plan)
+
+    def collect(self) -> tuple[list[Delta], StepStats]:
+        """End the step. Raises what isolation cannot pin on a request: then the engine must end."""
         turn = self._planned
-        assert turn is not None, "execute() follows plan()"
-        started_at = self._clock()
-        deltas, stats = turn.core.execute(plan)
-        turn.last_s = self._clock() - started_at
+        assert turn is not None, "collect() follows launch()"
+        deltas, stats = turn.core.collect()
+        turn.last_s = self._clock() - self._launched_at
         turn.used_s += turn.last_s
         turn.stream_s = turn.core.stream_s if turn.core.has_work else 0.0
         return deltas, replace(stats, model=turn.name)
+
+    def execute(self, plan: StepPlan) -> tuple[list[Delta], StepStats]:
+        """Both halves of a step, one after the other."""
+        self.launch(plan)
+        return self.collect()
 
     def _place(self, turn: _Turn) -> float:
         """Least goes first. Two steps in a row only make up for half of one: equal models alternate, noise or not."""

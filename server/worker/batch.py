@@ -1,4 +1,4 @@
-"""A plan's spans as tensors: tokens, where each row lives in the KV cache, and which rows are judged.
+"""A plan's spans as arrays and tensors: tokens, where each row lives in the KV cache, which keys it sees.
 
 Vectorised over tokens; the only Python loops are over spans (512 spans cost well under a millisecond) and over the rows
 of draft trees, of shadows and of scattered spans. The mask rule is `Span.mask_block`'s: row at KV index i sees keys
@@ -18,14 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.ops import AttentionRows
+from kernels.ops import AttentionRows, StepRows
 from scheduler.types import MASK_ALL, MAX_TREE_NODES, Denoise, Span
 from server.worker.sequences import SequenceState
+from server.worker.transfer import Array, upload
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's inputs. T rows, one per span token, in span order.
+    """One step's inputs. T rows, one per span token, in span order; a captured step may have more behind them.
 
     tokens       int64 [T]
     first_rows   row of each span's first token; one more entry, T, at the end
@@ -36,6 +37,22 @@ class Batch:
     first_rows: list[int]
 
 
+@dataclass(frozen=True)
+class HostBatch:
+    """The same before it goes to the device. `rows` stays on the host too: attention is planned there.
+
+    tokens      int64 [T]
+    page_table  int32 [N, pages of the longest span], a row per span
+    slots       int64 [T]
+    """
+
+    tokens: NDArray[np.int64]
+    page_table: NDArray[np.int32]
+    slots: NDArray[np.int64]
+    rows: StepRows
+    first_rows: list[int]
+
+
 def build_batch(
     spans: Sequence[Span],
     states: Sequence[SequenceState],
@@ -43,7 +60,34 @@ def build_batch(
     page_size: int,
     device: torch.device,
 ) -> Batch:
-    """Turn spans (at least one, none empty) and their sequences' states into tensors on `device`.
+    """`host_batch` on `device`."""
+    return place(host_batch(spans, states, page_table, page_size), device)
+
+
+def place(host: HostBatch, device: torch.device) -> Batch:
+    """The batch's tensors: of the same memory on a CPU, on another device after one copy."""
+    rows = host.rows
+    arrays: list[Array] = [
+        host.tokens,
+        host.slots,
+        host.page_table,
+        rows.row_seq,
+        rows.positions,
+        rows.visible,
+        rows.span_starts,
+    ]
+    if rows.tree is not None and rows.tree_starts is not None:
+        arrays += [rows.tree, rows.tree_starts]
+    tokens, slots, table, row_seq, positions, visible, span_starts, *trees = upload(arrays, device)
+    tree, tree_starts = trees or (None, None)
+    on_device = AttentionRows(table, row_seq, positions, visible, slots, span_starts, tree, tree_starts, rows)
+    return Batch(tokens, on_device, host.first_rows)
+
+
+def host_batch(
+    spans: Sequence[Span], states: Sequence[SequenceState], page_table: NDArray[np.int32], page_size: int
+) -> HostBatch:
+    """Turn spans (at least one, none empty) and their sequences' states into arrays.
 
     Raises ValueError if a span is empty or reaches past the pages its sequence has.
     """
@@ -76,20 +120,18 @@ def build_batch(
     table = page_table[slots, :width]
     kv_slots = table[row_span, indices // page_size].astype(np.int64) * page_size + indices % page_size
 
-    def tensor(values: NDArray[np.int64] | NDArray[np.int32], dtype: type) -> Tensor:
-        return torch.from_numpy(values.astype(dtype, copy=False)).to(device, non_blocking=True)
+    def int32(values: NDArray[np.int64]) -> NDArray[np.int32]:
+        return values.astype(np.int32)
 
-    rows = AttentionRows(
-        page_table=tensor(table, np.int32),
-        row_seq=tensor(row_span, np.int32),
-        positions=tensor(positions, np.int32),
-        visible=tensor(visible, np.int32),
-        slots=tensor(kv_slots, np.int64),
-        span_starts=tensor(bounds, np.int32),
-        tree=None if masks is None else tensor(masks, np.int64),
-        tree_starts=None if mask_starts is None else tensor(mask_starts, np.int32),
+    rows = StepRows(
+        int32(row_span),
+        int32(positions),
+        int32(visible),
+        int32(bounds),
+        masks,
+        None if mask_starts is None else int32(mask_starts),
     )
-    return Batch(tokens=tensor(tokens, np.int64), rows=rows, first_rows=bounds.tolist())
+    return HostBatch(tokens, table, kv_slots, rows, bounds.tolist())
 
 
 class _Places(NamedTuple):

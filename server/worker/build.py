@@ -1,50 +1,48 @@
 """From a `WorkerConfig` to a worker that is ready: threads, back end, weights, KV pool, grammars.
 
-The one place that looks at the machine. Everything it chooses is logged once and shown in `WorkerInfo`.
+The one place that looks at the machine (`machine.py`) and loads. What it chooses is shown in `WorkerInfo`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import os
-import platform
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from kernels.ops import Ops
 from kernels.select import select_ops
-from scheduler.types import DiffusionModel, Topology
-from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
-from server.worker.attention_probe import AttentionProbe
+from server.worker.accelerator import Accelerator, CudaAccelerator
+from server.worker.assembly import Parts, captured_sizes, measure_needs
 from server.worker.config import WorkerConfig
 from server.worker.denoising.learn2pd import load_filter
-from server.worker.drafters.build import build_speculator
-from server.worker.drafters.diffusion import make_prober
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
-from server.worker.grammar import GrammarCompiler
 from server.worker.host_memory import keep_step_buffers, return_free_memory
-from server.worker.info import diffusion_model
-from server.worker.kv_pool import KVPool, choose_page_size, size_pool
-from server.worker.profile import SHAPES
+from server.worker.info import WorkerInfo, diffusion_model
+from server.worker.kv_pool import choose_page_size, size_pool
+from server.worker.machine import choose_device, choose_dtype, device_name, usable_cores
+from server.worker.memory import MemoryReading, kv_budget, ledger, show
+from server.worker.profile import SHAPES, ProfileMemory
 from server.worker.profile_memory import DiskMemory, default_folder
-from server.worker.sequences import make_sequences
-from server.worker.worker import Worker, WorkerInfo
+from server.worker.warm_up import run_kernels
+from server.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""CPU flags (the last is Arm's) of processors that multiply bfloat16 themselves."""
+
+Remember = Callable[[WorkerInfo], ProfileMemory | None]
 
 
-def build_worker(config: WorkerConfig, progress: bool) -> Worker:
-    """Load the model and build its worker. progress: show a bar while weights load.
+def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator | None = None) -> Worker:
+    """Load the model and build its worker.
 
+    progress     show bars while weights load and graphs are captured
+    accelerator  in place of the CUDA device's own, for tests
     Raises ValueError or OSError with a sentence for the user when something cannot be loaded or does not fit.
     """
     device = choose_device(config.device)
@@ -52,6 +50,9 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     num_threads = config.num_threads or usable_cores()
     if device.type == "cpu":
         keep_step_buffers()
+    elif accelerator is None:
+        accelerator = CudaAccelerator()
+    before = accelerator.read() if accelerator is not None else None
     ops = select_ops(device, dtype, quantization=config.quantization, num_threads=num_threads)
     # After an operator on two threads, torch's second one spins for milliseconds: on 2 cores that took a step of 8 rows
     # from 11 ms to 17 ms.
@@ -63,114 +64,66 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     learnt = load_filter(folder) if folder is not None and diffusion is not None else None
     if diffusion is not None and learnt is not None:
         diffusion = replace(diffusion, learnt_block=learnt.block_size)
-    page_size = choose_page_size(config.page_size, device, diffusion)
-    draft_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
-    num_pages, model_len = size_pool(
-        model.config,
+    parts = Parts(
+        config,
+        model,
+        folder,
+        ops,
+        draft,
         dtype,
         device,
-        page_size,
+        choose_page_size(config.page_size, device, diffusion),
+        diffusion,
+        learnt,
+        accelerator,
+        captured_sizes(config, ops) if accelerator is not None else (),
+    )
+    remember = partial(_profile_memory, parts, num_threads)
+    if accelerator is None or before is None:
+        return _on_host(parts, remember)
+    return _on_accelerator(parts, accelerator, before, remember, progress)
+
+
+def _size(parts: Parts, device_bytes: int | None = None) -> tuple[int, int]:
+    config, draft = parts.config, parts.draft
+    page_bytes = draft.page_bytes(parts.ops, parts.page_size, parts.dtype, parts.device) if draft is not None else 0
+    return size_pool(
+        parts.model.config,
+        parts.dtype,
+        parts.page_size,
         config.max_seqs,
         config.max_model_len,
         config.kv_cache_bytes,
-        draft_bytes,
+        page_bytes,
         config.kv_share,
-    )
-    pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
-    info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
-    tokenizer_file = folder / "tokenizer.json" if folder is not None else None
-    if tokenizer_file is not None and not tokenizer_file.exists():
-        tokenizer_file = None
-    grammars = GrammarCompiler(tokenizer_file, info.vocab_size, info.eos_ids)
-    sequences = make_sequences(config.max_seqs, model_len, num_pages, page_size)
-    speculator = None
-    if config.speculation is not None:
-        speculator = build_speculator(config.speculation, model, ops, pool, sequences, info, draft)
-        info = replace(info, drafters=speculator.drafters)
-    return Worker(
-        model,
-        ops,
-        pool,
-        sequences,
-        grammars,
-        info,
-        config.max_seqs,
-        config.max_batched_tokens,
-        device,
-        speculator=speculator,
-        profile_memory=_profile_memory(config, model, info, num_threads),
-        prober=make_prober(info),
-        learnt=learnt,
-        attention=_attention_probe(model, ops, info, device),
+        device_bytes,
     )
 
 
-def _attention_probe(model: Model, ops: Ops, info: WorkerInfo, device: torch.device) -> AttentionProbe | None:
-    """For models that have caches which drift."""
-    diffusion = info.diffusion
-    if diffusion is None or diffusion.topology is not Topology.BIDIRECTIONAL:
-        return None
-    return AttentionProbe(model, ops, diffusion.mask_id, device)
+def _on_host(parts: Parts, remember: Remember) -> Worker:
+    worker = parts.assemble(*_size(parts), remember).worker
+    info = worker.info
+    worker.info = replace(info, memory=(("weights", info.weight_bytes), ("KV pages", info.kv_bytes)))
+    return worker
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device is {name!r}; expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but torch finds no CUDA device here; use 'cpu' or 'auto'")
-    return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the machine multiplies it natively, else float32, unless the user says."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" or cpu_flags() & _NATIVE_BF16 else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}; expected auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def cpu_flags() -> set[str]:
-    """Instruction sets of the first processor; empty where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return set(value.split())
-    return set()
-
-
-def usable_cores() -> int:
-    """Physical cores this process may use, no more than its control group's CPU quota; at least 1.
-
-    Two threads on one core share its vector units and gain nothing; a thread beyond the quota stalls every barrier.
-    """
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = {_core_of(cpu) for cpu in cpus}
-    return max(1, min(len(cores), _cpu_quota()))
-
-
-def _core_of(cpu: int) -> tuple[str, str]:
-    folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    try:
-        package = (folder / "physical_package_id").read_text().strip()
-        return package, (folder / "core_id").read_text().strip()
-    except OSError:
-        return "", str(cpu)
-
-
-def _cpu_quota() -> int:
-    """CPUs that the control group grants, rounded up; a large number where there is no limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):
-        return 1 << 16
+def _on_accelerator(
+    parts: Parts, accelerator: Accelerator, before: MemoryReading, remember: Remember, progress: bool
+) -> Worker:
+    """Measure, divide the memory, run every kernel once, capture. before: the device before anything was loaded."""
+    config = parts.config
+    needs = measure_needs(parts, accelerator, before)
+    budget = kv_budget(needs, config.gpu_memory_utilization, config.kv_cache_bytes)
+    worker, graphs, pool = parts.assemble(*_size(parts, budget), remember)
+    run_kernels(worker.run, parts.ops, pool, worker.info, config.max_batched_tokens)
+    if graphs is not None:
+        uncaptured = accelerator.read().free
+        graphs.capture(progress)
+        needs = replace(needs, graphs=max(0, uncaptured - accelerator.read().free))
+    held = ledger(needs, pool.num_bytes)
+    logger.info("device memory: %s", ", ".join(f"{what} {show(size)}" for what, size in held))
+    worker.info = replace(worker.info, memory=held)
+    return worker
 
 
 def _load(
@@ -219,44 +172,20 @@ def _load_draft(
     )
 
 
-def _describe(
-    model: Model,
-    ops: Ops,
-    pool: KVPool,
-    model_len: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    diffusion: DiffusionModel | None,
-) -> WorkerInfo:
-    return WorkerInfo(
-        model_len=model_len,
-        vocab_size=model.config.vocab_size,
-        num_pages=pool.num_pages,
-        page_size=pool.page_size,
-        weight_bytes=model.num_weight_bytes,
-        kv_bytes=pool.num_bytes,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
-        ops=ops.name,
-        eos_ids=tuple(model.config.eos_token_ids),
-        diffusion=diffusion,
-        num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
-    )
-
-
-def _profile_memory(config: WorkerConfig, model: Model, info: WorkerInfo, num_threads: int) -> DiskMemory | None:
+def _profile_memory(parts: Parts, num_threads: int, info: WorkerInfo) -> DiskMemory | None:
     """Of everything that the time of a step depends on and that is known here."""
-    folder = default_folder()
+    config, folder = parts.config, default_folder()
     if folder is None or not config.remember_profile:
         return None
     conditions: dict[str, str | int] = {
         "shapes": repr(SHAPES),
-        "model": repr(model.config),
+        "model": repr(parts.model.config),
         "weight_bytes": info.weight_bytes,
         "dtype": info.dtype,
         "quantization": config.quantization or "",
         "device": device_name(info.device),
         "ops": info.ops,
+        "captured": repr(parts.sizes),
         "threads": num_threads,
         "torch": torch.__version__,
         "pages": info.num_pages,
@@ -266,14 +195,3 @@ def _profile_memory(config: WorkerConfig, model: Model, info: WorkerInfo, num_th
         "max_batched_tokens": config.max_batched_tokens,
     }
     return DiskMemory(folder, conditions)
-
-
-def device_name(device: str) -> str:
-    """The GPU's or the processor's name as the driver or the system has it."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

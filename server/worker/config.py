@@ -17,6 +17,9 @@ class WorkerConfig:
     random_weights  a shape such as "hidden=768,layers=12,heads=12"; then `model` is not read
     quantization    None, int8 or int4: weight-only, lossy
     kv_cache_bytes  size of the KV pool; None = a share of what is free
+    gpu_memory_utilization  part of a CUDA device's memory, in (0, 1], for all that this process holds there
+    enforce_eager   no forward is captured in a CUDA graph
+    max_graph_tokens  rows of the largest captured step; None = `graphs.MOST_TOKENS`, or max_batched_tokens if less
     kv_share        part of that share, in (0, 1]: what is left is for the pools of other models
     max_model_len   longest sequence in tokens; None = the model's, or what the pool holds
     max_batched_tokens, max_seqs   what a plan may bring; they size the KV pool and the page table
@@ -34,6 +37,9 @@ class WorkerConfig:
     quantization: str | None = None
     kv_cache_bytes: int | None = None
     kv_share: float = 1.0
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    max_graph_tokens: int | None = None
     max_model_len: int | None = None
     page_size: int | None = None
     max_batched_tokens: int = 1024

@@ -15,6 +15,7 @@ class WorkerInfo:
     model_len             longest sequence, prompt and output
     diffusion             how it denoises; None = it only generates token by token
     drafters              (name, whether it runs a model step by step) of each drafter
+    memory                what holds how many bytes: weights and KV pages, on a GPU all of its memory (`memory.ledger`)
     """
 
     model_len: int
@@ -30,6 +31,7 @@ class WorkerInfo:
     num_parameters: int
     diffusion: DiffusionModel | None = None
     drafters: tuple[tuple[str, bool], ...] = ()
+    memory: tuple[tuple[str, int], ...] = ()
 
 
 def diffusion_model(config: ModelConfig, asked: int | None) -> DiffusionModel | None:

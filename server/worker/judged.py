@@ -5,7 +5,7 @@ Nothing that happens here outlives the step: counts and matcher catch up with th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -80,6 +80,18 @@ def _verified(span: Span, state: SequenceState, vocab_size: int) -> Judged:
         rows.append(JudgedRow(state.recipe, state.history, num_output + len(path), counts, mask, path))
     draft_q = None if draft_q is None else draft_q[: len(drafts)]
     return Judged(rows, 0, drafts, span.parents[: len(paths)], mode, draft_q)
+
+
+def in_parts(judged: list[tuple[int, Judged]], most_rows: int) -> Iterator[list[tuple[int, Judged]]]:
+    """Spans whose rows are read together, at most `most_rows` unless one span has more: a span is never cut."""
+    start = num_rows = 0
+    for end, (_, one) in enumerate(judged):
+        if num_rows + len(one.rows) > most_rows and num_rows:
+            yield judged[start:end]
+            start, num_rows = end, 0
+        num_rows += len(one.rows)
+    if num_rows:
+        yield judged[start:]
 
 
 def draft_paths(span: Span, num_rows: int) -> list[tuple[int, ...]]:

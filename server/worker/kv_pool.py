@@ -22,8 +22,6 @@ GPU_PAGE_SIZE = 64
 CPU_SHARE = 0.25
 """Share of the available memory a CPU pool takes unless told otherwise."""
 CPU_MOST_BYTES = 4 << 30
-GPU_SHARE = 0.85
-"""Share of the free device memory, after the weights; the rest is for activations and the allocator."""
 _NO_LIMIT = 1 << 50
 """Control groups write huge numbers for "unlimited"."""
 
@@ -64,11 +62,8 @@ def page_bytes(config: KVShape, page_size: int, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size * dtype.itemsize
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory this process may still take: free device memory, or what the system and its control group leave."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+def available_bytes() -> int:
+    """Memory this process may still take: what the system and its control group leave."""
     return min(_system_available(), _cgroup_available())
 
 
@@ -96,18 +91,20 @@ def _cgroup_available() -> int:
     return _NO_LIMIT
 
 
-def choose_kv_bytes(kv_cache_bytes: int | None, device: torch.device, most_useful: int, kv_share: float = 1.0) -> int:
-    """The pool's size in bytes: what the user said, or a share of what is available, never more than is of use.
+def choose_kv_bytes(
+    kv_cache_bytes: int | None, most_useful: int, kv_share: float = 1.0, device_bytes: int | None = None
+) -> int:
+    """The pool's size in bytes: what the user said, or a share of what there is, never more than is of use.
 
-    most_useful  bytes that hold `max_seqs` sequences of the longest length
-    kv_share     this pool's part of what pools may take of the memory that is available now
+    most_useful   bytes that hold `max_seqs` sequences of the longest length
+    kv_share      this pool's part of what pools may take of the memory that there is now
+    device_bytes  what a device's steps leave (`memory.kv_budget`); None = the pool is in the host's memory
     """
     if kv_cache_bytes is not None:
         return kv_cache_bytes
-    available = available_bytes(device)
-    if device.type == "cuda":
-        return min(int(available * GPU_SHARE * kv_share), most_useful)
-    return min(int(available * CPU_SHARE * kv_share), int(CPU_MOST_BYTES * kv_share), most_useful)
+    if device_bytes is not None:
+        return min(int(device_bytes * kv_share), most_useful)
+    return min(int(available_bytes() * CPU_SHARE * kv_share), int(CPU_MOST_BYTES * kv_share), most_useful)
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
@@ -117,18 +114,18 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 def size_pool(
     config: KVShape,
     dtype: torch.dtype,
-    device: torch.device,
     page_size: int,
     max_seqs: int,
     max_model_len: int | None,
     kv_cache_bytes: int | None,
     extra_page_bytes: int = 0,
     kv_share: float = 1.0,
+    device_bytes: int | None = None,
 ) -> tuple[int, int]:
     """(number of pages, longest sequence in tokens) of a pool.
 
     extra_page_bytes  what else is kept per page: a draft model's KV under the same page ids
-    kv_share  this pool's part of what is available (`choose_kv_bytes`)
+    kv_share, device_bytes  as in `choose_kv_bytes`
     A length that the user asked for must fit; without one, the model's own length is cut to what fits.
     Raises ValueError if the length is beyond the model's, or does not fit, or not even one page does.
     """
@@ -139,7 +136,7 @@ def size_pool(
         )
     bytes_of_page = page_bytes(config, page_size, dtype) + extra_page_bytes
     most_useful = max_seqs * pages_for(model_len, page_size) * bytes_of_page
-    pool_bytes = choose_kv_bytes(kv_cache_bytes, device, most_useful, kv_share)
+    pool_bytes = choose_kv_bytes(kv_cache_bytes, most_useful, kv_share, device_bytes)
     num_pages = pool_bytes // bytes_of_page
     needed = pages_for(model_len, page_size)
     if num_pages < needed and (max_model_len is not None or num_pages < 1):
@@ -163,19 +160,33 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         poison: bool = False,
+        has_spare: bool = False,
     ) -> None:
-        """poison: fill every page with NaN, so that any read of a key that nobody wrote shows in the logits."""
+        """poison: fill every page with NaN, so that any read of a key that nobody wrote shows in the logits.
+
+        has_spare: there is a page more, `spare_page`, that nobody is ever given: what is written there is read by none.
+            On a device that has use for one, warm-up reads keys that nobody wrote, so all are 0 to begin with
+        """
         self.num_pages = num_pages
         self.page_size = page_size
         self.dtype, self.device = dtype, device
         self.layers: list[tuple[Tensor, Tensor]] = [
-            ops.allocate_kv(num_pages, page_size, config.num_kv_heads, config.head_dim, dtype, device)
+            ops.allocate_kv(num_pages + has_spare, page_size, config.num_kv_heads, config.head_dim, dtype, device)
             for _ in range(config.num_layers)
         ]
+        if has_spare:
+            for k_pages, v_pages in self.layers:
+                k_pages.zero_()
+                v_pages.zero_()
         if poison:
             for k_pages, v_pages in self.layers:
                 k_pages.fill_(float("nan"))
                 v_pages.fill_(float("nan"))
+
+    @property
+    def spare_page(self) -> int:
+        """The page behind those of the sequences, in a pool that has one."""
+        return self.num_pages
 
     @property
     def num_bytes(self) -> int:

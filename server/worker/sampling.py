@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from scheduler.types import TokenLogprob, VerifyMode
+from scheduler.types import Drafts, Outcome, TokenLogprob, VerifyMode
 from server.worker.drafters.base import RowTops
 from server.worker.judged import Judged
 from server.worker.logprobs import token_logprobs
@@ -41,6 +41,21 @@ class Reading(NamedTuple):
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     tops: RowTops | None = None
+
+
+def outcome_of(
+    seq_id: int,
+    reading: Reading | None,
+    error: str | None,
+    prompt_logprobs: Sequence[TokenLogprob],
+    drafts: Drafts | None,
+) -> Outcome:
+    """What a step says of a span that was sampled, verified or only computed."""
+    if error is not None:
+        return Outcome(seq_id, error=error)
+    if reading is None:
+        return Outcome(seq_id, prompt_logprobs=tuple(prompt_logprobs))
+    return Outcome(seq_id, reading.tokens, reading.logprobs, tuple(prompt_logprobs), drafts=drafts)
 
 
 def read_tokens(

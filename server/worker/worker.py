@@ -8,13 +8,14 @@ Not here: which spans a step has (the scheduler), what a token means (the front 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionRows, Ops
+from kernels.ops import Ops
 from scheduler.types import (
     Admission,
     Drafts,
@@ -25,38 +26,42 @@ from scheduler.types import (
     StepPlan,
     StepResult,
     StepSample,
-    TokenLogprob,
 )
 from server.worker.attention_probe import AttentionProbe
-from server.worker.batch import Batch, build_batch
+from server.worker.batch import Batch, HostBatch, host_batch
+from server.worker.batch import place as place_batch
 from server.worker.denoising.learn2pd import Filter
 from server.worker.denoising.reader import DenoiseReader
+from server.worker.forward import ForwardModel as ForwardModel
 from server.worker.grammar import GrammarCompiler
 from server.worker.info import WorkerInfo as WorkerInfo
-from server.worker.judged import Judged, embedded, judge
+from server.worker.judged import Judged, embedded, in_parts, judge
 from server.worker.kv_pool import KVPool
-from server.worker.probes import Prober, beside, states_of
+from server.worker.probes import Probe, Prober, beside, states_of
 from server.worker.profile import ProfileMemory, measure_steps
 from server.worker.prompt_logprobs import read_prompts
 from server.worker.proposals import Proposer, propose
 from server.worker.recipe import make_recipe
-from server.worker.sampling import NOT_FINITE, Reading, read_tokens
+from server.worker.sampling import NOT_FINITE, Reading, outcome_of, read_tokens
 from server.worker.sequences import SequenceState, SequenceTable, TokenCounts
 
 LOGITS_BYTES = 64 << 20
 """Most bytes of float32 logits held at once; sampling and log-probabilities may need four times this while they run."""
 
 
-class ForwardModel(Protocol):
-    """What the worker asks of a model."""
+class _Begun(NamedTuple):
+    """A step whose forward is under way: its spans and probes, their rows and hidden states [rows, H].
 
-    def forward(self, tokens_T: Tensor, rows: AttentionRows, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Hidden states [T, H] of every row, final norm applied; K and V of the rows are in `kv` afterwards."""
-        ...
+    num_compiled  kernels that had been compiled before it
+    """
 
-    def logits(self, hidden_JH: Tensor) -> Tensor:
-        """Float32 [J, V], in memory of its own: the caller writes over it."""
-        ...
+    plan: StepPlan
+    started_at: float
+    num_compiled: int
+    states: Sequence[SequenceState] = ()
+    probes: Sequence[Probe] = ()
+    batch: Batch | None = None
+    hidden_TH: Tensor | None = None
 
 
 class Worker:
@@ -79,13 +84,18 @@ class Worker:
         prober: Prober | None = None,
         learnt: Filter | None = None,
         attention: AttentionProbe | None = None,
+        place: Callable[[HostBatch], Batch] | None = None,
+        num_compiled: Callable[[], int] | None = None,
     ) -> None:
         self.info, self._prober, self._attention = info, prober, attention
         self._sequences, self._speculator, self._profile_memory = sequences, speculator, profile_memory
         self._model, self._ops, self._pool, self._grammars, self._device = model, ops, pool, grammars, device
         self._max_seqs, self._max_batched_tokens = max_seqs, max_batched_tokens
         self._rows_at_once = max(1, logits_bytes // (4 * info.vocab_size))
+        self.is_asynchronous = device.type != "cpu"
         diffusion = info.diffusion
+        self._place = place or partial(place_batch, device=device)
+        self._num_compiled = num_compiled or (lambda: 0)
         self._denoiser = None if diffusion is None else DenoiseReader(ops, diffusion, self._rows_at_once, learnt)
 
     def prepare(self, request: Request) -> None:
@@ -120,6 +130,20 @@ class Worker:
         Raises ValueError for a plan that breaks the rules of `scheduler.types`, and whatever the forward pass raises;
         in either case the step may be run again, with all or some of its spans.
         """
+        return self._finish(self._begin(plan))
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Begin a step; what comes back ends it and gives what `run` gives. One step at a time.
+
+        On a device that computes beside the host, the forward is under way when this returns. On a CPU nothing is done
+        before the end is asked for: there is nobody to do it meanwhile. Raises as `run` does, in either half.
+        """
+        if not self.is_asynchronous:
+            return partial(self.run, plan)
+        return partial(self._finish, self._begin(plan))
+
+    def _begin(self, plan: StepPlan) -> _Begun:
+        """Apply the plan's differences and start the forward."""
         started_at = time.perf_counter()
         for span in plan.spans:
             if span.read is Read.DENOISE and self._denoiser is None:
@@ -130,11 +154,19 @@ class Worker:
         if self._attention is not None:
             self._attention.forget(plan.released)
         self._sequences.apply(plan, self._make_state)
+        if not plan.spans:
+            return _Begun(plan, started_at, self._num_compiled())
+        with torch.inference_mode():
+            return self._forward(plan, started_at, self._num_compiled())
+
+    def _finish(self, begun: _Begun) -> StepResult:
+        """Read the forward's rows. The first reading waits for the device."""
         outcomes, draft_s = list[Outcome](), 0.0
-        if plan.spans:
+        if begun.batch is not None and begun.hidden_TH is not None:
             with torch.inference_mode():
-                outcomes, draft_s = self._step(plan)
-        return StepResult(plan.step, tuple(outcomes), time.perf_counter() - started_at, draft_s)
+                outcomes, draft_s = self._read(begun, begun.batch, begun.hidden_TH)
+        elapsed_s, num_compiled = time.perf_counter() - begun.started_at, self._num_compiled() - begun.num_compiled
+        return StepResult(begun.plan.step, tuple(outcomes), elapsed_s, draft_s, num_compiled)
 
     def _make_state(self, admission: Admission, slot: int, step: int) -> SequenceState:
         request = admission.request
@@ -149,22 +181,28 @@ class Worker:
             state.failure = str(error)
         return state
 
-    def _step(self, plan: StepPlan) -> tuple[list[Outcome], float]:
-        """Outcomes in span order and the seconds that went into proposing drafts."""
+    def _forward(self, plan: StepPlan, started_at: float, num_compiled: int) -> _Begun:
         spans = plan.spans
         states = [self._sequences[span.seq_id] for span in spans]
         for span, state in zip(spans, states, strict=True):
             state.put(span)
         probes = self._prober.probes(spans, states) if self._prober is not None else ()
-        batch = build_batch(
-            beside(embedded(spans, self.info.vocab_size), probes),
-            states_of(states, probes),
-            self._sequences.page_table,
-            self.info.page_size,
-            self._device,
+        batch = self._place(
+            host_batch(
+                beside(embedded(spans, self.info.vocab_size), probes),
+                states_of(states, probes),
+                self._sequences.page_table,
+                self.info.page_size,
+            )
         )
         watched = self._attention.watch(plan.step, spans, states, batch.first_rows) if self._attention else None
         hidden_TH = (watched or self._model).forward(batch.tokens, batch.rows, self._pool.layers)
+        return _Begun(plan, started_at, num_compiled, states, probes, batch, hidden_TH)
+
+    def _read(self, begun: _Begun, batch: Batch, hidden_TH: Tensor) -> tuple[list[Outcome], float]:
+        """Outcomes in span order and the seconds that went into proposing drafts."""
+        plan, states, probes = begun.plan, begun.states, begun.probes
+        spans = plan.spans
 
         def logits_of(rows: list[int]) -> Tensor:
             if rows == list(range(hidden_TH.shape[0])):
@@ -184,7 +222,7 @@ class Worker:
         return [
             denoised[index].outcome(span.seq_id)
             if index in denoised
-            else _outcome(
+            else outcome_of(
                 span.seq_id, readings.get(index), errors.get(index), prompts.get(index, ()), drafts.get(index)
             )
             for index, span in enumerate(spans)
@@ -209,7 +247,7 @@ class Worker:
                     found.append((index, judged))
         num_top = self._speculator.needs_top if self._speculator is not None else 0
         readings: dict[int, Reading] = {}
-        for part in _parts(found, self._rows_at_once):
+        for part in in_parts(found, self._rows_at_once):
             rows: list[int] = []
             for index, judged in part:
                 first = batch.first_rows[index] + judged.first
@@ -259,29 +297,3 @@ class Worker:
         started_at = time.perf_counter()
         drafts = propose(self._speculator, plan.spans, states, readings, plan.draft_depth, probed)
         return drafts, time.perf_counter() - started_at
-
-
-def _parts(judged: list[tuple[int, Judged]], most_rows: int) -> Iterator[list[tuple[int, Judged]]]:
-    """Spans whose rows are read together, at most `most_rows` unless one span has more: a span is never cut."""
-    start = num_rows = 0
-    for end, (_, one) in enumerate(judged):
-        if num_rows + len(one.rows) > most_rows and num_rows:
-            yield judged[start:end]
-            start, num_rows = end, 0
-        num_rows += len(one.rows)
-    if num_rows:
-        yield judged[start:]
-
-
-def _outcome(
-    seq_id: int,
-    reading: Reading | None,
-    error: str | None,
-    prompt_logprobs: Sequence[TokenLogprob],
-    drafts: Drafts | None,
-) -> Outcome:
-    if error is not None:
-        return Outcome(seq_id, error=error)
-    if reading is None:
-        return Outcome(seq_id, prompt_logprobs=tuple(prompt_logprobs))
-    return Outcome(seq_id, reading.tokens, reading.logprobs, tuple(prompt_logprobs), drafts=drafts)

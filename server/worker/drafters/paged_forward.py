@@ -90,6 +90,7 @@ class PagedForward:
             positions=self._tensor([position for feed in feeds for position in feed.positions], torch.int32),
             tree=self._tensor(masks, torch.int64),
             tree_starts=self._tensor(starts, torch.int32),
+            host=None,
         )
         return self.model.forward(batch.tokens, rows, self.kv)
 

@@ -336,7 +336,7 @@ def test_rows_that_point_outside_their_memory_are_refused(ops: CpuOps) -> None:
         ({"row_seq": rows.row_seq[:3]}, "describe 3 rows"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ops.qkv_rope_write(world.qkv[0], *args, dataclasses.replace(rows, **change))
+            ops.qkv_rope_write(world.qkv[0], *args, dataclasses.replace(rows, **change))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"visible is torch\.int64"):
         ops.qkv_rope_write(world.qkv[0], *args, dataclasses.replace(rows, visible=rows.visible.long()))
 

@@ -81,6 +81,14 @@ def test_prefill(arch: int, window: bool, page: int) -> None:
     assert usage.wgmma > 0 if arch == 90 else usage.mma > 0
 
 
+def test_the_long_spans_of_a_captured_step() -> None:
+    """They read tree masks whether there are any or not. (3 spill stores for sm_80, none for sm_90.)"""
+    usage = attend(large(), 100, tree=True)
+    assert usage.spills <= 21
+    assert usage.shared <= SHARED_LIMIT[100]
+    assert usage.buffers >= 3
+
+
 @pytest.mark.parametrize(
     ("kind", "head_dim", "page", "is_large"),
     [("fp16", 64, 16, False), ("bf16", 80, 32, False), ("bf16", 96, 64, True), ("fp32", 64, 16, True),

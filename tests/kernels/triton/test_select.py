@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels.reference import ReferenceOps
-from kernels.select import select_ops
+from kernels.select import compilations, select_ops
 
 
 def test_cuda_gets_the_triton_kernels() -> None:
@@ -43,3 +43,22 @@ def test_other_devices_get_plain_torch_and_one_line_that_says_why(
     assert ops.name == "reference-int4"
     assert len(caplog.records) == 1
     assert re.search(reason, caplog.text)
+
+
+def test_compilations_are_counted_through_the_hook_that_triton_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a device nothing compiles by itself: the hook is called as `JITFunction` calls it after compiling."""
+    triton = pytest.importorskip("triton", reason="pip install triton: shows that compilations are counted")
+    others: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **details: others.append(details["repr"]))
+    first = compilations()
+    second = compilations()
+    for expected in (1, 2):
+        hook = triton.knobs.runtime.jit_post_compile_hook
+        hook(key="k", repr="silu[num_warps=4]", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
+        assert (first(), second()) == (expected, expected)
+    assert len(others) == 2
+
+
+def test_where_no_triton_is_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert compilations()() == 0

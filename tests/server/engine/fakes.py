@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from scheduler.scheduler import Scheduler
 from scheduler.types import Limits, Outcome, Read, Request, Sampling, StepPlan, StepResult
@@ -49,6 +50,7 @@ class FakeWorker:
         self, step_s: float = 0.0, raises: Callable[[StepPlan], Exception | None] | None = None, model: str = ""
     ) -> None:
         self.model = model
+        self.is_asynchronous = False
         self.known: dict[int, list[int]] = {}
         self.prompts: dict[int, tuple[int, ...]] = {}
         self.forgotten: list[str] = []
@@ -76,6 +78,9 @@ class FakeWorker:
 
     def close(self) -> None:
         self.is_closed = True
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        return partial(self.run, plan)
 
     def run(self, plan: StepPlan) -> StepResult:
         self.num_runs += 1

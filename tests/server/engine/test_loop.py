@@ -11,6 +11,7 @@ from scheduler.types import DiffusionModel, SpeculationSettings, Topology
 from server.config import ServerConfig
 from server.engine.config import DRAFTERS, EngineConfig, SpeculationConfig
 from server.engine.loop import diffusion_model, speculation_settings, speculator_config, worker_config
+from server.flags import parse
 from server.models.registry import parse_config
 from server.worker.drafters.build import DRAFTERS as BUILDERS
 from server.worker.drafters.config import DEFAULT_DRAFTERS, SpeculatorConfig
@@ -66,6 +67,15 @@ def test_every_setting_arrives() -> None:
     assert worker_config(EngineConfig(speculation=asked)).speculation == wanted
     settings = speculation_settings(asked, (("draft_model", True), ("suffix", False)))
     assert settings == SpeculationSettings("table", 5, ((2, 5),), has_sequential=True)
+
+
+def test_how_a_gpus_memory_is_used_arrives_from_the_command_line() -> None:
+    flags = ["--gpu-memory-utilization", "0.5", "--enforce-eager", "--max-cudagraph-capture-size", "64"]
+    worker = worker_config(parse([*flags, "--kv-cache-memory", "2GiB"])[0].engine_config())
+    assert (worker.gpu_memory_utilization, worker.enforce_eager, worker.max_graph_tokens) == (0.5, True, 64)
+    assert worker.kv_cache_bytes == 2 << 30
+    plain = worker_config(parse([])[0].engine_config())
+    assert (plain.gpu_memory_utilization, plain.enforce_eager, plain.max_graph_tokens) == (0.9, False, None)
 
 
 def test_the_default_policy_is_the_configured_one_where_the_model_can_have_it() -> None:

@@ -10,9 +10,10 @@ import torch
 
 from kernels.reference import gumbel_noise
 from scheduler.types import Grammar, GrammarKind, Request, Sampling
-from server.worker import build
-from server.worker.build import build_worker, choose_device, choose_dtype, usable_cores
+from server.worker import machine
+from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
+from server.worker.machine import choose_device, choose_dtype, usable_cores
 from server.worker.worker import Worker
 from tests.server.worker.tiny_model import Driver
 from tests.tiny import EOS, VOCAB_SIZE, write_tiny_checkpoint
@@ -155,17 +156,17 @@ def test_names_of_devices_and_dtypes_are_checked(monkeypatch: pytest.MonkeyPatch
         choose_dtype("fp8", cpu)
     with pytest.raises(ValueError, match="device is 'tpu'; expected auto, cpu or cuda"):
         choose_device("tpu")
-    monkeypatch.setattr(build, "cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx2"})
     assert choose_dtype("auto", cpu) is torch.float32
-    monkeypatch.setattr(build, "cpu_flags", lambda: {"avx2", "avx512_bf16"})
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx2", "avx512_bf16"})
     assert choose_dtype("auto", cpu) is torch.bfloat16
     assert choose_dtype("float16", cpu) is torch.float16
 
 
 def test_threads_follow_the_cores_and_the_quota_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5}, raising=False)
-    monkeypatch.setattr(build, "_core_of", lambda cpu: ("0", str(cpu // 2)))
-    monkeypatch.setattr(build, "_cpu_quota", lambda: 1 << 16)
+    monkeypatch.setattr(machine, "_core_of", lambda cpu: ("0", str(cpu // 2)))
+    monkeypatch.setattr(machine, "_cpu_quota", lambda: 1 << 16)
     assert usable_cores() == 3
-    monkeypatch.setattr(build, "_cpu_quota", lambda: 2)
+    monkeypatch.setattr(machine, "_cpu_quota", lambda: 2)
     assert usable_cores() == 2

@@ -24,9 +24,9 @@ def size(
     shape: TinyShape | None = None,
     kv_share: float = 1.0,
 ) -> tuple[int, int]:
-    monkeypatch.setattr(kv_pool, "available_bytes", lambda device: free)
+    monkeypatch.setattr(kv_pool, "available_bytes", lambda: free)
     chosen = shape or TinyShape(32, 8, 128, 8192)
-    return size_pool(chosen, torch.bfloat16, CPU, 32, max_seqs, max_model_len, kv_cache_bytes, 0, kv_share)
+    return size_pool(chosen, torch.bfloat16, 32, max_seqs, max_model_len, kv_cache_bytes, 0, kv_share)
 
 
 def test_a_page_holds_keys_and_values_of_all_layers() -> None:
@@ -68,7 +68,7 @@ def test_the_models_own_length_is_cut_to_the_pool_but_a_length_asked_for_is_refu
 
 
 def test_the_memory_reported_free_is_of_this_machine() -> None:
-    assert 1 << 20 < available_bytes(CPU) < 1 << 48
+    assert 1 << 20 < available_bytes() < 1 << 48
 
 
 def test_a_poisoned_pool_holds_nothing_but_nan() -> None:

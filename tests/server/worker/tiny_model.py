@@ -19,6 +19,7 @@ from kernels.reference import ReferenceOps
 from scheduler.types import Admission, DiffusionModel, Outcome, Read, Request, Span, StepPlan
 from server.worker.denoising.learn2pd import Filter
 from server.worker.grammar import GrammarCompiler
+from server.worker.graphs import GraphedForward
 from server.worker.kv_pool import KVPool
 from server.worker.proposals import Proposer
 from server.worker.sequences import make_sequences
@@ -109,11 +110,12 @@ def make_worker(
     speculator: Proposer | None = None,
     diffusion: DiffusionModel | None = None,
     learnt: Filter | None = None,
+    graphed: Callable[[KVPool], GraphedForward] | None = None,
 ) -> Worker:
-    """A worker over a poisoned pool: a key that nobody wrote is NaN."""
+    """A worker over a poisoned pool: a key that nobody wrote is NaN. graphed: what runs its steps of few rows."""
     vocab_size = model.head.shape[0]
     device = torch.device("cpu")
-    pool = KVPool(model.ops, model.config, num_pages, page_size, torch.float32, device, poison=True)
+    pool = KVPool(model.ops, model.config, num_pages, page_size, torch.float32, device, poison=True, has_spare=True)
     info = WorkerInfo(
         model_len=min(256, num_pages * page_size),
         vocab_size=vocab_size,
@@ -130,8 +132,9 @@ def make_worker(
     )
     grammars = GrammarCompiler(tokenizer_file, vocab_size, (EOS,))
     sequences = make_sequences(max_seqs, info.model_len, num_pages, page_size)
+    forward = None if graphed is None else graphed(pool)
     return Worker(
-        model,
+        forward or model,
         model.ops,
         pool,
         sequences,
@@ -143,6 +146,7 @@ def make_worker(
         logits_bytes,
         speculator,
         learnt=learnt,
+        place=None if forward is None else forward.place,
     )
 
 

@@ -40,6 +40,6 @@ def test_wrong_masks_are_seen(wrong: str) -> None:
     window = 9 if wrong == "positions" else None
     ops = TritonOps(num_programs=2)
     for change, is_right in (({}, True), (changes[wrong], False)):
-        changed = dataclasses.replace(rows, **change)
+        changed = dataclasses.replace(rows, **change)  # type: ignore[arg-type]
         out = ops.paged_attention(world.q_TQD, world.k_pages, world.v_pages, changed, 0.25, window)
         assert (worst_error(world, out, 0.25, window) <= 1) == is_right

@@ -77,11 +77,10 @@ def test_pages_of_the_draft_are_paid_from_the_same_memory(target: Path) -> None:
     own = page_bytes(draft.model.config, 16, torch.float32)
     assert draft.page_bytes(ReferenceOps(), 16, torch.float32, CPU) == own
     shape, budget = draft.model.config, 40 * own
-    alone, _ = size_pool(shape, torch.float32, CPU, 16, 8, None, budget)
+    alone, _ = size_pool(shape, torch.float32, 16, 8, None, budget)
     both, _ = size_pool(
         shape,
         torch.float32,
-        CPU,
         16,
         8,
         None,
