@@ -19,7 +19,7 @@ PACKAGES = ("kernels", "scheduler", "server")
 
 # module prefix -> what it may import besides the standard library and its own package; the longest prefix decides.
 ALLOWED: dict[str, set[str]] = {
-    # numpy: the noise on the host, for drafters that ask for a few candidates (kernels/philox.py).
+    # numpy: the noise on the host (kernels/philox.py), and what rules say of a step's rows (kernels/edits.py).
     "kernels": {"torch", "triton", "numpy"},
     "scheduler": set(),
     "server": set(),

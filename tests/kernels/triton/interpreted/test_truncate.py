@@ -73,17 +73,19 @@ def test_random_rows_keep_what_their_definition_keeps(
 
 def test_equal_logits_at_the_edge_of_top_p_stay_by_lowest_id_and_of_top_k_all() -> None:
     """Over both splits, with zeros of both signs, which are equal, and above and below everything else."""
-    logits = torch.zeros(5, 300)
+    logits = torch.zeros(6, 300)
     logits[1, ::2] *= -1.0
     logits[2, 299], logits[2, :40] = 3.0, -7.0
     logits[3] = -2.5
-    cut = check(logits, [(0.0, 0, 0.1), (0.0, 4, 0.55), (0.0, 3, 0.5), (0.0, 0, 1e-9), (1.0, 0, 0.25)], MANY)
+    rules = [(0.0, 0, 0.1), (0.0, 4, 0.55), (0.0, 3, 0.5), (0.0, 0, 1e-9), (1.0, 0, 0.25), (0.0, 0, 0.9955)]
+    cut = check(logits, rules, MANY)
     stays = [(row > -math.inf).nonzero().squeeze(1).tolist() for row in cut]
     assert stays[0] == list(range(30))
     assert stays[1] == list(range(165))
     assert stays[2] == [*range(40, 160), 299]  # e^3 + 120 of e^3 + 259, half of which is 139.5
     assert stays[3] == [0]
     assert stays[4] == list(range(75))
+    assert stays[5] == list(range(299))
 
 
 def test_neighbouring_floats_are_told_apart_and_so_are_far_ones() -> None:
