@@ -65,10 +65,14 @@ class Parts:
         num_pages: int,
         model_len: int,
         make_memory: Callable[[WorkerInfo], ProfileMemory | None] = lambda info: None,
-        has_drafters: bool = True,
+        is_trial: bool = False,
         sizes: Sequence[int] | None = None,
     ) -> Assembled:
-        """A worker over a pool of its own. Nothing is captured yet. sizes: others than the parts'."""
+        """A worker over a pool of its own. Nothing is captured yet.
+
+        is_trial  it serves nobody: no drafters and no grammars
+        sizes     others than the parts'
+        """
         config, model, ops, device = self.config, self.model, self.ops, self.device
         sizes = self.sizes if sizes is None else sizes
         pool = KVPool(
@@ -77,7 +81,7 @@ class Parts:
         info = describe(self, pool, model_len)
         sequences = make_sequences(config.max_seqs, model_len, num_pages, self.page_size)
         speculator = None
-        if config.speculation is not None and has_drafters:
+        if config.speculation is not None and not is_trial:
             speculator = build_speculator(config.speculation, model, ops, pool, sequences, info, self.draft)
             info = replace(info, drafters=speculator.drafters)
         graphs = None
@@ -91,7 +95,7 @@ class Parts:
             ops,
             pool,
             sequences,
-            GrammarCompiler(self._tokenizer_file(), info.vocab_size, info.eos_ids),
+            GrammarCompiler(None if is_trial else self._tokenizer_file(), info.vocab_size, info.eos_ids),
             info,
             config.max_seqs,
             config.max_batched_tokens,
@@ -151,7 +155,7 @@ def _try_out(parts: Parts, accelerator: Accelerator) -> tuple[int, list[MemoryRe
     config = parts.config
     model_len = min(config.max_model_len or parts.model.config.max_position, config.max_batched_tokens)
     num_pages = pages_for(model_len, parts.page_size)
-    worker, graphs, _ = parts.assemble(num_pages, model_len, has_drafters=False, sizes=parts.sizes[-2:])
+    worker, graphs, _ = parts.assemble(num_pages, model_len, is_trial=True, sizes=parts.sizes[-2:])
 
     def run() -> None:
         for plan in largest_steps(worker.info, config.max_seqs, config.max_batched_tokens):
