@@ -104,6 +104,10 @@ ALLOWED: dict[str, set[str]] = {
     "server.bench": {"tqdm", "matplotlib"},
     # The step-time benchmark runs the engine's own parts in-process.
     "server.bench.steps": {"torch", "tqdm", "kernels", "scheduler", "server.models", "server.worker", "server.engine"},
+    # So does the end-to-end part of the GPU report, beside transformers' engine.
+    "server.bench.gpu_loads": {"torch", "kernels.gpu_report", "scheduler", "server.engine", "server.models"},
+    "server.bench.transformers_peer": {"torch", "transformers", "server.models"},
+    "server.bench.gpu_serving": {"torch", "kernels.gpu_report", "server.engine", "server.models"},
     # So does the quality benchmark of denoising, on the tasks of the embedded models.
     "server.bench.parallel": {
         "tqdm",
@@ -116,7 +120,12 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Only functions may import these: at the top they would slow every start or be missing on a plain install.
-LAZY_ONLY = {("server.text", "transformers"), ("server.bench", "matplotlib"), ("server.embedded", "matplotlib")}
+LAZY_ONLY = {
+    ("server.text", "transformers"),
+    ("server.bench", "transformers"),
+    ("server.bench", "matplotlib"),
+    ("server.embedded", "matplotlib"),
+}
 
 MAX_LINES = 300
 MAX_LINES_KERNEL_OR_SCHEMA = 400
@@ -131,6 +140,7 @@ ENGINE_SIDE = (
     "server.worker.build",
     "server.engine.loop",
     "server.engine.offline",
+    "server.bench.gpu_serving",
 )
 HEAVY = ("torch", "transformers", "kernels", "server.worker", "server.models")
 WEB = (
