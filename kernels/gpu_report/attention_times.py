@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +18,11 @@ from kernels.triton.ops import TritonOps
 
 _OURS, _AGAIN = "ours", "ours again"
 _SLOW_TO_PREPARE = "flex"
-_PLANS = 20
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cases share."""
+    """What all cases share. num_plans: runs of which the fastest is the host time of a plan."""
 
     ops: TritonOps
     device: torch.device
@@ -30,6 +30,7 @@ class Bench:
     rates: Rates
     cache_bytes: int
     baselines: Mapping[str, Baseline]
+    num_plans: int = 20
 
 
 def time_case(bench: Bench, case: Case) -> CaseResult:
@@ -122,8 +123,8 @@ def combine_share(by_kernel: Mapping[str, float]) -> float | None:
 
 def plan_seconds(bench: Bench, problem: Problem) -> float:
     """What a step pays on the host before its first layer: a call that plans, less one that finds its plan; minima."""
-    first, later = float("inf"), float("inf")
-    for _ in range(_PLANS):
+    first = later = math.inf
+    for _ in range(bench.num_plans):
         fresh = replace(problem, world=replace(problem.world, rows=replace(problem.rows)))
         first = min(first, _host_seconds(bench, fresh))
         later = min(later, _host_seconds(bench, fresh))

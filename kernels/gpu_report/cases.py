@@ -81,8 +81,8 @@ class Case:
 
 
 def bytes_per_key(head_dim: int, dtype: torch.dtype) -> int:
-    """Of one key (or value) of one head; int8 has a 16-bit scale for each (`attention.md` 3.1)."""
-    return head_dim * dtype.itemsize + (2 if dtype == torch.int8 else 0)
+    """Of one key (or value) of one head; int8 keeps a 32-bit scale beside each."""
+    return head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
 
 
 def num_seen(span: Span) -> int:
@@ -162,7 +162,7 @@ def _other_heads() -> list[Case]:
 
 def tiny_cases() -> list[Case]:
     """One of each kind, for interpreters: seconds, and no figure of it means anything."""
-    heads, decodes, chunk = Heads(4, 2, 16), decode(2, 40), (Span(48, 20),)
+    heads, decodes, chunk = Heads(2, 1, 16), decode(2, 40), (Span(48, 20),)
     tree = Span(40, 5, parents=binary_tree(5))
     return [
         Case("decode 2 x 40", Kind.DECODE, decodes, heads, torch.float32, with_flex=True),

@@ -65,9 +65,9 @@ def dry_setup(ops: TritonOps, timer: Timer, baselines: Mapping[str, Baseline]) -
 
 
 def declared_kv_dtypes(ops: TritonOps) -> tuple[torch.dtype, ...]:
-    """Types that the back end says its pages can have besides the activations': its attribute `kv_dtypes`."""
-    activations = (torch.float32, torch.float16, torch.bfloat16)
-    return tuple(dtype for dtype in getattr(ops, "kv_dtypes", ()) if dtype not in activations)
+    """Types that the back end says pages of a bfloat16 model can have besides bfloat16; none if it says nothing."""
+    declare = getattr(ops, "kv_dtypes", None)
+    return () if declare is None else tuple(dtype for dtype in declare(torch.bfloat16) if dtype != torch.bfloat16)
 
 
 class Run:
