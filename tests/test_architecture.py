@@ -21,6 +21,8 @@ PACKAGES = ("kernels", "scheduler", "server")
 ALLOWED: dict[str, set[str]] = {
     # numpy: the noise on the host, for drafters that ask for a few candidates (kernels/philox.py).
     "kernels": {"torch", "triton", "numpy"},
+    # Rivals that may be installed where the report runs, imported inside functions.
+    "kernels.gpu_report.installed": {"torch", "triton", "flash_attn", "flash_attn_interface", "flashinfer"},
     "scheduler": set(),
     "server": set(),
     "server.models": {"torch", "kernels", "safetensors", "huggingface_hub", "tqdm"},
@@ -355,6 +357,13 @@ def test_the_engine_side_loads_no_web_library(module: str) -> None:
     if not is_module(module):
         pytest.skip(f"{module} is not written yet")
     assert sorted(name for name in loaded_after_importing(module) if name in WEB) == []
+
+
+@pytest.mark.parametrize("module", ENGINE_SIDE)
+def test_the_engine_starts_without_what_only_some_requests_need(module: str) -> None:
+    """On a machine with torch and little more, the engine serves all but structured output."""
+    loaded = loaded_after_importing(module)
+    assert sorted(name for name in loaded if name in ("llguidance", "transformers", "matplotlib")) == []
 
 
 def test_the_load_generator_loads_neither_torch_nor_the_server() -> None:

@@ -94,6 +94,8 @@ class Shape:
 
     def close(self) -> None:
         self._engine.close()
+        if self._peer is not None:
+            self._peer.close()
         self._peer = None
         free_memory()
 
@@ -101,7 +103,7 @@ class Shape:
         """By name, most wanted first."""
         plan = self._plan
         decodes = [(f"decode {n}", self._named(self._decode, n)) for n in plan.streams]
-        prefill = Load(((plan.prefill_len, 1),))
+        prefill = Load(((plan.prefill_len, 1),))  # reads its prompt and writes a token
         mixed = mixed_load(plan.mixed[:2], plan.mixed[2])
         return [
             *decodes,
@@ -129,7 +131,7 @@ class Shape:
         return True
 
     def _make_peer(self, dtype: str) -> None:
-        self._peer = TransformersPeer(self._plan.spec, getattr(torch, dtype), self._device)
+        self._peer = TransformersPeer(self._plan.spec, getattr(torch, dtype), self._device, self._plan.kv_tokens)
 
     def _decode(self, streams: int) -> None:
         plan = self._plan
@@ -148,8 +150,8 @@ class Shape:
         self.found["decode"].append(result)
 
     def _whole(self, kind: str, load: Load, num_tokens: int, repeats: int) -> None:
-        """All tokens of the load, read and written, over the time from its arrival to its end; median of the runs."""
-        self._engine.run(load)  # the first of a shape compiles
+        """Tokens over the time from the load's arrival to its end; median of the runs after a first one."""
+        self._engine.run(load)
         seconds = statistics.median(self._engine.run(load) for _ in range(repeats))
         result = {"streams": len(load.streams), "tokens": num_tokens, "seconds": seconds}
         result["tokens_per_s"] = num_tokens / seconds
@@ -157,6 +159,7 @@ class Shape:
         if peer is not None:
 
             def compare() -> None:
+                peer.run_s(load)
                 peer_s = statistics.median(peer.run_s(load) for _ in range(repeats))
                 result.update(transformers_seconds=peer_s, transformers_over_ours=peer_s / seconds, is_compared=True)
 
@@ -236,8 +239,10 @@ def measure(
             result["shapes"][name] = without_figures(shape.found) if is_dry else shape.found
             _write(path, result)
 
-        shape.run(section, written)
-        shape.close()
+        try:
+            shape.run(section, written)
+        finally:
+            shape.close()
         written()
     _write(path, result)
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ from server.bench.gpu_loads import Load
 from server.models.loading import parse_spec
 
 _PAGE = 256
-"""Its default. It gets twice the pages that a load needs: both engines hold their memory at once."""
+"""Its default. It gets twice the pages that the loads need: both engines hold their memory at once."""
 
 
 class PeerError(Exception):
@@ -25,17 +26,35 @@ class PeerError(Exception):
 
 
 class TransformersPeer:
-    """Raises ImportError without transformers, or whatever it raises for this shape."""
+    """One model, its cache and its thread, which waits for requests until `close`.
 
-    def __init__(self, spec: str, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+    kv_tokens  keys that its cache holds at least: those of the largest load
+    Raises ImportError without transformers, or whatever it raises for this shape.
+    """
+
+    def __init__(self, spec: str, dtype: torch.dtype, device: torch.device, kv_tokens: int) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
         fields = parse_spec(spec)
         fields.pop("on_device")
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.device(device):
-            self._model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
         self._vocab_size = int(config.vocab_size)
+        generation = GenerationConfig(do_sample=False, eos_token_id=-1)
+        batching = ContinuousBatchingConfig(
+            allow_block_sharing=False, page_size=_PAGE, num_blocks=2 * (-(-kv_tokens // _PAGE) + 1)
+        )  # fmt: skip
+        self._open = ExitStack()
+        self._manager = self._open.enter_context(
+            model.continuous_batching_context_manager(
+                generation_config=generation, continuous_batching_config=batching, timeout=5.0
+            )
+        )
+
+    def close(self) -> None:
+        """Ends its thread. Idempotent."""
+        self._open.close()
 
     def decode_step_s(self, num_streams: int, prompt_len: int, num_steps: int) -> float:
         """Median seconds between two tokens of a stream once all streams decode."""
@@ -59,20 +78,13 @@ class TransformersPeer:
 
     def _generate(self, load: Load) -> list[list[float]]:
         """When each stream's tokens came."""
-        from transformers import ContinuousBatchingConfig, GenerationConfig
-
-        longest = max(output_len for _, output_len in load.streams)
-        generation = GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=-1)
-        num_pages = 2 * sum(-(-(prompt_len + output_len) // _PAGE) + 1 for prompt_len, output_len in load.streams)
-        batching = ContinuousBatchingConfig(allow_block_sharing=False, page_size=_PAGE, num_blocks=num_pages)
-        manager_of = self._model.continuous_batching_context_manager
-        with manager_of(generation_config=generation, continuous_batching_config=batching, timeout=5.0) as manager:
-            self._arrived_at = time.perf_counter()  # the clock of its own times
-            ids = {
-                manager.add_request(prompt, max_new_tokens=output_len, record_timestamps=True): output_len
-                for prompt, (_, output_len) in zip(load.prompts(self._vocab_size), load.streams, strict=True)
-            }
-            return _collect(manager, ids)
+        prompts = load.prompts(self._vocab_size)
+        self._arrived_at = time.perf_counter()  # the clock of its own times
+        ids = {
+            self._manager.add_request(prompt, max_new_tokens=output_len, record_timestamps=True): output_len
+            for prompt, (_, output_len) in zip(prompts, load.streams, strict=True)
+        }
+        return _collect(self._manager, ids)
 
 
 def _collect(manager: Any, ids: dict[str, int]) -> list[list[float]]:

@@ -73,19 +73,26 @@ def test_the_slope_of_fp8_leaves_out_what_does_not_grow_with_the_keys() -> None:
         timed("float8_e4m3fn", 8192, 80.0), timed("float8_e4m3fn", 32768, 245.0),
     ]  # fmt: skip
     # (245 - 80) / (420 - 120); the third bfloat16 case has no fellow.
-    assert fp8_slopes(cases) == [("batch 32, 8192 to 32768 keys", pytest.approx(0.55))]
+    [(what, slope)] = fp8_slopes(cases)
+    assert what == "batch 32, 8192 to 32768 keys"
+    assert slope == pytest.approx(0.55)
     assert fp8_slopes(cases[:4]) == []
 
 
 def test_serving_is_judged_by_its_own_file() -> None:
-    shapes = {
+    shapes: dict[str, object] = {
         "8B": {"decode": [{"streams": 1, "floor_fraction": 0.8}, {"streams": 32, "floor_fraction": 0.1}]},
         "0.6B": {"decode": [{"streams": 32, "gap": 0.07}]},
     }
     floor, gap = serving_verdicts({"shapes": shapes})
     assert (floor.outcome, floor.figure) == ("goal", 0.8)
     assert (gap.outcome, gap.figure) == ("missed", 0.07)
-    for broken in ({}, {"shapes": None}, {"shapes": {"8B": {"decode": [{"streams": 1, "floor_fraction": None}]}}}):
+    incomplete: list[dict[str, object]] = [
+        {},
+        {"shapes": None},
+        {"shapes": {"8B": {"decode": [{"streams": 1, "floor_fraction": None}]}}},
+    ]
+    for broken in incomplete:
         assert {verdict.outcome for verdict in serving_verdicts(broken)} == {"not measured"}
 
 

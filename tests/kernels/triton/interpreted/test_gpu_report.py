@@ -22,9 +22,11 @@ from kernels.gpu_report.problems import NotApplicableError, Prepared, Problem, m
 from kernels.gpu_report.results import Check
 from kernels.gpu_report.run import Run, Setup, dry_setup
 from kernels.gpu_report.timing import Call, HostTimer, Rates, Times
+from kernels.gpu_report.tune import Tuner
 from kernels.triton.fixed_split import VLLM_LIKE, FixedSplit
 from kernels.triton.gpu_checks import Span, worst_error
 from kernels.triton.ops import TritonOps
+from kernels.triton.tile_table import TileShape, WorkClass
 
 CPU = torch.device("cpu")
 CAN_RUN = {"sdpa flash", "gather", "flex", "fixed split", "vllm-like"}
@@ -223,8 +225,9 @@ class WrongOps(TritonOps):
     """Sees one key too many or too few."""
 
     def paged_attention(self, *args: Any, **kwargs: Any) -> Tensor:
-        rows = args[3]
-        return super().paged_attention(*args[:3], replace(rows, visible=(rows.visible - 1).clamp_min(1)), *args[4:])
+        q, k_pages, v_pages, rows, *rest = args
+        fewer = replace(rows, visible=(rows.visible - 1).clamp_min(1))
+        return super().paged_attention(q, k_pages, v_pages, fewer, *rest, **kwargs)
 
 
 def test_a_wrong_kernel_is_exit_code_1(tmp_path: Path) -> None:
@@ -288,3 +291,24 @@ def test_packages_are_called_as_they_document_it(ops: TritonOps, monkeypatch: py
             torch.testing.assert_close(prepared.rows(prepared.run(0)), ours, rtol=1e-4, atol=1e-5)
     with pytest.raises(NotApplicableError, match="causal rows only"):
         installed.flash_attention_3(make_problem(ops, tiny_cases()[3], CPU, 0))
+
+
+def test_shapes_under_trial_are_what_runs(ops: TritonOps) -> None:
+    case = Case("", Kind.DECODE, decode(2, 40), Heads(2, 1, 16), torch.float16)
+    work, shapes = WorkClass(16, 16, 2), [TileShape(16, 16, 4, 2, 1, 1), TileShape(16, 32, 4, 2, 2, 1)]
+    timer = ScriptedTimer({"today": [2.0, 4.0], "0": [1.0, 2.0], "1": "out of memory"})
+    made: list[TritonOps] = []
+
+    def make_ops() -> TritonOps:
+        made.append(TritonOps())
+        return made[-1]
+
+    found = Tuner(make_ops, CPU, timer).relative_times(work, case, shapes)
+    assert found == {shapes[0]: 0.5, shapes[1]: "out of memory"}
+    keys = [[launch.geometry.tile_keys for launch in plan.launches] for plan in map(only_plan, made[2:])]
+    assert keys == [[16], [32]]
+
+
+def only_plan(ops: TritonOps) -> Any:
+    [plan] = ops._attention._plans.values()
+    return plan
