@@ -91,7 +91,7 @@ class CudaTimer:
         for name, call in calls.items():
             try:
                 run, is_graph = _captured(call)
-                runs[name] = (run, max(1, min(50, math.ceil(target_s / _elapsed(run, 1)))), is_graph)
+                runs[name] = (run, _repeats(target_s, _elapsed(run, 1)), is_graph)
             except Exception as error:
                 found[name] = reason(error)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -119,6 +119,10 @@ def _captured(call: Call) -> tuple[Call, bool]:
         call()
         return call, False
     return graph.replay, True
+
+
+def _repeats(target_s: float, one_s: float) -> int:
+    return max(1, min(50, math.ceil(target_s / max(one_s, 1e-6))))
 
 
 def _elapsed(run: Call, repeats: int) -> float:

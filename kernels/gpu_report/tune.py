@@ -8,7 +8,7 @@ nothing. All times stand in the notes beside the table, losers too.
 
 from __future__ import annotations
 
-import functools
+import collections
 import itertools
 import json
 import math
@@ -35,6 +35,8 @@ LEAST_GAIN = 0.02
 _SHARED_LIMIT = {8: 163 << 10, 9: 227 << 10, 10: 227 << 10}
 """Bytes of shared memory by the capability's first number."""
 _FINALISTS = 3
+_COMPILE_SHARE = 0.4
+"""Of the time, at most."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +77,28 @@ def _grid(packed_rows: int) -> Iterator[TileShape]:
         yield TileShape(*shape, programs_per_sm=resident, min_tiles=2)
 
 
+def variants_of(task: Task, capability: tuple[int, int]) -> list[dict[str, int]]:
+    """The task's shapes as `compile_only` takes them."""
+    fixed = {
+        "arch": 10 * capability[0] + capability[1],
+        "head_dim": task.work.head_dim,
+        "page": PAGE,
+        "group": task.cases[0].heads.group,
+    }
+    names = ("tile_rows", "tile_keys", "num_warps", "num_stages")
+    return [{**fixed, **{name: getattr(shape, name) for name in names}} for shape in task.shapes]
+
+
 def prune(
-    task: Task, usages_of: Callable[[Sequence[Mapping[str, int]]], list[dict[str, Any]]], capability: tuple[int, int]
+    task: Task, taken: Sequence[Mapping[str, Any]], capability: tuple[int, int]
 ) -> tuple[list[TileShape], list[dict[str, Any]]]:
-    """Shapes worth a GPU's time, and notes on all."""
-    group = task.cases[0].heads.group
-    arch = 10 * capability[0] + capability[1]
-    variants = [
-        {"arch": arch, "head_dim": task.work.head_dim, "page": PAGE, "group": group,
-         **{name: getattr(shape, name) for name in ("tile_rows", "tile_keys", "num_warps", "num_stages")}}
-        for shape in task.shapes
-    ]  # fmt: skip
+    """Shapes worth a GPU's time, and notes on all. taken: of each shape, as `compile_only` says it."""
+    limit = _SHARED_LIMIT.get(capability[0], 99 << 10)
     kept, notes = [], []
-    for shape, usage in zip(task.shapes, usages_of(variants), strict=True):
+    for shape, usage in zip(task.shapes, taken, strict=True):
         why = usage.get("error")
         if why is None and usage["spills"]:
             why = f"{usage['spills']} spill stores"
-        limit = _SHARED_LIMIT.get(capability[0], 99 << 10)
         if why is None and usage["shared"] * shape.programs_per_sm > limit:
             why = f"{shape.programs_per_sm} x {usage['shared']} bytes of shared memory, {limit} are there"
         notes.append({"shape": asdict(shape), **usage, **({} if why is None else {"dropped": why})})
@@ -180,16 +187,15 @@ def tune(path: Path, seconds: float, clock: Clock, tell: Callable[[str], None], 
     capability = (9, 0) if dry_run else torch.cuda.get_device_capability()
     tasks = all_tasks()
     section = Budget(seconds, clock).section("tuning", 1.0)
+    variants = [variant for task in tasks for variant in variants_of(task, capability)]
+    share_s = section.remaining * (1.0 if dry_run else _COMPILE_SHARE)
+    taken = iter(usages(variants, os.cpu_count() or 1, share_s))
     tuner = Tuner(TritonOps, device, HostTimer(clock) if dry_run else CudaTimer())
     table, notes = dict[WorkClass, TileShape](), list[Any]()
-    processes = os.cpu_count() or 1
-    for number, task in enumerate(tasks):
-        limit_s = section.remaining / (2 * (len(tasks) - number))
-        if limit_s <= 0:
-            section.left_out.append(str(task.work))
-            continue
-        kept, compiled = prune(task, functools.partial(usages, num_processes=processes, limit_s=limit_s), capability)
-        tell(f"{task.work}: {len(kept)} of {len(task.shapes)} shapes fit")
+    for task in tasks:
+        kept, compiled = prune(task, list(itertools.islice(taken, len(task.shapes))), capability)
+        dropped = collections.Counter(note["dropped"] for note in compiled if "dropped" in note).most_common(3)
+        tell(f"{task.work}: {len(kept)} of {len(task.shapes)} shapes fit; dropped most: {dropped}")
         winner, timed = (None, []) if dry_run else tuner.best(task, kept, section)
         notes.append({"class": asdict(task.work), "compiled": compiled, "timed": timed})
         if winner is not None:

@@ -108,7 +108,9 @@ class OurEngine:
     def decode(self, num_streams: int, prompt_len: int, num_steps: int) -> DecodeTimes:
         """Steps of that many streams behind prompts of that length."""
         num_profiled = _PROFILED if torch.cuda.is_available() else 0
-        output_len = num_steps + num_profiled + _SETTLE + 2
+        # The first streams write while the last prompts are read, in steps of half the budget or less.
+        while_reading = 4 * -(-num_streams * prompt_len // self.info.max_batched_tokens)
+        output_len = num_steps + num_profiled + _SETTLE + 2 + while_reading
         load = Load(((prompt_len, output_len),) * num_streams)
         names = self._add(load)
         step_s: list[float] = []
@@ -122,7 +124,10 @@ class OurEngine:
                     step_s.append(elapsed)
                     host_s.append(max(0.0, elapsed - stats.elapsed_s))
             elif settled:
-                raise LoadError(f"after {settled} steps not all {num_streams} streams decode: the KV pool is too small")
+                raise LoadError(
+                    f"all {num_streams} streams decoded in {settled} steps, {num_steps} are wanted: a stream ended, or "
+                    "the KV pool is too small and one was preempted"
+                )
         device_s = self._profiled(names, num_profiled) if num_profiled else None
         for name in names:
             self._core.abort(name)

@@ -143,7 +143,7 @@ def parse_spec(spec: str) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"random weights: {', '.join(missing)} must be given, as in hidden=768,layers=12,...")
     model_type = entries.pop("model_type", "llama")
-    flags = {key: entries.pop(key, "0") in ("1", "true") for key in ("tie", "on_device")}
+    flags = {key: _flag(key, entries.pop(key, "0")) for key in ("tie", "on_device")}
     raw: dict[str, Any] = {"model_type": model_type, "tie_word_embeddings": flags["tie"]}
     raw["on_device"] = flags["on_device"]
     raw |= {_SPEC[key]: _integer(key, value) for key, value in entries.items()}
@@ -154,6 +154,12 @@ def parse_spec(spec: str) -> dict[str, Any]:
     elif model_type == "mistral":
         raw["sliding_window"] = None
     return raw
+
+
+def _flag(key: str, value: str) -> bool:
+    if value not in ("0", "1", "false", "true"):
+        raise CheckpointError(f"random weights: {key} is {value!r}; 0 or 1 is needed")
+    return value in ("1", "true")
 
 
 def _integer(key: str, value: str) -> int:

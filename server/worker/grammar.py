@@ -12,12 +12,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.types import Grammar, GrammarKind, Request
+from server.worker.grammar_library import llguidance
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -152,7 +153,7 @@ class GrammarMatcher:
 
     def _mask(self) -> GrammarMask:
         bits = self._no_bits()
-        _llguidance().numpy.fill_next_token_bitmask(self._matcher, bits[np.newaxis])
+        llguidance().numpy.fill_next_token_bitmask(self._matcher, bits[np.newaxis])
         if self._matcher.is_error():
             return GrammarMask(bits, error=f"the grammar could not be followed: {_one_line(self._matcher.get_error())}")
         is_complete = bool(self._matcher.is_stopped())
@@ -216,23 +217,17 @@ class GrammarCompiler:
             raise ValueError("structured output needs the model's tokenizer.json, and this model has none")
         if not self._eos_ids:
             raise ValueError("structured output needs an end-of-sequence token, and this model's config names none")
+        library = llguidance()
         try:
             text = self._tokenizer_file.read_text(encoding="utf-8")
-            return _llguidance().LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+            return library.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_ids)
         except Exception as error:
             raise ValueError(f"structured output cannot use this model's tokenizer.json: {error}") from error
 
 
-def _llguidance() -> Any:
-    """Imported with the first grammar: on a bare GPU machine, which lacks it, the engine serves all else."""
-    import llguidance.numpy
-
-    return llguidance
-
-
 def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     """Compile a grammar, bounded in size and work. Raises ValueError with a sentence for the user."""
-    name, size, library = grammar.kind.value, len(grammar.source.encode()), _llguidance()
+    name, size, library = grammar.kind.value, len(grammar.source.encode()), llguidance()
     if size > (most := MAX_SOURCE_BYTES[grammar.kind]):
         raise ValueError(f"the {name} grammar is {size} bytes long; at most {most} are accepted")
     limits = library.LLParserLimits(verbose_errors=False, initial_lexer_fuel=LEXER_FUEL)
@@ -251,7 +246,7 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 def _source(grammar: Grammar) -> str:
     """The grammar in llguidance's own notation."""
-    notation, kind, source = _llguidance().LLMatcher, grammar.kind, grammar.source
+    notation, kind, source = llguidance().LLMatcher, grammar.kind, grammar.source
     if kind is GrammarKind.REGEX:
         return str(notation.grammar_from_regex(source))
     if kind is GrammarKind.LARK:

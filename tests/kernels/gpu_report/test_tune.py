@@ -16,7 +16,7 @@ from kernels.gpu_report.budget import Budget
 from kernels.gpu_report.cases import Case
 from kernels.gpu_report.compile_only import compile_variant, usages
 from kernels.gpu_report.timing import HostTimer
-from kernels.gpu_report.tune import Tuner, all_tasks, prune
+from kernels.gpu_report.tune import Tuner, all_tasks, prune, variants_of
 from kernels.triton.ops import TritonOps
 from kernels.triton.tile_table import TileShape, WorkClass
 
@@ -37,6 +37,14 @@ def test_every_class_of_work_has_cases_and_a_grid() -> None:
             assert most <= task.work.packed_rows == task.shapes[0].tile_rows
 
 
+def test_variants_say_what_the_compiler_must_know() -> None:
+    found = variants_of(all_tasks()[-1], (10, 3))
+    assert len(found) == len(all_tasks()[-1].shapes)
+    assert {(v["arch"], v["head_dim"], v["page"], v["group"]) for v in found} == {(103, 64, 64, 4)}
+    assert {v["tile_rows"] for v in found} == {64, 128}
+    assert found[0].keys() == VARIANT.keys()
+
+
 def test_shapes_that_spill_or_do_not_fit_cost_no_gpu_time() -> None:
     def compiled(variants: Sequence[Mapping[str, int]]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -48,7 +56,7 @@ def test_shapes_that_spill_or_do_not_fit_cost_no_gpu_time() -> None:
                 found.append({"registers": 99, "spills": spills, "shared": 1024 * variant["tile_keys"]})
         return found
 
-    kept, notes = prune(TASK, compiled, (9, 0))
+    kept, notes = prune(TASK, compiled(variants_of(TASK, (9, 0))), (9, 0))
     # Two programs share 227 KB: 64 keys take 64 KB each, 128 keys too much.
     assert {shape.tile_keys for shape in kept} == {32, 64}
     assert {shape.num_warps for shape in kept} == {4}
