@@ -118,7 +118,7 @@ def _noise(ratio: Ratio) -> float:
 
 def combine_share(by_kernel: Mapping[str, float]) -> float | None:
     total = sum(by_kernel.values())
-    return sum(s for name, s in by_kernel.items() if name.startswith("combine")) / total if total else None
+    return sum(s for name, s in by_kernel.items() if name.startswith(("combine", "merge"))) / total if total else None
 
 
 def plan_seconds(bench: Bench, problem: Problem) -> float:

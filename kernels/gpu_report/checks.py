@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,6 @@ from kernels.gpu_report.budget import Section
 from kernels.gpu_report.results import Check
 from kernels.gpu_report.timing import reason
 from kernels.triton import gpu_checks
-from kernels.triton.attention import attend, combine
 from kernels.triton.gpu_checks import Span
 from kernels.triton.ops import TritonOps
 
@@ -114,7 +114,7 @@ def _replay_checks(ops: TritonOps, device: torch.device, spans: Sequence[Span]) 
 
 
 def _compilation_checks(ops: TritonOps, device: torch.device) -> Iterator[tuple[str, float]]:
-    """Attention variants that random steps compile after others have: lengths and batch sizes must cause none."""
+    """Variants that random steps of attention compile after others have: lengths and batch sizes must cause none."""
     generator = random.Random(0)
 
     def step() -> None:
@@ -135,4 +135,8 @@ def _compilation_checks(ops: TritonOps, device: torch.device) -> Iterator[tuple[
 
 
 def _num_variants() -> int:
-    return sum(len(cache[0]) for kernel in (attend, combine) for cache in kernel.device_caches.values())
+    """Compiled so far, of every kernel in `kernels.triton`."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("kernels.triton.")]
+    values = [value for module in modules for value in vars(module).values()]
+    kernels = {id(value): value for value in values if hasattr(value, "device_caches")}
+    return sum(len(cache[0]) for kernel in kernels.values() for cache in kernel.device_caches.values())

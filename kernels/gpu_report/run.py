@@ -19,11 +19,11 @@ import triton
 
 from kernels.gpu_report import checks, tables
 from kernels.gpu_report.attention_times import Bench, time_case
-from kernels.gpu_report.budget import Budget, Clock
+from kernels.gpu_report.budget import Budget, Clock, Section
 from kernels.gpu_report.cases import Case, all_cases, tiny_cases
 from kernels.gpu_report.problems import Baseline
 from kernels.gpu_report.results import Report
-from kernels.gpu_report.serving import run_serving, serving_command
+from kernels.gpu_report.serving import run_serving, run_worker_checks, serving_command, worker_checks_command
 from kernels.gpu_report.timing import Timer, free_memory, measure_rates, reason
 from kernels.gpu_report.verdicts import all_verdicts
 from kernels.triton.ops import TritonOps
@@ -38,7 +38,7 @@ class Setup:
     """What a run is made of; a dry run differs in nothing else.
 
     cases    of attention, most wanted first
-    serving  command of the end-to-end part, None where there is none
+    serving  command of the end-to-end part, None where there is none; worker_checks  of the worker's, likewise
     """
 
     ops: TritonOps
@@ -48,19 +48,22 @@ class Setup:
     cases: Sequence[Case]
     baselines: Mapping[str, Baseline]
     serving: Sequence[str] | None
+    worker_checks: Sequence[str] | None = None
     rates_size: tuple[int, int] = (1 << 30, 8192)
 
 
 def gpu_setup(ops: TritonOps, timer: Timer, baselines: Mapping[str, Baseline]) -> Setup:
     cases = all_cases(declared_kv_dtypes(ops))
     command = serving_command(dry_run=False)
-    return Setup(ops, torch.device("cuda"), timer, checks.FULL, cases, baselines, command)
+    return Setup(
+        ops, torch.device("cuda"), timer, checks.FULL, cases, baselines, command, worker_checks_command()
+    )  # fmt: skip
 
 
 def dry_setup(ops: TritonOps, timer: Timer, baselines: Mapping[str, Baseline]) -> Setup:
     command = serving_command(dry_run=True)
     return Setup(
-        ops, torch.device("cpu"), timer, checks.DRY, tiny_cases(), baselines, command, (1 << 12, 32)
+        ops, torch.device("cpu"), timer, checks.DRY, tiny_cases(), baselines, command, rates_size=(1 << 12, 32)
     )  # fmt: skip
 
 
@@ -123,7 +126,18 @@ class Run:
         families = checks.families(self._setup.ops, self._setup.device, self._setup.effort)
         for check in checks.run_checks(families, section, self._tell):
             self.report.checks.append(check)
+        if self._setup.worker_checks is not None and section.fits("the worker's checks"):
+            self._check_worker(section, self._setup.worker_checks)
         self._end(section.name, section.left_out, section.seconds)
+
+    def _check_worker(self, section: Section, command: Sequence[str]) -> None:
+        with section.item():
+            found = run_worker_checks(command, section.remaining)
+        if found is None:
+            section.left_out.append("the worker's checks: not ended in time")
+            return
+        self.report.checks.append(found)
+        self._tell(f"{'' if found.is_right else 'WRONG '}{found.name}: {found.detail}")
 
     def _attention(self) -> None:
         setup = self._setup

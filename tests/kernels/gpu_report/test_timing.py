@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from kernels.gpu_report import timing
 from kernels.gpu_report.timing import HostTimer, Times, device_seconds, measure_rates, reason
 
 
@@ -61,3 +62,41 @@ def test_a_machine_without_rates_is_an_error() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to ask")
 def test_without_a_device_there_are_no_seconds_on_it() -> None:
     assert device_seconds(lambda: None) == {}
+
+
+def test_rounds_go_through_all_calls_and_the_warm_ones_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's timer with its two calls to CUDA replaced: a replay takes as many seconds as replays came before it."""
+    order: list[str] = []
+
+    def captured(call: timing.Call) -> tuple[timing.Call, bool]:
+        call()
+        return call, False
+
+    def elapsed(run: timing.Call, repeats: int) -> float:
+        for _ in range(repeats):
+            run()
+        return float(len(order))
+
+    monkeypatch.setattr(timing, "_captured", captured)
+    monkeypatch.setattr(timing, "_elapsed", elapsed)
+
+    def fail() -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    calls = {"a": lambda: order.append("a"), "bad": fail, "b": lambda: order.append("b")}
+    found = timing.CudaTimer().time(calls)
+    assert found["bad"] == "out of memory"
+    a, b = found["a"], found["b"]
+    assert isinstance(a, Times)
+    assert isinstance(b, Times)
+    assert order == ["a", "a", "b", "b", *["a", "b"] * 22], "captured, measured once, then in turns"
+    # Two warm rounds lie between the four first runs and the first that counts.
+    assert a.seconds == tuple(range(9, 49, 2))
+    assert len(b.seconds) == timing.ROUNDS == 20
+    assert not a.is_graph
+
+
+def test_short_calls_are_repeated_within_a_round() -> None:
+    assert timing._repeats(1e-3, 1e-4) == 10
+    assert timing._repeats(1e-3, 5e-2) == 1
+    assert timing._repeats(1e-3, 0.0) == 50

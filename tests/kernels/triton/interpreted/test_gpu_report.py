@@ -21,6 +21,7 @@ from kernels.gpu_report.cases import Case, Heads, Kind, decode, tiny_cases
 from kernels.gpu_report.problems import NotApplicableError, Prepared, Problem, make_problem
 from kernels.gpu_report.results import Check, Report
 from kernels.gpu_report.run import Run, Setup, dry_setup
+from kernels.gpu_report.serving import run_serving, run_worker_checks
 from kernels.gpu_report.timing import Call, HostTimer, Rates, Times
 from kernels.gpu_report.tune import Tuner
 from kernels.triton.fixed_split import VLLM_LIKE, FixedSplit
@@ -236,6 +237,28 @@ def test_a_wrong_kernel_is_exit_code_1(tmp_path: Path) -> None:
     run = Run(small_setup(WrongOps(num_programs=3), []), 1e6, lambda: 0.0, lines.append, tmp_path / "r.json")
     assert run.all(["checks"]) == 1
     assert any(line.startswith("WRONG attention") for line in lines)
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(0, 0), (1, 1)])
+def test_the_workers_checks_count_where_the_tree_has_them(ops: TritonOps, code: int, exit_code: int) -> None:
+    lines: list[str] = []
+    command = [sys.executable, "-c", f"print('pages differ'); raise SystemExit({code})"]
+    setup = replace(small_setup(ops, []), worker_checks=command, effort=replace(checks.DRY, most_checks=1))
+    run = Run(setup, 1e6, lambda: 0.0, lines.append, None)
+    assert run.all(["checks"]) == exit_code
+    assert run.report.checks[-1] == Check("server.worker.gpu_checks", code == 0, float(code), "pages differ")
+    assert ("WRONG server.worker.gpu_checks: pages differ" in lines) == (code == 1)
+
+
+def test_serving_that_fails_or_takes_too_long_keeps_what_it_had() -> None:
+    write = "import json, sys; json.dump({'shapes': {}}, open(sys.argv[sys.argv.index('--json') + 1], 'w')); "
+    found = run_serving([sys.executable, "-c", write + "raise SystemExit('no memory')"], 60.0)
+    assert found["shapes"] == {}
+    assert found["notes"] == ["the end-to-end part ended with code 1: no memory"]
+    found = run_serving([sys.executable, "-c", write + "import time; time.sleep(600)"], 3.0)
+    assert found["shapes"] == {}
+    assert "ended after 3 s" in str(found["notes"])
+    assert run_worker_checks([sys.executable, "-c", "import time; time.sleep(600)"], 1.0) is None
 
 
 def test_a_check_that_raises_is_a_failed_one() -> None:
