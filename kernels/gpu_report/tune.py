@@ -92,18 +92,22 @@ def variants_of(task: Task, capability: tuple[int, int]) -> list[dict[str, int]]
 def prune(
     task: Task, taken: Sequence[Mapping[str, Any]], capability: tuple[int, int]
 ) -> tuple[list[TileShape], list[dict[str, Any]]]:
-    """Shapes worth a GPU's time, and notes on all. taken: of each shape, as `compile_only` says it."""
+    """Shapes worth a GPU's time, with as many programs a multiprocessor as fit into its memory, and notes on all.
+
+    taken  by each shape, as `compile_only` says it
+    """
     limit = _SHARED_LIMIT.get(capability[0], 99 << 10)
     kept, notes = [], []
     for shape, usage in zip(task.shapes, taken, strict=True):
         why = usage.get("error")
         if why is None and usage["spills"]:
             why = f"{usage['spills']} spill stores"
-        if why is None and usage["shared"] * shape.programs_per_sm > limit:
-            why = f"{shape.programs_per_sm} x {usage['shared']} bytes of shared memory, {limit} are there"
+        if why is None and usage["shared"] > limit:
+            why = f"{usage['shared']} bytes of shared memory, {limit} are there"
         notes.append({"shape": asdict(shape), **usage, **({} if why is None else {"dropped": why})})
         if why is None:
-            kept.append(shape)
+            resident = min(shape.programs_per_sm, limit // max(1, usage["shared"]))
+            kept.append(replace(shape, programs_per_sm=resident))
     return kept, notes
 
 

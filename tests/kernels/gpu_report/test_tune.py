@@ -53,17 +53,18 @@ def test_shapes_that_spill_or_do_not_fit_cost_no_gpu_time() -> None:
                 found.append({"error": "CompilationError: no"})
             else:
                 spills = 7 if variant["num_warps"] == 8 else 0
-                found.append({"registers": 99, "spills": spills, "shared": 1024 * variant["tile_keys"]})
+                found.append({"registers": 99, "spills": spills, "shared": 2048 * variant["tile_keys"]})
         return found
 
     kept, notes = prune(TASK, compiled(variants_of(TASK, (9, 0))), (9, 0))
-    # Two programs share 227 KB: 64 keys take 64 KB each, 128 keys too much.
-    assert {shape.tile_keys for shape in kept} == {32, 64}
+    # 227 KB hold two programs of 32 keys (64 KB each), one of 64 keys, none of 128.
+    assert {(shape.tile_keys, shape.programs_per_sm) for shape in kept} == {(32, 2), (64, 1)}
     assert {shape.num_warps for shape in kept} == {4}
     assert {shape.num_stages for shape in kept} == {2, 3}
     assert len(notes) == len(TASK.shapes)
     assert sum("dropped" not in note for note in notes) == len(kept)
-    assert {note["dropped"].split(" ")[0] for note in notes if "dropped" in note} == {"CompilationError:", "7", "2"}
+    reasons = {note["dropped"].split(" ")[0] for note in notes if "dropped" in note}
+    assert reasons == {"CompilationError:", "7", "262144"}
 
 
 class ScriptedTuner(Tuner):
