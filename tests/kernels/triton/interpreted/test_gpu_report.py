@@ -51,7 +51,7 @@ def small_setup(ops: TritonOps, cases: Sequence[Case], serving: Sequence[str] | 
 def test_a_dry_run_goes_through_every_part_and_claims_nothing(ops: TritonOps, tmp_path: Path) -> None:
     lines: list[str] = []
     path = tmp_path / "report.json"
-    cases = [tiny_cases()[i] for i in (0, 3, 7)]
+    cases = [tiny_cases()[i] for i in (0, 3)]
     setup = small_setup(ops, cases, [sys.executable, "-c", SERVING])
     assert Run(setup, 1e6, lambda: 0.0, lines.append, path).all() == 0
     found = json.loads(path.read_text())
@@ -79,7 +79,7 @@ def test_a_dry_run_goes_through_every_part_and_claims_nothing(ops: TritonOps, tm
 
 def test_other_kernels_attention_is_ours(ops: TritonOps) -> None:
     """In float32, where a wrong mask or page cannot hide in rounding; keys behind the last are NaN in our pages."""
-    for case in (tiny_cases()[1], tiny_cases()[5], tiny_cases()[7]):
+    for case in (tiny_cases()[5], tiny_cases()[7]):
         problem = make_problem(ops, case, CPU, 0)
         ours = ops.paged_attention(problem.q_TQD, *problem.pools[0], problem.rows, problem.scale)
         for name, baseline in all_baselines().items():
