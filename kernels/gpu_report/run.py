@@ -150,8 +150,8 @@ class Run:
             copy, matrix = rates.copy_bytes_per_s / 1e9, rates.matrix_flop_per_s / 1e12
             self.report.copy_gb_s, self.report.matrix_tflop_s = copy, matrix
             # Idle clocks say little: these are of a device that has just multiplied.
-            self.report.machine["sm_clock_at_work"] = _ask_driver("clocks.sm")
-            self._tell(f"copy rate {copy:.0f} GB/s (read + write), bf16 matrix rate {matrix:.0f} TFLOP/s")
+            clock = self.report.machine["sm_clock_at_work"] = _ask_driver("clocks.sm")
+            self._tell(f"copy {copy:.0f} GB/s (read + write), bf16 matrix {matrix:.0f} TFLOP/s, SM clock at work {clock}")
         free_memory()
         bench = Bench(setup.ops, setup.device, setup.timer, rates, last_cache_bytes(setup.device), setup.baselines)
         section = self._budget.section("attention", _UNTIL["attention"])
