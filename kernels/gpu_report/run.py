@@ -151,7 +151,9 @@ class Run:
             self.report.copy_gb_s, self.report.matrix_tflop_s = copy, matrix
             # Idle clocks say little: these are of a device that has just multiplied.
             clock = self.report.machine["sm_clock_at_work"] = _ask_driver("clocks.sm")
-            self._tell(f"copy {copy:.0f} GB/s (read + write), bf16 matrix {matrix:.0f} TFLOP/s, SM clock at work {clock}")
+            self._tell(
+                f"copy {copy:.0f} GB/s (read + write), bf16 matrix {matrix:.0f} TFLOP/s, SM clock at work {clock}"
+            )
         free_memory()
         bench = Bench(setup.ops, setup.device, setup.timer, rates, last_cache_bytes(setup.device), setup.baselines)
         section = self._budget.section("attention", _UNTIL["attention"])
