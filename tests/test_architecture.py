@@ -21,6 +21,8 @@ PACKAGES = ("kernels", "scheduler", "server")
 ALLOWED: dict[str, set[str]] = {
     # numpy: the noise on the host (kernels/philox.py), and what rules say of a step's rows (kernels/edits.py).
     "kernels": {"torch", "triton", "numpy"},
+    # Rivals that may be installed where the report runs, imported inside functions.
+    "kernels.gpu_report.installed": {"torch", "triton", "flash_attn", "flash_attn_interface", "flashinfer"},
     "scheduler": set(),
     "server": set(),
     "server.models": {"torch", "kernels", "safetensors", "huggingface_hub", "tqdm"},
@@ -108,6 +110,10 @@ ALLOWED: dict[str, set[str]] = {
     "server.bench.diffusion_work": {"server.embedded.tasks", "server.embedded.functions"},
     # The step-time benchmark runs the engine's own parts in-process.
     "server.bench.steps": {"torch", "tqdm", "kernels", "scheduler", "server.models", "server.worker", "server.engine"},
+    # So does the end-to-end part of the GPU report, beside transformers' engine.
+    "server.bench.gpu_loads": {"torch", "kernels.gpu_report", "scheduler", "server.engine", "server.models"},
+    "server.bench.transformers_peer": {"torch", "transformers", "server.models"},
+    "server.bench.gpu_serving": {"torch", "kernels.gpu_report", "server.engine", "server.models"},
     # So does the quality benchmark of denoising, on the tasks of the embedded models.
     "server.bench.parallel": {
         "tqdm",
@@ -120,7 +126,12 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Only functions may import these: at the top they would slow every start or be missing on a plain install.
-LAZY_ONLY = {("server.text", "transformers"), ("server.bench", "matplotlib"), ("server.embedded", "matplotlib")}
+LAZY_ONLY = {
+    ("server.text", "transformers"),
+    ("server.bench", "transformers"),
+    ("server.bench", "matplotlib"),
+    ("server.embedded", "matplotlib"),
+}
 
 MAX_LINES = 300
 MAX_LINES_KERNEL_OR_SCHEMA = 400
@@ -135,6 +146,7 @@ ENGINE_SIDE = (
     "server.worker.build",
     "server.engine.loop",
     "server.engine.offline",
+    "server.bench.gpu_serving",
 )
 HEAVY = ("torch", "transformers", "kernels", "server.worker", "server.models")
 WEB = (
@@ -349,6 +361,13 @@ def test_the_engine_side_loads_no_web_library(module: str) -> None:
     if not is_module(module):
         pytest.skip(f"{module} is not written yet")
     assert sorted(name for name in loaded_after_importing(module) if name in WEB) == []
+
+
+@pytest.mark.parametrize("module", ENGINE_SIDE)
+def test_the_engine_starts_without_what_only_some_requests_need(module: str) -> None:
+    """On a machine with torch and little more, the engine serves all but structured output."""
+    loaded = loaded_after_importing(module)
+    assert sorted(name for name in loaded if name in ("llguidance", "transformers", "matplotlib")) == []
 
 
 def test_the_load_generator_loads_neither_torch_nor_the_server() -> None:

@@ -12,14 +12,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
 from scheduler.types import Grammar, GrammarKind, Request
+from server.worker.grammar_library import llguidance
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_SOURCE_BYTES = {
     GrammarKind.JSON_OBJECT: 1 << 16,
@@ -151,7 +153,7 @@ class GrammarMatcher:
 
     def _mask(self) -> GrammarMask:
         bits = self._no_bits()
-        fill_next_token_bitmask(self._matcher, bits[np.newaxis])
+        llguidance().numpy.fill_next_token_bitmask(self._matcher, bits[np.newaxis])
         if self._matcher.is_error():
             return GrammarMask(bits, error=f"the grammar could not be followed: {_one_line(self._matcher.get_error())}")
         is_complete = bool(self._matcher.is_stopped())
@@ -215,25 +217,26 @@ class GrammarCompiler:
             raise ValueError("structured output needs the model's tokenizer.json, and this model has none")
         if not self._eos_ids:
             raise ValueError("structured output needs an end-of-sequence token, and this model's config names none")
+        library = llguidance()
         try:
             text = self._tokenizer_file.read_text(encoding="utf-8")
-            return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+            return library.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_ids)
         except Exception as error:
             raise ValueError(f"structured output cannot use this model's tokenizer.json: {error}") from error
 
 
 def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     """Compile a grammar, bounded in size and work. Raises ValueError with a sentence for the user."""
-    name, size, most = grammar.kind.value, len(grammar.source.encode()), MAX_SOURCE_BYTES[grammar.kind]
-    if size > most:
+    name, size, library = grammar.kind.value, len(grammar.source.encode()), llguidance()
+    if size > (most := MAX_SOURCE_BYTES[grammar.kind]):
         raise ValueError(f"the {name} grammar is {size} bytes long; at most {most} are accepted")
-    limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=LEXER_FUEL)
-    matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
+    limits = library.LLParserLimits(verbose_errors=False, initial_lexer_fuel=LEXER_FUEL)
+    matcher: LLMatcher = library.LLMatcher(tokenizer, _source(grammar), log_level=0, limits=limits)
     if matcher.is_error():
         raise ValueError(f"the {name} grammar cannot be used: {_one_line(matcher.get_error())}")
     # The first mask shows what the compile could not: a grammar that allows nothing, or is beyond the step limits.
     mask = np.zeros((1, (tokenizer.vocab_size + 31) // 32), dtype=np.int32)
-    fill_next_token_bitmask(matcher, mask)
+    library.numpy.fill_next_token_bitmask(matcher, mask)
     if matcher.is_error():
         raise ValueError(f"the {name} grammar cannot be used: {_one_line(matcher.get_error())}")
     if not mask.any():
@@ -243,19 +246,19 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 def _source(grammar: Grammar) -> str:
     """The grammar in llguidance's own notation."""
-    kind, source = grammar.kind, grammar.source
+    notation, kind, source = llguidance().LLMatcher, grammar.kind, grammar.source
     if kind is GrammarKind.REGEX:
-        return str(LLMatcher.grammar_from_regex(source))
+        return str(notation.grammar_from_regex(source))
     if kind is GrammarKind.LARK:
-        return str(LLMatcher.grammar_from_lark(source))
+        return str(notation.grammar_from_lark(source))
     if kind is GrammarKind.CHOICE:
-        return str(LLMatcher.grammar_from_lark(_choice_lark(source)))
+        return str(notation.grammar_from_lark(_choice_lark(source)))
     schema = {"type": "object"} if kind is GrammarKind.JSON_OBJECT else _parsed(source, "json_schema")
     if not isinstance(schema, dict | bool):
         raise ValueError("the json_schema grammar is not a JSON object")
     if depth(schema) > MAX_DEPTH:
         raise ValueError(f"the json_schema grammar is nested deeper than {MAX_DEPTH} levels")
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": WHITE_SPACE}))
+    return str(notation.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": WHITE_SPACE}))
 
 
 def _choice_lark(source: str) -> str:

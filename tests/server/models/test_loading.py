@@ -132,6 +132,14 @@ def test_random_weights_are_a_function_of_spec_and_seed() -> None:
     assert 0.3 < first.std() < 3, "logits of a random model should be neither flat nor saturated"
 
 
+def test_weights_drawn_by_the_cpu_as_the_device_are_those_of_every_machine() -> None:
+    """`on_device` names the generator and nothing else."""
+    everywhere, on_device = (
+        logits_of(random_model(SPEC + flag, ReferenceOps(), torch.float32, CPU)) for flag in ("", ",on_device=1")
+    )
+    assert torch.equal(everywhere, on_device)
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_every_family_can_be_made_at_random(model_type: str) -> None:
     moe = ",experts=4,top_k=2,expert_mlp=32" if model_type == "qwen3_moe" else ""
@@ -151,6 +159,8 @@ def test_every_family_can_be_made_at_random(model_type: str) -> None:
         (SPEC + ",heads=4", "heads is given twice"),
         (SPEC.replace("64", "many"), "hidden is 'many'"),
         (SPEC.replace("layers=2", "layers=0"), "layers is '0'"),
+        (SPEC + ",on_device=2", "on_device is '2'; 0 or 1 is needed"),
+        (SPEC + ",tie=yes", "tie is 'yes'; 0 or 1 is needed"),
         (SPEC + ",model_type=gpt2", "model_type is 'gpt2'; supported: llama"),
         (SPEC.replace("kv_heads=2", "kv_heads=3"), "not a multiple of num_key_value_heads"),
         (SPEC + ",model_type=qwen3_moe", "num_local_experts is None"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,15 @@ def test_a_grammar_is_compiled_once_for_many_requests_and_forgotten_by_request(
         compiler.forget(f"choice-{seed}")
         compiler.forget(f"choice-{seed}")
     assert compiler.num_prepared == 0
+
+
+def test_without_the_library_a_grammar_is_refused_with_its_name(
+    tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance.numpy", None)
+    compiler = GrammarCompiler(tokenizer_file, VOCAB, (EOS,))
+    with pytest.raises(ValueError, match="needs llguidance, which is not installed"):
+        compiler.prepare(asked(GrammarKind.REGEX, "a"))
 
 
 def test_models_without_a_tokenizer_file_or_an_end_refuse_grammars_with_the_reason(tokenizer_file: Path) -> None:
