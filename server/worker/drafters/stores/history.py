@@ -8,10 +8,12 @@ so that a periodic text is continued for as long as one likes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 from scheduler.types import MAX_TREE_NODES
 from server.worker.drafters.base import Want
-from server.worker.drafters.expansion import Child, Walk
+from server.worker.drafters.expansion import Child, Line, Walk
 from server.worker.drafters.stores.ngram_index import BYTES_PER_TOKEN, MAX_MATCH, NgramIndex, Spot
 from server.worker.sequences import SequenceState
 
@@ -73,7 +75,23 @@ def continuations(text: Sequence[int], spots: Sequence[Spot]) -> Walk:
         ranked = sorted(groups.items(), key=_by_votes, reverse=True)
         return [(sure * len(group) / len(tokens), token, (depth + 1, tuple(group))) for token, group in ranked]
 
-    return Walk((0, origins), children)
+    def line(most: int, floor: float) -> Line | None:
+        tokens = _run(text, origins[0], most)
+        if any(_run(text, origin, most) != tokens for origin in origins[1:]):
+            return None
+        survivals = SURVIVALS[best][:most]
+        count = len(survivals)
+        while count and survivals[count - 1] < floor:
+            count -= 1
+        return tuple(tokens[:count]), survivals[:count]
+
+    return Walk((0, origins), children, line)
+
+
+def _run(text: Sequence[int], origin: int, most: int) -> list[int]:
+    """The next `most` tokens after text[:origin] said again, round and round to the text's end."""
+    tokens = list(text[origin : origin + most])
+    return tokens if len(tokens) == most else (tokens * (most // len(tokens) + 1))[:most]
 
 
 def _by_votes(item: tuple[int, list[int]]) -> int:
@@ -89,3 +107,5 @@ def certainty(match: int) -> float:
 
 
 CERTAINTY = tuple(certainty(match) for match in range(MAX_MATCH + MAX_TREE_NODES + 1))
+SURVIVALS = tuple(tuple(accumulate(CERTAINTY[match : match + MAX_TREE_NODES], mul)) for match in range(MAX_MATCH + 1))
+"""After a match of some length: that the next token agrees, the next two, ..."""

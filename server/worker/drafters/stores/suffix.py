@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from scheduler.types import SpeculationMode
 from server.worker.drafters.base import Want
-from server.worker.drafters.expansion import Child, Walk
+from server.worker.drafters.expansion import Child, Line, Walk
 from server.worker.drafters.stores.history import CERTAINTY, HistoryStore, continuations
 from server.worker.drafters.stores.shared import Arrays, pack_texts, tenant_key, unpack_texts
 from server.worker.drafters.stores.suffix_tree import NODE_BYTES, ROOT, SuffixTree
@@ -27,8 +27,9 @@ from server.worker.sequences import SequenceState
 TAILS = (2, 4, 8, 16)
 """Lengths of the tails that are looked for. A tail stands in a tree only if all shorter ones do."""
 PROMPT_TAIL = 16
-WORK = 48
-"""Nodes visited on behalf of finished outputs for each sequence that is asked about, some 40 us."""
+WORK = 16
+"""Nodes visited on behalf of finished outputs in each step that asks, some 15 us, whoever many are asked about: a busy
+engine writes faster than it can afford to learn."""
 MAX_WAITING = 256
 """Finished outputs that wait to be learnt; beyond it the oldest is forgotten."""
 _NUMBERS = (1 << 31) - 1
@@ -63,7 +64,11 @@ class SuffixStore:
         self._num_learnt: OrderedDict[str, int] = OrderedDict()
 
     def learn(self, want: Want, most: int) -> int:
-        return self._history.learn(want, most) + self.work(WORK)
+        return self._history.learn(want, most)
+
+    def tend(self) -> None:
+        """Learn a piece of what waits."""
+        self.work(WORK)
 
     def begin(self, want: Want) -> Walk | None:
         spots = self._history.find(want)
@@ -204,4 +209,25 @@ def shared_continuations(tree: SuffixTree, place: tuple[int, int, int]) -> Walk:
         sure /= counts[node]
         return [(sure * counts[child], tree.token(child), (child, 1, match + 1)) for child in below]
 
-    return Walk(place, children)
+    def line(most: int, floor: float) -> Line:
+        node, used, match = place
+        tokens: list[int] = []
+        survivals: list[float] = []
+        survival = 1.0
+        while len(tokens) < most:
+            sure = CERTAINTY[match]
+            if used == lengths[node]:
+                below = max(tree.children(node), key=counts.__getitem__, default=None)
+                if below is None:
+                    break
+                sure = sure / counts[node] * counts[below]
+                node, used = below, 0
+            survival *= sure
+            if survival < floor:
+                break
+            tokens.append(tree.token(node, used))
+            survivals.append(survival)
+            used, match = used + 1, match + 1
+        return tuple(tokens), tuple(survivals)
+
+    return Walk(place, children, line)

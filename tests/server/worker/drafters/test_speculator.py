@@ -33,6 +33,9 @@ class Member:
     asked: list[list[int]] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
 
+    def serves(self, state: SequenceState) -> bool:
+        return True
+
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         self.asked.append([want.seq_id for want in wants])
         return [self.offer(want) for want in wants]
