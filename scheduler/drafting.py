@@ -8,15 +8,15 @@ never take a page that a decode or an admission may need soon, and nobody is pre
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from math import inf
 from typing import NamedTuple
 
 from scheduler.acceptance import Acceptance
-from scheduler.asking import Asking, DraftState, make_state
+from scheduler.asking import Asking, DraftState, FirstGain, make_state
 from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
 from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
 from scheduler.draft_plan import Backlog, DraftPlan
 from scheduler.goodput import Allocation, Outlook, make_policy
+from scheduler.host_cost import HostCost, HostWork
 from scheduler.kv_memory import KVMemory
 from scheduler.sequence import Sequence
 from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
@@ -57,7 +57,9 @@ class DraftingPolicy:
         self._settings = settings
         self._policy = make_policy(settings)
         self._asking = Asking(settings, self._policy.is_selective)
-        self._gain_s = inf
+        self._first_gain = FirstGain()
+        self._host = HostCost()
+        self._host_work = HostWork()
         self._price = (_FIRST_PRICE, 1.0)
         self._draft_s = 0.0
 
@@ -76,9 +78,18 @@ class DraftingPolicy:
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
         bound_s = self._budget.bound_s(draft, backlog)
+        if draft.host_s is not None:
+            self._host.observe(self._host_work, draft.host_s)
+            self._asking.per_asked_s = self._host.per_asked
         if draft.num_decodes and self.cost.is_ready:
-            states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
-            offers = self._offers(draft, states)
+            self._draft(draft, backlog, bound_s)
+        self._budget.fill(draft, backlog, bound_s)
+
+    def _draft(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
+        """Verify what waits and pays, ask for what may pay."""
+        states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
+        offers = self._offers(draft, states)
+        if offers or self._settings.has_sequential:
             free = [offer for offer in offers if not offer.state.is_forced]
             forced = [offer for offer in offers if offer.state.is_forced]
             lengths = self._force(draft, forced, backlog)
@@ -86,12 +97,18 @@ class DraftingPolicy:
             allocation = self._policy.allocate([offer.survivals for offer in free], outlook)
             self._note_gains(free, allocation, outlook)
             lengths |= zip((offer.row for offer in free), self._probe(free, allocation.lengths, outlook), strict=True)
-            wishes = self._ask(draft, states, allocation, outlook)
-            self._place(draft, lengths, wishes)
-        self._budget.fill(draft, backlog, bound_s)
+            self._place(draft, lengths, self._ask(draft, states, allocation, outlook))
+            return
+        # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
+        value = draft.num_decodes + draft.denoise_value
+        step_s = self._draft_s + self._host.predict(HostWork(draft.num_decodes)) + self.cost.predict(draft.features)
+        draft.goodput = value / step_s if step_s > 0.0 else 0.0
+        wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s)
+        if any(wishes):
+            self._place(draft, {}, wishes)
 
     def _meet(self, seq: Sequence) -> DraftState:
-        seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._gain_s)
+        seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._first_gain.seconds)
         return seq.drafting
 
     def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:
@@ -127,7 +144,8 @@ class DraftingPolicy:
         lengths: dict[int, int],
     ) -> Outlook:
         curve = self.cost.curve(draft.features, backlog.start if backlog else 0)
-        taken, overhead_s = sum(lengths.values()), self._draft_s
+        taken, host_s = sum(lengths.values()), self._host.predict(HostWork(draft.num_decodes))
+        overhead_s, per_draft_s = self._draft_s + host_s, self._host.per_draft
         waiting = backlog.tokens if backlog else 0
         value = sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced)
         return Outlook(
@@ -135,10 +153,10 @@ class DraftingPolicy:
             room=self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise - taken,
             backlog=waiting,
             price=self.price,
-            seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
-            bound_s=bound_s,
+            seconds=lambda drafts, prefill: overhead_s + per_draft_s * drafts + curve(taken + drafts, prefill),
+            bound_s=bound_s + host_s,
             fewest=min(waiting, MIN_CHUNK),
-            draft_bound_s=bound_s if self._has_target(draft) else _DRAFT_LEEWAY * bound_s,
+            draft_bound_s=host_s + (bound_s if self._has_target(draft) else _DRAFT_LEEWAY * bound_s),
         )
 
     def _has_target(self, draft: DraftPlan) -> bool:
@@ -157,7 +175,7 @@ class DraftingPolicy:
 
     def _gained(self, state: DraftState, seconds: float) -> None:
         state.gained(seconds)
-        self._gain_s = seconds if self._gain_s == inf else self._gain_s + 0.02 * (seconds - self._gain_s)
+        self._first_gain.observe(state, seconds)
 
     def _probe(self, offers: Many[_Offer], lengths: list[int], outlook: Outlook) -> list[int]:
         """Let a few of those at k = 0 verify one draft: without trials an estimate could never recover."""
@@ -216,13 +234,14 @@ class DraftingPolicy:
         if not self.cost.is_ready:
             return
         most = self._policy.most(draft.num_decodes + 1)
+        price_s = self._asking.price_s(draft.num_decodes + 1)
         for index in range(draft.num_decodes, len(draft.spans)):
             span, seq = draft.spans[index], draft.owners[index]
             if span.read is not Read.SAMPLE or span.kv_len != len(seq.tokens):
                 continue
             state = seq.drafting or self._meet(seq)
             wish = min(state.limit, most, seq.decoding.most_drafts)
-            if state.gain_s <= 0.0 and not state.is_forced and self._policy.is_selective:
+            if state.gain_s <= price_s and not state.is_forced and self._policy.is_selective:
                 continue
             wish = self._room(draft, seq, wish, draft.num_decodes)
             if wish > 0:
@@ -237,6 +256,7 @@ class DraftingPolicy:
 
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         self._budget.learn(draft, result, is_timed)
+        self._host_work = HostWork(draft.num_decodes, draft.num_drafts, draft.num_asked)
         if is_timed:
             self._draft_s += 0.1 * (result.draft_s - self._draft_s)
             if draft.num_asked:
