@@ -128,8 +128,11 @@ class Asking:
         self._num_steps = 0
         self._num_shallow = 0
 
-    def choose(self, states: Sequence[DraftState], most: int, step_s: float) -> list[int]:
-        """Drafts to ask of each sequence, given the time of the step; `most` is the policy's own limit."""
+    def choose(self, states: Sequence[DraftState], most: int, step_s: float, num_steps: int = 1) -> list[int]:
+        """Drafts to ask of each sequence, given the time of the step; `most` is the policy's own limit.
+
+        num_steps  steps like this one since the last call, this one included
+        """
         if not self._is_selective:
             return [min(most, state.limit) for state in states]
         price_s = self.price_s(len(states))
@@ -137,11 +140,11 @@ class Asking:
         for index, state in enumerate(states):
             limit = state.limit
             if limit and not state.is_forced and state.gain_s <= price_s:
-                state.num_quiet += 1
+                state.num_quiet += num_steps
                 unpaid.append(index)
                 limit = 0
             wishes.append(limit)
-        for index in self._spare(states, unpaid, step_s):
+        for index in self._spare(states, unpaid, num_steps * step_s):
             states[index].num_quiet = 0
             wishes[index] = states[index].limit
         return wishes

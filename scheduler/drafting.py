@@ -26,6 +26,8 @@ _FIRST_PRICE = 0.3
 _PRICE_RATE = 0.05
 _DRAFT_LEEWAY = 2.0
 """Without an explicit target a step may take so much longer for drafts than for prompts: drafts pay in tokens."""
+_REST = 7
+"""After a step in which nobody had drafts or was asked, so many go by without a look at who might be."""
 _PROBE_SHARE = 64
 """One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
 
@@ -60,6 +62,7 @@ class DraftingPolicy:
         self._first_gain = FirstGain()
         self._host = HostCost()
         self._host_work = HostWork()
+        self._num_rested, self._num_skipped = _REST, 0
         self._price = (_FIRST_PRICE, 1.0)
         self._draft_s = 0.0
 
@@ -78,11 +81,14 @@ class DraftingPolicy:
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
         bound_s = self._budget.bound_s(draft, backlog)
-        if draft.host_s is not None:
-            self._host.observe(self._host_work, draft.host_s)
-            self._asking.per_asked_s = self._host.per_asked
-        if draft.num_decodes and self.cost.is_ready:
-            self._draft(draft, backlog, bound_s)
+        if self._num_rested < _REST:
+            self._num_rested += 1
+        else:
+            if draft.host_s is not None:
+                self._host.observe(self._host_work, draft.host_s)
+                self._asking.per_asked_s = self._host.per_asked
+            if draft.num_decodes and self.cost.is_ready:
+                self._draft(draft, backlog, bound_s)
         self._budget.fill(draft, backlog, bound_s)
 
     def _draft(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
@@ -103,9 +109,12 @@ class DraftingPolicy:
         value = draft.num_decodes + draft.denoise_value
         step_s = self._draft_s + self._host.predict(HostWork(draft.num_decodes)) + self.cost.predict(draft.features)
         draft.goodput = value / step_s if step_s > 0.0 else 0.0
-        wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s)
+        wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s, 1 + self._num_skipped)
+        self._num_skipped = 0
         if any(wishes):
             self._place(draft, {}, wishes)
+        else:
+            self._num_rested, self._num_skipped = 0, _REST
 
     def _meet(self, seq: Sequence) -> DraftState:
         seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._first_gain.seconds)
@@ -247,6 +256,7 @@ class DraftingPolicy:
             if wish > 0:
                 draft.spans[index] = span._replace(num_drafts=wish)
                 draft.num_asked += 1
+                self._num_rested = _REST
         if not draft.num_asked:
             draft.draft_depth = 0
 
