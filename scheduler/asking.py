@@ -17,14 +17,16 @@ from scheduler.goodput import Outlook
 from scheduler.regression import NonNegativeRidge
 from scheduler.types import Speculation, SpeculationMode, SpeculationSettings
 
-_SPARE = 0.01
+_SPARE = 0.015
 """Share of a step's time for proposals that have not paid lately."""
 _GAIN_RISE, _GAIN_FALL = 0.5, 0.25
+_MOST_SPARED = 2
+"""Sequences whose price may be set aside for later steps."""
 _MOST_PATIENCE = 8
 """The probing interval of a request doubles with each probe in vain, up to so many times `probe_every`."""
 _YOUNG = 4
 """Offers after which a request says nothing about new ones any more."""
-_YOUNG_RATE = 0.05
+_YOUNG_RATE = 0.1
 _DEPTHS = (0, 1, 2, 3, 5, 8)
 _HYSTERESIS = 1.02
 _DEPTH_EVERY = 4
@@ -119,8 +121,6 @@ class Asking:
 
     def __init__(self, settings: SpeculationSettings, is_selective: bool) -> None:
         self.cost = DraftCost()
-        self.per_asked_s = 0.0
-        """Seconds of the host for a sequence that is asked, beside the drafters' own."""
         self._settings = settings
         self._is_selective = is_selective
         self._depth = min(1, settings.max_drafts) if settings.has_sequential else 0
@@ -151,19 +151,14 @@ class Asking:
 
     def price_s(self, num_seqs: int) -> float:
         """Seconds that asking one of so many sequences costs."""
-        return self.cost.per_sequence(num_seqs, self._depth) + self.per_asked_s
+        return self.cost.per_sequence(num_seqs, self._depth)
 
     def _spare(self, states: Sequence[DraftState], unpaid: list[int], step_s: float) -> list[int]:
         """Of those that have not paid lately, the ones to ask nevertheless: the longest unasked first."""
         if not unpaid:
             return []
-        price_s = self.cost.predict(1, 0) + self.per_asked_s
-        allowance_s = _SPARE * step_s
-        self._credit_s = min(self._credit_s + allowance_s, max(allowance_s, price_s))
-        count = len(unpaid)
-        if price_s > 0.0:
-            count = min(count, int(self._credit_s / price_s))
-            self._credit_s -= count * price_s
+        self._earn(step_s)
+        count = self._spend(len(unpaid))
         waits = {index: states[index].num_quiet / states[index].patience for index in unpaid}
         every = self._settings.probe_every
         if not count and max(waits.values()) < every:
@@ -171,6 +166,25 @@ class Asking:
         unpaid.sort(key=waits.__getitem__, reverse=True)
         due = sum(1 for index in unpaid[: -(-len(states) // every)] if waits[index] >= every)
         return unpaid[: max(count, due)]
+
+    def may_try(self, state: DraftState) -> bool:
+        """Whether to ask for the first drafts of a request although its like did not pay lately."""
+        return state.num_gains == 0 and self._spend(1) > 0
+
+    def _earn(self, step_s: float) -> None:
+        allowance_s = _SPARE * step_s
+        self._credit_s = min(self._credit_s + allowance_s, max(allowance_s, _MOST_SPARED * self._spare_price_s))
+
+    def _spend(self, most: int) -> int:
+        """Sequences, up to `most`, that may be asked for the time that is set aside."""
+        price_s = self._spare_price_s
+        count = min(most, int(self._credit_s / price_s)) if price_s > 0.0 else most
+        self._credit_s -= count * price_s
+        return count
+
+    @property
+    def _spare_price_s(self) -> float:
+        return self.cost.predict(1, 0)
 
     def choose_depth(self, rates: Sequence[float], outlook: Outlook, prefill: int, cutoff: float) -> int:
         """Sequential draft steps at the end of this step, for sequences with these acceptance rates.

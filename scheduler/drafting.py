@@ -16,7 +16,7 @@ from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
 from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
 from scheduler.draft_plan import Backlog, DraftPlan
 from scheduler.goodput import Allocation, Outlook, make_policy
-from scheduler.host_cost import HostCost, HostWork
+from scheduler.host_cost import HostCost
 from scheduler.kv_memory import KVMemory
 from scheduler.sequence import Sequence
 from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
@@ -61,7 +61,7 @@ class DraftingPolicy:
         self._asking = Asking(settings, self._policy.is_selective)
         self._first_gain = FirstGain()
         self._host = HostCost()
-        self._host_work = HostWork()
+        self._num_decodes = 0
         self._num_rested, self._num_skipped = _REST, 0
         self._price = (_FIRST_PRICE, 1.0)
         self._draft_s = 0.0
@@ -85,8 +85,7 @@ class DraftingPolicy:
             self._num_rested += 1
         else:
             if draft.host_s is not None:
-                self._host.observe(self._host_work, draft.host_s)
-                self._asking.per_asked_s = self._host.per_asked
+                self._host.observe(self._num_decodes, draft.host_s)
             if draft.num_decodes and self.cost.is_ready:
                 self._draft(draft, backlog, bound_s)
         self._budget.fill(draft, backlog, bound_s)
@@ -107,7 +106,7 @@ class DraftingPolicy:
             return
         # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
         value = draft.num_decodes + draft.denoise_value
-        step_s = self._draft_s + self._host.predict(HostWork(draft.num_decodes)) + self.cost.predict(draft.features)
+        step_s = self._draft_s + self._host.predict(draft.num_decodes) + self.cost.predict(draft.features)
         draft.goodput = value / step_s if step_s > 0.0 else 0.0
         wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s, 1 + self._num_skipped)
         self._num_skipped = 0
@@ -153,8 +152,8 @@ class DraftingPolicy:
         lengths: dict[int, int],
     ) -> Outlook:
         curve = self.cost.curve(draft.features, backlog.start if backlog else 0)
-        taken, host_s = sum(lengths.values()), self._host.predict(HostWork(draft.num_decodes))
-        overhead_s, per_draft_s = self._draft_s + host_s, self._host.per_draft
+        taken, host_s = sum(lengths.values()), self._host.predict(draft.num_decodes)
+        overhead_s = self._draft_s + host_s
         waiting = backlog.tokens if backlog else 0
         value = sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced)
         return Outlook(
@@ -162,7 +161,7 @@ class DraftingPolicy:
             room=self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise - taken,
             backlog=waiting,
             price=self.price,
-            seconds=lambda drafts, prefill: overhead_s + per_draft_s * drafts + curve(taken + drafts, prefill),
+            seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
             bound_s=bound_s + host_s,
             fewest=min(waiting, MIN_CHUNK),
             draft_bound_s=host_s + (bound_s if self._has_target(draft) else _DRAFT_LEEWAY * bound_s),
@@ -250,7 +249,8 @@ class DraftingPolicy:
                 continue
             state = seq.drafting or self._meet(seq)
             wish = min(state.limit, most, seq.decoding.most_drafts)
-            if state.gain_s <= price_s and not state.is_forced and self._policy.is_selective:
+            is_free = state.is_forced or not self._policy.is_selective
+            if not (is_free or state.gain_s > price_s or self._asking.may_try(state)):
                 continue
             wish = self._room(draft, seq, wish, draft.num_decodes)
             if wish > 0:
@@ -266,7 +266,7 @@ class DraftingPolicy:
 
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         self._budget.learn(draft, result, is_timed)
-        self._host_work = HostWork(draft.num_decodes, draft.num_drafts, draft.num_asked)
+        self._num_decodes = draft.num_decodes
         if is_timed:
             self._draft_s += 0.1 * (result.draft_s - self._draft_s)
             if draft.num_asked:

@@ -30,6 +30,7 @@ PROMPT_TAIL = 16
 WORK = 16
 """Nodes visited on behalf of finished outputs in each step that asks, some 15 us, whoever many are asked about: a busy
 engine writes faster than it can afford to learn."""
+WORTH_RATE, LEAST_WORTH = 0.02, 0.1
 MAX_WAITING = 256
 """Finished outputs that wait to be learnt; beyond it the oldest is forgotten."""
 _NUMBERS = (1 << 31) - 1
@@ -42,6 +43,13 @@ TEXT_BYTES = 4
 class _Text(NamedTuple):
     tenant: bytes
     tokens: array[int]
+
+
+class _Guess(NamedTuple):
+    """What the finished outputs say that a sequence has at index `at`."""
+
+    at: int
+    token: int
 
 
 class SuffixStore:
@@ -62,13 +70,21 @@ class SuffixStore:
         self._number = 0
         """Of the oldest text."""
         self._num_learnt: OrderedDict[str, int] = OrderedDict()
+        self._guesses: dict[int, _Guess] = {}
+        self._worth, self._num_calls = 0.5, 0
+        """Recent share of askings in which a finished output, and nothing else, told the next token."""
 
     def learn(self, want: Want, most: int) -> int:
+        guess = self._guesses.pop(want.seq_id, None)
+        is_right = guess is not None and want.tokens[guess.at : guess.at + 1] == [guess.token]
+        self._worth += WORTH_RATE * (is_right - self._worth)
         return self._history.learn(want, most)
 
     def tend(self) -> None:
-        """Learn a piece of what waits."""
-        self.work(WORK)
+        """Learn a piece of what waits; an eighth as often where what was learnt is of little use."""
+        self._num_calls += 1
+        if self._worth >= LEAST_WORTH or self._num_calls % 8 == 0:
+            self.work(WORK)
 
     def begin(self, want: Want) -> Walk | None:
         spots = self._history.find(want)
@@ -77,12 +93,15 @@ class SuffixStore:
         if tree is not None and match < TAILS[-1]:
             found = longest(tree, want.tokens)
             if found is not None and found[2] > match:
-                return shared_continuations(tree, found)
+                walk = shared_continuations(tree, found)
+                self._guesses[want.seq_id] = _Guess(len(want.tokens), walk.children(found)[0][1])
+                return walk
         return continuations(want.tokens, spots) if spots else None
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         """Put the output aside to be learnt while later sequences are asked about. Requests that opted out are not."""
         self._history.release(seq_id, state)
+        self._guesses.pop(seq_id, None)
         request, length = state.request, len(state.history)
         learnt = self._num_learnt.get(request.id, state.num_prompt)
         if request.speculation.mode is SpeculationMode.OFF or length <= learnt:
