@@ -121,6 +121,8 @@ class Asking:
 
     def __init__(self, settings: SpeculationSettings, is_selective: bool) -> None:
         self.cost = DraftCost()
+        self.extra_s = 0.0
+        """What drafting costs in a step beside the drafters."""
         self._settings = settings
         self._is_selective = is_selective
         self._depth = min(1, settings.max_drafts) if settings.has_sequential else 0
@@ -144,20 +146,20 @@ class Asking:
                 unpaid.append(index)
                 limit = 0
             wishes.append(limit)
-        for index in self._spare(states, unpaid, num_steps * step_s):
+        self._earn(num_steps * step_s)
+        for index in self._spare(states, unpaid):
             states[index].num_quiet = 0
             wishes[index] = states[index].limit
         return wishes
 
     def price_s(self, num_seqs: int) -> float:
         """Seconds that asking one of so many sequences costs."""
-        return self.cost.per_sequence(num_seqs, self._depth)
+        return self.cost.per_sequence(num_seqs, self._depth) + self.extra_s / max(1, num_seqs)
 
-    def _spare(self, states: Sequence[DraftState], unpaid: list[int], step_s: float) -> list[int]:
+    def _spare(self, states: Sequence[DraftState], unpaid: list[int]) -> list[int]:
         """Of those that have not paid lately, the ones to ask nevertheless: the longest unasked first."""
         if not unpaid:
             return []
-        self._earn(step_s)
         count = self._spend(len(unpaid))
         waits = {index: states[index].num_quiet / states[index].patience for index in unpaid}
         every = self._settings.probe_every

@@ -61,7 +61,7 @@ class DraftingPolicy:
         self._asking = Asking(settings, self._policy.is_selective)
         self._first_gain = FirstGain()
         self._host = HostCost()
-        self._num_decodes = 0
+        self._is_drafting = False
         self._num_rested, self._num_skipped = _REST, 0
         self._price = (_FIRST_PRICE, 1.0)
         self._draft_s = 0.0
@@ -69,6 +69,11 @@ class DraftingPolicy:
     @property
     def stream_s(self) -> float:
         return self._budget.stream_s
+
+    @property
+    def host_s(self) -> float:
+        """Seconds that a step without drafts takes beside the worker's."""
+        return self._host.plain_s
 
     @property
     def price(self) -> float:
@@ -85,7 +90,8 @@ class DraftingPolicy:
             self._num_rested += 1
         else:
             if draft.host_s is not None:
-                self._host.observe(self._num_decodes, draft.host_s)
+                self._host.observe(draft.host_s, self._is_drafting)
+                self._asking.extra_s = self._host.extra_s
             if draft.num_decodes and self.cost.is_ready:
                 self._draft(draft, backlog, bound_s)
         self._budget.fill(draft, backlog, bound_s)
@@ -106,7 +112,7 @@ class DraftingPolicy:
             return
         # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
         value = draft.num_decodes + draft.denoise_value
-        step_s = self._draft_s + self._host.predict(draft.num_decodes) + self.cost.predict(draft.features)
+        step_s = self._draft_s + self.host_s + self.cost.predict(draft.features)
         draft.goodput = value / step_s if step_s > 0.0 else 0.0
         wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s, 1 + self._num_skipped)
         self._num_skipped = 0
@@ -152,7 +158,7 @@ class DraftingPolicy:
         lengths: dict[int, int],
     ) -> Outlook:
         curve = self.cost.curve(draft.features, backlog.start if backlog else 0)
-        taken, host_s = sum(lengths.values()), self._host.predict(draft.num_decodes)
+        taken, host_s = sum(lengths.values()), self.host_s
         overhead_s = self._draft_s + host_s
         waiting = backlog.tokens if backlog else 0
         value = sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced)
@@ -266,7 +272,7 @@ class DraftingPolicy:
 
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         self._budget.learn(draft, result, is_timed)
-        self._num_decodes = draft.num_decodes
+        self._is_drafting = draft.num_asked > 0 or draft.num_drafts > 0
         if is_timed:
             self._draft_s += 0.1 * (result.draft_s - self._draft_s)
             if draft.num_asked:

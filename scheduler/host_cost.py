@@ -1,39 +1,39 @@
 """What a step takes beside the worker's own time: planning, deltas, sending, the next drain. Learned from the times at
 which the engine comes back for its next plan.
 
-    seconds = h0 + h1 decodes,    both >= 0
-
-Drafts save it, once for every token they bring, so a plan that leaves it out buys too few of them where steps are
-short. What drafts themselves cost here is little, and too seldom seen apart from noise to have a term: one bad sample
-would end drafting, and with it the samples that could put it right.
+Drafts save `plain_s`, what any step takes, once for every token they bring: a plan that leaves it out buys too few of
+them where steps are short. `extra_s`, what more a step with drafts takes, is a price of asking.
 """
 
 from __future__ import annotations
 
-from scheduler.regression import NonNegativeRidge
+from math import inf
 
-_UNIT_S = 1e-4
-_NUM_EARLY, _CLIP, _FLOOR_S = 8, 3.0, 1e-4
-_FIT_EVERY, _SWEEPS = 16, 8
+_RATE = 0.05
+_CLIP = 3.0
 
 
 class HostCost:
-    """Predicts the host's seconds of a step; 0 until one was observed."""
+    """Recent means of the host's seconds of a step; 0 until one was observed."""
 
     def __init__(self) -> None:
-        self._model = NonNegativeRidge((1.0, 0.1))
-        self._num_observed = 0
+        self._plain_s = inf
+        self.extra_s = 0.0
 
-    def observe(self, num_decodes: int, seconds: float) -> None:
+    @property
+    def plain_s(self) -> float:
+        return self._plain_s if self._plain_s < inf else 0.0
+
+    def observe(self, seconds: float, is_drafting: bool) -> None:
         """Learn from a step. Far more than expected (the engine waited, a neighbour took the core) is clipped."""
         if seconds < 0.0:
             return
-        self._num_observed += 1
-        if self._num_observed > _NUM_EARLY:
-            seconds = min(seconds, _CLIP * max(self.predict(num_decodes), _FLOOR_S))
-        self._model.accumulate((1.0, num_decodes), seconds, _UNIT_S)
-        if self._num_observed <= _NUM_EARLY or self._num_observed % _FIT_EVERY == 0:
-            self._model.fit(_SWEEPS)
-
-    def predict(self, num_decodes: int) -> float:
-        return self._model.predict((1.0, num_decodes))
+        if self._plain_s == inf:
+            self._plain_s = seconds
+        more_s = min(seconds, _CLIP * (self._plain_s + self.extra_s)) - self._plain_s
+        # A step with drafts that was as fast as a plain one tells that plain ones have become faster.
+        if is_drafting and more_s > 0.0:
+            self.extra_s += _RATE * (more_s - self.extra_s)
+        else:
+            # The first sample may be far off, so what is lower counts for more.
+            self._plain_s += (_RATE if more_s > 0.0 else 2 * _RATE) * more_s
