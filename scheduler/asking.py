@@ -121,6 +121,8 @@ class Asking:
 
     def __init__(self, settings: SpeculationSettings, is_selective: bool) -> None:
         self.cost = DraftCost()
+        self.row_s = 0.0
+        """What verifying one draft costs: those who are asked to learn how they fare have one verified."""
         self.extra_s = 0.0
         """What drafting costs in a step beside the drafters."""
         self._settings = settings
@@ -148,6 +150,8 @@ class Asking:
             wishes.append(limit)
         self._earn(num_steps * step_s)
         for index in self._spare(states, unpaid):
+            # An offer of which nothing is verified teaches nothing.
+            states[index].num_unverified += states[index].num_quiet
             states[index].num_quiet = 0
             wishes[index] = states[index].limit
         return wishes
@@ -186,7 +190,7 @@ class Asking:
 
     @property
     def _spare_price_s(self) -> float:
-        return self.cost.predict(1, 0)
+        return self.cost.predict(1, 0) + self.row_s
 
     def choose_depth(self, rates: Sequence[float], outlook: Outlook, prefill: int, cutoff: float) -> int:
         """Sequential draft steps at the end of this step, for sequences with these acceptance rates.

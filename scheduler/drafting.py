@@ -112,7 +112,11 @@ class DraftingPolicy:
             return
         # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
         value = draft.num_decodes + draft.denoise_value
-        step_s = self._draft_s + self.host_s + self.cost.predict(draft.features)
+        features = draft.features
+        target_s = self.cost.predict(features)
+        one_more = features._replace(tokens=features.tokens + 1, judged=features.judged + 1)
+        self._asking.row_s = self.cost.predict(one_more) - target_s
+        step_s = self._draft_s + self.host_s + target_s
         draft.goodput = value / step_s if step_s > 0.0 else 0.0
         wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s, 1 + self._num_skipped)
         self._num_skipped = 0
