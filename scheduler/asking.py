@@ -17,6 +17,8 @@ from scheduler.goodput import Outlook
 from scheduler.regression import NonNegativeRidge
 from scheduler.types import Speculation, SpeculationMode, SpeculationSettings
 
+_PROBE_SHARE = 64
+"""One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
 _SPARE = 0.015
 """Share of a step's time for proposals that have not paid lately."""
 _GAIN_RISE, _GAIN_FALL = 0.5, 0.25
@@ -172,6 +174,19 @@ class Asking:
         unpaid.sort(key=waits.__getitem__, reverse=True)
         due = sum(1 for index in unpaid[: -(-len(states) // every)] if waits[index] >= every)
         return unpaid[: max(count, due)]
+
+    def probe(self, states: Sequence[DraftState], lengths: list[int], room: int) -> None:
+        """Let a few of those whose `lengths` are 0 verify one draft: without trials an estimate could never recover."""
+        probes = min(room, max(1, len(states) // _PROBE_SHARE))
+        for index, state in enumerate(states):
+            if lengths[index]:
+                state.num_unverified = 0
+                continue
+            state.num_unverified += 1
+            if probes > 0 and state.num_unverified >= self._settings.probe_every:
+                state.num_unverified = 0
+                lengths[index] = 1
+                probes -= 1
 
     def may_try(self, state: DraftState) -> bool:
         """Whether to ask for the first drafts of a request although its like did not pay lately."""

@@ -18,18 +18,14 @@ from scheduler.draft_plan import Backlog, DraftPlan
 from scheduler.goodput import Allocation, Outlook, make_policy
 from scheduler.host_cost import HostCost
 from scheduler.kv_memory import KVMemory
+from scheduler.prompt_price import PromptPrice
 from scheduler.sequence import Sequence
 from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
 
-_PRICE_BOUNDS = (0.05, 1.0)
-_FIRST_PRICE = 0.3
-_PRICE_RATE = 0.05
 _DRAFT_LEEWAY = 2.0
 """Without an explicit target a step may take so much longer for drafts than for prompts: drafts pay in tokens."""
 _REST = 7
 """After a step in which nobody had drafts or was asked, so many go by without a look at who might be."""
-_PROBE_SHARE = 64
-"""One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
 
 
 class _Offer(NamedTuple):
@@ -63,7 +59,7 @@ class DraftingPolicy:
         self._host = HostCost()
         self._is_drafting = False
         self._num_rested, self._num_skipped = _REST, 0
-        self._price = (_FIRST_PRICE, 1.0)
+        self._price = PromptPrice(settings.price)
         self._draft_s = 0.0
 
     @property
@@ -74,15 +70,6 @@ class DraftingPolicy:
     def host_s(self) -> float:
         """Seconds that a step without drafts takes beside the worker's."""
         return self._host.plain_s
-
-    @property
-    def price(self) -> float:
-        """Output tokens that a prompt row is worth: those that a prompt unlocks, over its length."""
-        if self._settings.price is not None:
-            return self._settings.price
-        lowest, highest = _PRICE_BOUNDS
-        output, prompt = self._price
-        return min(highest, max(lowest, output / prompt))
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
         bound_s = self._budget.bound_s(draft, backlog)
@@ -107,7 +94,9 @@ class DraftingPolicy:
             outlook = self._outlook(draft, backlog, bound_s, forced, lengths)
             allocation = self._policy.allocate([offer.survivals for offer in free], outlook)
             self._note_gains(free, allocation, outlook)
-            lengths |= zip((offer.row for offer in free), self._probe(free, allocation.lengths, outlook), strict=True)
+            room = outlook.room - sum(allocation.lengths)
+            self._asking.probe([offer.state for offer in free], allocation.lengths, room)
+            lengths |= zip((offer.row for offer in free), allocation.lengths, strict=True)
             self._place(draft, lengths, self._ask(draft, states, allocation, outlook))
             return
         # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
@@ -170,7 +159,7 @@ class DraftingPolicy:
             value=draft.num_decodes + draft.denoise_value + value,
             room=self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise - taken,
             backlog=waiting,
-            price=self.price,
+            price=self._price.value,
             seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
             bound_s=bound_s + host_s,
             fewest=min(waiting, MIN_CHUNK),
@@ -194,22 +183,6 @@ class DraftingPolicy:
     def _gained(self, state: DraftState, seconds: float) -> None:
         state.gained(seconds)
         self._first_gain.observe(state, seconds)
-
-    def _probe(self, offers: Many[_Offer], lengths: list[int], outlook: Outlook) -> list[int]:
-        """Let a few of those at k = 0 verify one draft: without trials an estimate could never recover."""
-        room = outlook.room - sum(lengths)
-        probes = min(room, max(1, len(offers) // _PROBE_SHARE))
-        for number, offer in enumerate(offers):
-            state = offer.state
-            if lengths[number]:
-                state.num_unverified = 0
-                continue
-            state.num_unverified += 1
-            if probes > 0 and state.num_unverified >= self._settings.probe_every:
-                state.num_unverified = 0
-                lengths[number] = 1
-                probes -= 1
-        return lengths
 
     def _ask(self, draft: DraftPlan, states: list[DraftState], allocation: Allocation, outlook: Outlook) -> list[int]:
         """Drafts wanted of each decode at the end of this step."""
@@ -284,7 +257,7 @@ class DraftingPolicy:
         report = self._observe(draft, result.outcomes)
         for seq, span, outcome in zip(draft.owners, draft.spans, result.outcomes, strict=True):
             if seq.finish_reason is not None:
-                self._learn_price(seq)
+                self._price.learn(seq)
             elif span.num_drafts:
                 self._receive(seq, span.num_drafts, outcome)
         return report
@@ -314,11 +287,3 @@ class DraftingPolicy:
             return
         state.source = drafts.source
         state.survivals = self.acceptance.survivals(drafts, state.counts)
-
-    def _learn_price(self, seq: Sequence) -> None:
-        output, prompt = self._price
-        computed = len(seq.request.prompt) - seq.cached_tokens
-        self._price = (
-            output + _PRICE_RATE * (seq.num_output - output),
-            prompt + _PRICE_RATE * (computed - prompt),
-        )
