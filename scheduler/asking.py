@@ -17,14 +17,23 @@ from scheduler.goodput import Outlook
 from scheduler.regression import NonNegativeRidge
 from scheduler.types import Speculation, SpeculationMode, SpeculationSettings
 
-_SPARE = 0.01
+_PROBE_SHARE = 64
+"""One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
+_SPARE = 0.015
 """Share of a step's time for proposals that have not paid lately."""
-_GAIN_DECAY = 0.3
+_GAIN_RISE, _GAIN_FALL = 0.5, 0.25
+_MOST_SPARED = 2
+"""Sequences whose price may be set aside for later steps."""
+_MOST_PATIENCE = 8
+"""The probing interval of a request doubles with each probe in vain, up to so many times `probe_every`."""
+_YOUNG = 4
+"""Offers after which a request says nothing about new ones any more."""
+_YOUNG_RATE = 0.1
 _DEPTHS = (0, 1, 2, 3, 5, 8)
 _HYSTERESIS = 1.02
 _DEPTH_EVERY = 4
 _UNIT_S = 1e-3
-_SWEEPS = 8
+_FIT_EVERY, _SWEEPS = 8, 8
 _NUM_EARLY, _CLIP, _FLOOR_S = 8, 2.0, 2e-5
 
 
@@ -35,8 +44,10 @@ class DraftState:
     limit       most drafts in one step; 0 = never
     is_forced   drafts are verified as offered, whatever they pay (SpeculationMode.ON)
     survivals   estimates for the offer that waits for the next span
-    gain_s      seconds that an offer saved lately, inf = unknown; it rises at once and falls slowly
+    gain_s      seconds that an answer saved lately, those that offered nothing included; inf = unknown
+    num_gains   answers so far
     num_quiet   steps since drafts were asked for; num_unverified since one was verified although some were offered
+    patience    how many probing intervals it waits until it is asked again
     source      name of the drafter of the last offer
     """
 
@@ -44,6 +55,8 @@ class DraftState:
     is_forced: bool = False
     takes_trees: bool = True
     gain_s: float = inf
+    num_gains: int = 0
+    patience: int = 1
     counts: RequestCounts = field(default_factory=RequestCounts)
     survivals: list[float] = field(default_factory=list)
     num_quiet: int = 0
@@ -51,9 +64,23 @@ class DraftState:
     source: str = ""
 
     def gained(self, seconds: float) -> None:
-        if self.gain_s == inf:
-            self.gain_s = seconds
-        self.gain_s = max(seconds, self.gain_s + _GAIN_DECAY * (seconds - self.gain_s))
+        """A mean, or little more: what pays now and then must pay for the answers in between. It rises faster than it
+        falls, because not to ask is not to learn."""
+        self.num_gains += 1
+        self.patience = 1 if seconds > 0.0 else min(_MOST_PATIENCE, 2 * self.patience)
+        rate = _GAIN_RISE if seconds > self.gain_s else _GAIN_FALL
+        self.gain_s = seconds if self.gain_s == inf else self.gain_s + rate * (seconds - self.gain_s)
+
+
+class FirstGain:
+    """What the first offers of requests saved on average: what a new one may expect. inf = nothing is known yet."""
+
+    def __init__(self) -> None:
+        self.seconds = inf
+
+    def observe(self, state: DraftState, seconds: float) -> None:
+        if state.num_gains <= _YOUNG:
+            self.seconds = seconds if self.seconds == inf else self.seconds + _YOUNG_RATE * (seconds - self.seconds)
 
 
 def make_state(asked: Speculation, max_drafts: int, gain_s: float) -> DraftState:
@@ -76,7 +103,8 @@ class DraftCost:
         if self._num_observed > _NUM_EARLY:
             seconds = min(seconds, _CLIP * max(self.predict(num_asked, depth), _FLOOR_S))
         self._model.accumulate(_terms(num_asked, depth), seconds, _UNIT_S)
-        self._model.fit(_SWEEPS)
+        if self._num_observed <= _NUM_EARLY or self._num_observed % _FIT_EVERY == 0:
+            self._model.fit(_SWEEPS)
 
     def predict(self, num_asked: int, depth: int) -> float:
         return self._model.predict(_terms(num_asked, depth)) if num_asked else 0.0
@@ -95,6 +123,10 @@ class Asking:
 
     def __init__(self, settings: SpeculationSettings, is_selective: bool) -> None:
         self.cost = DraftCost()
+        self.row_s = 0.0
+        """What verifying one draft costs: those who are asked to learn how they fare have one verified."""
+        self.extra_s = 0.0
+        """What drafting costs in a step beside the drafters."""
         self._settings = settings
         self._is_selective = is_selective
         self._depth = min(1, settings.max_drafts) if settings.has_sequential else 0
@@ -102,39 +134,78 @@ class Asking:
         self._num_steps = 0
         self._num_shallow = 0
 
-    def choose(self, states: Sequence[DraftState], most: int, step_s: float) -> list[int]:
-        """Drafts to ask of each sequence, given the time of the step; `most` is the policy's own limit."""
+    def choose(self, states: Sequence[DraftState], most: int, step_s: float, num_steps: int = 1) -> list[int]:
+        """Drafts to ask of each sequence, given the time of the step; `most` is the policy's own limit.
+
+        num_steps  steps like this one since the last call, this one included
+        """
         if not self._is_selective:
             return [min(most, state.limit) for state in states]
-        price_s = self.cost.per_sequence(len(states), self._depth)
+        price_s = self.price_s(len(states))
         wishes, unpaid = [], []
         for index, state in enumerate(states):
             limit = state.limit
             if limit and not state.is_forced and state.gain_s <= price_s:
-                state.num_quiet += 1
+                state.num_quiet += num_steps
                 unpaid.append(index)
                 limit = 0
             wishes.append(limit)
-        for index in self._spare(states, unpaid, step_s):
+        self._earn(num_steps * step_s)
+        for index in self._spare(states, unpaid):
+            # An offer of which nothing is verified teaches nothing.
+            states[index].num_unverified += states[index].num_quiet
             states[index].num_quiet = 0
             wishes[index] = states[index].limit
         return wishes
 
-    def _spare(self, states: Sequence[DraftState], unpaid: list[int], step_s: float) -> list[int]:
+    def price_s(self, num_seqs: int) -> float:
+        """Seconds that asking one of so many sequences costs."""
+        return self.cost.per_sequence(num_seqs, self._depth) + self.extra_s / max(1, num_seqs)
+
+    def _spare(self, states: Sequence[DraftState], unpaid: list[int]) -> list[int]:
         """Of those that have not paid lately, the ones to ask nevertheless: the longest unasked first."""
         if not unpaid:
             return []
-        price_s = self.cost.predict(1, 0)
-        unpaid.sort(key=lambda index: -states[index].num_quiet)
-        allowance_s = _SPARE * step_s
-        self._credit_s = min(self._credit_s + allowance_s, max(allowance_s, price_s))
-        count = len(unpaid)
-        if price_s > 0.0:
-            count = min(count, int(self._credit_s / price_s))
-            self._credit_s -= count * price_s
+        count = self._spend(len(unpaid))
+        waits = {index: states[index].num_quiet / states[index].patience for index in unpaid}
         every = self._settings.probe_every
-        due = sum(1 for index in unpaid[: -(-len(states) // every)] if states[index].num_quiet >= every)
+        if not count and max(waits.values()) < every:
+            return []
+        unpaid.sort(key=waits.__getitem__, reverse=True)
+        due = sum(1 for index in unpaid[: -(-len(states) // every)] if waits[index] >= every)
         return unpaid[: max(count, due)]
+
+    def probe(self, states: Sequence[DraftState], lengths: list[int], room: int) -> None:
+        """Let a few of those whose `lengths` are 0 verify one draft: without trials an estimate could never recover."""
+        probes = min(room, max(1, len(states) // _PROBE_SHARE))
+        for index, state in enumerate(states):
+            if lengths[index]:
+                state.num_unverified = 0
+                continue
+            state.num_unverified += 1
+            if probes > 0 and state.num_unverified >= self._settings.probe_every:
+                state.num_unverified = 0
+                lengths[index] = 1
+                probes -= 1
+
+    def may_try(self, state: DraftState) -> bool:
+        """Whether to ask for the first drafts of a request although its like did not pay lately."""
+        return state.num_gains == 0 and self._spend(1) > 0
+
+    def _earn(self, step_s: float) -> None:
+        allowance_s = _SPARE * step_s
+        self._credit_s = min(self._credit_s + allowance_s, max(allowance_s, _MOST_SPARED * self._spare_price_s))
+
+    def _spend(self, most: int) -> int:
+        """Sequences, up to `most`, that may be asked for the time that is set aside."""
+        price_s = self._spare_price_s
+        count = min(most, int(self._credit_s / price_s)) if price_s > 0.0 else most
+        self._credit_s -= count * price_s
+        return count
+
+    @property
+    def _spare_price_s(self) -> float:
+        return self.cost.predict(1, 0) + self.row_s
 
     def choose_depth(self, rates: Sequence[float], outlook: Outlook, prefill: int, cutoff: float) -> int:
         """Sequential draft steps at the end of this step, for sequences with these acceptance rates.

@@ -51,10 +51,14 @@ class DraftPlan:
     num_denoise   rows of the denoise spans, of num_denoising sequences; denoise_value tokens they are expected to fix;
     lengths       tokens that each of these had before the step
     num_fused     rows of prompts' last chunks that denoise already
+    host_s        seconds that the step before took beside the worker's; None = it was the first, or the engine waited
+    planned_at_s, elapsed_s  when it was planned, and how long the worker took
     """
 
-    def __init__(self, others: Others = ALONE) -> None:
+    def __init__(self, others: Others = ALONE, now: float = 0.0, host_s: float | None = None) -> None:
         self.others = others
+        self.planned_at_s, self.elapsed_s = now, 0.0
+        self.host_s = host_s
         self.spans: list[Span] = []
         self.owners: list[Sequence] = []
         self.admitted: list[Admission] = []

@@ -8,26 +8,24 @@ never take a page that a decode or an admission may need soon, and nobody is pre
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from math import inf
 from typing import NamedTuple
 
 from scheduler.acceptance import Acceptance
-from scheduler.asking import Asking, DraftState, make_state
+from scheduler.asking import Asking, DraftState, FirstGain, make_state
 from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
 from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
 from scheduler.draft_plan import Backlog, DraftPlan
 from scheduler.goodput import Allocation, Outlook, make_policy
+from scheduler.host_cost import HostCost
 from scheduler.kv_memory import KVMemory
+from scheduler.prompt_price import PromptPrice
 from scheduler.sequence import Sequence
 from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
 
-_PRICE_BOUNDS = (0.05, 1.0)
-_FIRST_PRICE = 0.3
-_PRICE_RATE = 0.05
 _DRAFT_LEEWAY = 2.0
 """Without an explicit target a step may take so much longer for drafts than for prompts: drafts pay in tokens."""
-_PROBE_SHARE = 64
-"""One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
+_REST = 7
+"""After a step in which nobody had drafts or was asked, so many go by without a look at who might be."""
 
 
 class _Offer(NamedTuple):
@@ -57,8 +55,11 @@ class DraftingPolicy:
         self._settings = settings
         self._policy = make_policy(settings)
         self._asking = Asking(settings, self._policy.is_selective)
-        self._gain_s = inf
-        self._price = (_FIRST_PRICE, 1.0)
+        self._first_gain = FirstGain()
+        self._host = HostCost()
+        self._is_drafting = False
+        self._num_rested, self._num_skipped = _REST, 0
+        self._price = PromptPrice(settings.price)
         self._draft_s = 0.0
 
     @property
@@ -66,32 +67,55 @@ class DraftingPolicy:
         return self._budget.stream_s
 
     @property
-    def price(self) -> float:
-        """Output tokens that a prompt row is worth: those that a prompt unlocks, over its length."""
-        if self._settings.price is not None:
-            return self._settings.price
-        lowest, highest = _PRICE_BOUNDS
-        output, prompt = self._price
-        return min(highest, max(lowest, output / prompt))
+    def host_s(self) -> float:
+        """Seconds that a step without drafts takes beside the worker's."""
+        return self._host.plain_s
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
         bound_s = self._budget.bound_s(draft, backlog)
-        if draft.num_decodes and self.cost.is_ready:
-            states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
-            offers = self._offers(draft, states)
+        if self._num_rested < _REST:
+            self._num_rested += 1
+        else:
+            if draft.host_s is not None:
+                self._host.observe(draft.host_s, self._is_drafting)
+                self._asking.extra_s = self._host.extra_s
+            if draft.num_decodes and self.cost.is_ready:
+                self._draft(draft, backlog, bound_s)
+        self._budget.fill(draft, backlog, bound_s)
+
+    def _draft(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
+        """Verify what waits and pays, ask for what may pay."""
+        states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
+        offers = self._offers(draft, states)
+        if offers or self._settings.has_sequential:
             free = [offer for offer in offers if not offer.state.is_forced]
             forced = [offer for offer in offers if offer.state.is_forced]
             lengths = self._force(draft, forced, backlog)
             outlook = self._outlook(draft, backlog, bound_s, forced, lengths)
             allocation = self._policy.allocate([offer.survivals for offer in free], outlook)
             self._note_gains(free, allocation, outlook)
-            lengths |= zip((offer.row for offer in free), self._probe(free, allocation.lengths, outlook), strict=True)
-            wishes = self._ask(draft, states, allocation, outlook)
-            self._place(draft, lengths, wishes)
-        self._budget.fill(draft, backlog, bound_s)
+            room = outlook.room - sum(allocation.lengths)
+            self._asking.probe([offer.state for offer in free], allocation.lengths, room)
+            lengths |= zip((offer.row for offer in free), allocation.lengths, strict=True)
+            self._place(draft, lengths, self._ask(draft, states, allocation, outlook))
+            return
+        # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
+        value = draft.num_decodes + draft.denoise_value
+        features = draft.features
+        target_s = self.cost.predict(features)
+        one_more = features._replace(tokens=features.tokens + 1, judged=features.judged + 1)
+        self._asking.row_s = self.cost.predict(one_more) - target_s
+        step_s = self._draft_s + self.host_s + target_s
+        draft.goodput = value / step_s if step_s > 0.0 else 0.0
+        wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s, 1 + self._num_skipped)
+        self._num_skipped = 0
+        if any(wishes):
+            self._place(draft, {}, wishes)
+        else:
+            self._num_rested, self._num_skipped = 0, _REST
 
     def _meet(self, seq: Sequence) -> DraftState:
-        seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._gain_s)
+        seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._first_gain.seconds)
         return seq.drafting
 
     def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:
@@ -127,18 +151,19 @@ class DraftingPolicy:
         lengths: dict[int, int],
     ) -> Outlook:
         curve = self.cost.curve(draft.features, backlog.start if backlog else 0)
-        taken, overhead_s = sum(lengths.values()), self._draft_s
+        taken, host_s = sum(lengths.values()), self.host_s
+        overhead_s = self._draft_s + host_s
         waiting = backlog.tokens if backlog else 0
         value = sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced)
         return Outlook(
             value=draft.num_decodes + draft.denoise_value + value,
             room=self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise - taken,
             backlog=waiting,
-            price=self.price,
+            price=self._price.value,
             seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
-            bound_s=bound_s,
+            bound_s=bound_s + host_s,
             fewest=min(waiting, MIN_CHUNK),
-            draft_bound_s=bound_s if self._has_target(draft) else _DRAFT_LEEWAY * bound_s,
+            draft_bound_s=host_s + (bound_s if self._has_target(draft) else _DRAFT_LEEWAY * bound_s),
         )
 
     def _has_target(self, draft: DraftPlan) -> bool:
@@ -157,23 +182,7 @@ class DraftingPolicy:
 
     def _gained(self, state: DraftState, seconds: float) -> None:
         state.gained(seconds)
-        self._gain_s = seconds if self._gain_s == inf else self._gain_s + 0.02 * (seconds - self._gain_s)
-
-    def _probe(self, offers: Many[_Offer], lengths: list[int], outlook: Outlook) -> list[int]:
-        """Let a few of those at k = 0 verify one draft: without trials an estimate could never recover."""
-        room = outlook.room - sum(lengths)
-        probes = min(room, max(1, len(offers) // _PROBE_SHARE))
-        for number, offer in enumerate(offers):
-            state = offer.state
-            if lengths[number]:
-                state.num_unverified = 0
-                continue
-            state.num_unverified += 1
-            if probes > 0 and state.num_unverified >= self._settings.probe_every:
-                state.num_unverified = 0
-                lengths[number] = 1
-                probes -= 1
-        return lengths
+        self._first_gain.observe(state, seconds)
 
     def _ask(self, draft: DraftPlan, states: list[DraftState], allocation: Allocation, outlook: Outlook) -> list[int]:
         """Drafts wanted of each decode at the end of this step."""
@@ -216,18 +225,21 @@ class DraftingPolicy:
         if not self.cost.is_ready:
             return
         most = self._policy.most(draft.num_decodes + 1)
+        price_s = self._asking.price_s(draft.num_decodes + 1)
         for index in range(draft.num_decodes, len(draft.spans)):
             span, seq = draft.spans[index], draft.owners[index]
             if span.read is not Read.SAMPLE or span.kv_len != len(seq.tokens):
                 continue
             state = seq.drafting or self._meet(seq)
             wish = min(state.limit, most, seq.decoding.most_drafts)
-            if state.gain_s <= 0.0 and not state.is_forced and self._policy.is_selective:
+            is_free = state.is_forced or not self._policy.is_selective
+            if not (is_free or state.gain_s > price_s or self._asking.may_try(state)):
                 continue
             wish = self._room(draft, seq, wish, draft.num_decodes)
             if wish > 0:
                 draft.spans[index] = span._replace(num_drafts=wish)
                 draft.num_asked += 1
+                self._num_rested = _REST
         if not draft.num_asked:
             draft.draft_depth = 0
 
@@ -237,6 +249,7 @@ class DraftingPolicy:
 
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         self._budget.learn(draft, result, is_timed)
+        self._is_drafting = draft.num_asked > 0 or draft.num_drafts > 0
         if is_timed:
             self._draft_s += 0.1 * (result.draft_s - self._draft_s)
             if draft.num_asked:
@@ -244,7 +257,7 @@ class DraftingPolicy:
         report = self._observe(draft, result.outcomes)
         for seq, span, outcome in zip(draft.owners, draft.spans, result.outcomes, strict=True):
             if seq.finish_reason is not None:
-                self._learn_price(seq)
+                self._price.learn(seq)
             elif span.num_drafts:
                 self._receive(seq, span.num_drafts, outcome)
         return report
@@ -274,11 +287,3 @@ class DraftingPolicy:
             return
         state.source = drafts.source
         state.survivals = self.acceptance.survivals(drafts, state.counts)
-
-    def _learn_price(self, seq: Sequence) -> None:
-        output, prompt = self._price
-        computed = len(seq.request.prompt) - seq.cached_tokens
-        self._price = (
-            output + _PRICE_RATE * (seq.num_output - output),
-            prompt + _PRICE_RATE * (computed - prompt),
-        )

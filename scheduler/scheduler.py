@@ -66,6 +66,7 @@ class Scheduler:
         self._denoising = Denoising(limits, budget)
         self._prefilling = Prefilling(limits, self._memory, self._queues)
         self._in_flight: DraftPlan | None = None
+        self._before: DraftPlan | None = None
         self._num_arrived = 0
         self._step = 0
         self._now = 0.0
@@ -124,7 +125,7 @@ class Scheduler:
         self._now = now
         if not self._queues.by_id:
             return None
-        draft = DraftPlan(others)
+        draft = DraftPlan(others, now, self._host_s(others))
         prefills = self._place_decodes(draft)
         denoisers: list[Sequence] = []
         if self._queues.num_denoisers:
@@ -150,6 +151,13 @@ class Scheduler:
             predicted_s=self._policy.predict(draft),
             draft_depth=draft.draft_depth,
         )
+
+    def _host_s(self, others: Others) -> float | None:
+        """Seconds from the last plan to this one that were not the worker's, if nobody else had any of them."""
+        before = self._before
+        if before is None or others.num or before.others.num:
+            return None
+        return self._now - before.planned_at_s - before.elapsed_s
 
     def _place_decodes(self, draft: DraftPlan) -> list[Sequence]:
         """Pass 1: every decode, whatever the budget (R1), no drafts yet. Returns all others, oldest first: unfinished
@@ -211,6 +219,9 @@ class Scheduler:
             if delta is not None:
                 deltas.append(delta)
         self._in_flight = None
+        draft.elapsed_s = result.elapsed_s
+        # Without work the engine waits.
+        self._before = draft if self._queues.by_id else None
         if draft.num_denoising:
             self._denoising.learn(draft)
         self._queues.bury()

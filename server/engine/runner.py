@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -184,6 +185,9 @@ def run_engine(build: Build) -> int:
         loop.send(StartFailed(one_line(error)))
         loop.close()
         return EXIT_START
+    # What was loaded stays: a full collection would walk all of it, a stall of many steps.
+    gc.collect()
+    gc.freeze()
     loop.send(Ready(facts))
     try:
         loop.run(core)

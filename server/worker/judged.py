@@ -63,23 +63,29 @@ def judge(span: Span, state: SequenceState, vocab_size: int) -> Judged | str | N
 
 def _verified(span: Span, state: SequenceState, vocab_size: int) -> Judged:
     mode, draft_q = state.request.speculation.verify, state.draft_q_at.get(span.start)
-    drafts = tuple(draft if 0 <= draft < vocab_size else NO_TOKEN for draft in span.tokens[1:])
+    drafts = span.tokens[1:]
+    if min(drafts) < 0 or max(drafts) >= vocab_size:
+        drafts = tuple(draft if 0 <= draft < vocab_size else NO_TOKEN for draft in drafts)
     if mode is not VerifyMode.COUPLED and NO_TOKEN in drafts:
         # Rejection looks drafts up in distributions; that one is no token was known before any noise was drawn.
         drafts, draft_q = drafts[: drafts.index(NO_TOKEN)], None
-    paths = draft_paths(span, 1 + len(drafts))
-    masks: Sequence[GrammarMask | None] = [None] * len(paths)
-    if state.matcher is not None:
-        masks = state.matcher.masks(paths)
+    num_rows = 1 + len(drafts)
     num_output = len(state.history) - state.num_prompt
-    rows = []
-    for path, mask in zip(paths, masks, strict=True):
-        # Rows behind an id outside the vocabulary are never reached, but they are computed.
-        path = tuple(min(max(draft, 0), vocab_size - 1) for draft in path)
-        counts = None if state.counts is None else state.counts.after(path)
-        rows.append(JudgedRow(state.recipe, state.history, num_output + len(path), counts, mask, path))
+    # Rows behind an id outside the vocabulary are never reached, but they are computed.
+    paths = draft_paths(in_vocabulary(span, vocab_size), num_rows)
+    if state.matcher is None and state.counts is None:
+        recipe, history = state.recipe, state.history
+        rows = [JudgedRow(recipe, history, num_output + len(path), None, None, path) for path in paths]
+    else:
+        masks: Sequence[GrammarMask | None] = [None] * num_rows
+        if state.matcher is not None:
+            masks = state.matcher.masks(draft_paths(span, num_rows))
+        rows = []
+        for path, mask in zip(paths, masks, strict=True):
+            counts = None if state.counts is None else state.counts.after(path)
+            rows.append(JudgedRow(state.recipe, state.history, num_output + len(path), counts, mask, path))
     draft_q = None if draft_q is None else draft_q[: len(drafts)]
-    return Judged(rows, 0, drafts, span.parents[: len(paths)], mode, draft_q)
+    return Judged(rows, 0, drafts, span.parents[:num_rows], mode, draft_q)
 
 
 def in_parts(judged: list[tuple[int, Judged]], most_rows: int) -> Iterator[list[tuple[int, Judged]]]:
@@ -96,10 +102,11 @@ def in_parts(judged: list[tuple[int, Judged]], most_rows: int) -> Iterator[list[
 
 def draft_paths(span: Span, num_rows: int) -> list[tuple[int, ...]]:
     """For each of the first tokens of a VERIFY span the drafts from the last known token to it, itself included."""
+    if not span.parents:
+        return [span.tokens[1:end] for end in range(1, num_rows + 1)]
     paths: list[tuple[int, ...]] = [()]
     for offset in range(1, num_rows):
-        parent = span.parents[offset] if span.parents else offset - 1
-        paths.append((*paths[parent], span.tokens[offset]))
+        paths.append((*paths[span.parents[offset]], span.tokens[offset]))
     return paths
 
 

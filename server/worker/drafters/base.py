@@ -63,6 +63,10 @@ class Drafter(Protocol):
     needs_top: int
     """How many best tokens of each judged row it learns from; 0 = none."""
 
+    def serves(self, state: SequenceState) -> bool:
+        """Whether it can ever have something for this sequence; if not, it is never asked. Fixed at admission."""
+        ...
+
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         """Learn what is new in each sequence's tokens (by position: twice is the same as once), then offer drafts.
 

@@ -96,7 +96,7 @@ def warm_suffix(texts: Sequence[list[int]]) -> SuffixStore:
 
 
 def per_token(store: SuffixStore, text: list[int]) -> float:
-    """Microseconds of one token that the shared tree learns."""
+    """Microseconds of one token of a finished output that `suffix` learns."""
     store.release(10**6, make_state(text, 1, 10**6))
     started_at = time.thread_time()
     while store.work(1 << 12):
@@ -136,7 +136,7 @@ def main() -> None:
     out(f"the default drafters, a sequence of 1, 8, 32 together: {', '.join(f'{cost:.1f} us' for cost in composite)}\n")
     fresh = [rng.randrange(VOCAB) for _ in range(1500)]
     for name, text in (("new", fresh), ("familiar", code_like(1500, 3)), ("monotonous", [5] * 1500)):
-        out(f"suffix tree, {name} text: {per_token(warm_suffix(texts), text):.2f} us a token learnt\n")
+        out(f"`suffix`, {name} text: {per_token(warm_suffix(texts), text):.2f} us a token learnt\n")
     for name in ("history", "adjacency", "trigram", "ngram_prob"):
         real, told = bytes_held(stores[name](), fresh)
         out(f"`{name}`: holds {real:.0f} bytes for each token of a new text, says {told:.0f}\n")

@@ -17,11 +17,11 @@ from server.worker.drafters.layer_subset import build_layer_subset
 from server.worker.drafters.lookup import LookupDrafter, Store
 from server.worker.drafters.speculator import Speculator
 from server.worker.drafters.stores.adjacency import AdjacencyStore
-from server.worker.drafters.stores.grammar import GrammarStore
+from server.worker.drafters.stores.grammar import GrammarStore, has_grammar
 from server.worker.drafters.stores.history import HistoryStore
 from server.worker.drafters.stores.ngram_prob import NgramProbStore
 from server.worker.drafters.stores.persistence import Kept, load_stores, save_stores
-from server.worker.drafters.stores.prediction import PredictionStore
+from server.worker.drafters.stores.prediction import PredictionStore, has_prediction
 from server.worker.drafters.stores.suffix import SuffixStore
 from server.worker.drafters.stores.trigram import TrigramStore
 from server.worker.drafters.synthetic import SyntheticDrafter
@@ -52,10 +52,10 @@ class Parts(NamedTuple):
 
 
 DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
-    "prediction": lambda parts: LookupDrafter(PredictionStore()),
-    "grammar": lambda parts: LookupDrafter(GrammarStore()),
+    "prediction": lambda parts: LookupDrafter(PredictionStore(), has_prediction),
+    "grammar": lambda parts: LookupDrafter(GrammarStore(), has_grammar),
     "history": lambda parts: LookupDrafter(parts.history),
-    "suffix": lambda parts: _shared(parts, SuffixStore(parts.history, parts.shared_bytes)),
+    "suffix": lambda parts: _suffix(parts),
     "adjacency": lambda parts: _shared(parts, AdjacencyStore(parts.shared_bytes)),
     "ngram_prob": lambda parts: _shared(parts, NgramProbStore(parts.shared_bytes)),
     "trigram": lambda parts: _shared(parts, TrigramStore(parts.shared_bytes)),
@@ -76,6 +76,12 @@ class _SharedStore(Store, Kept, Protocol):
 def _shared(parts: Parts, store: _SharedStore) -> Drafter:
     parts.kept.append(store)
     return LookupDrafter(store)
+
+
+def _suffix(parts: Parts) -> Drafter:
+    store = SuffixStore(parts.history, parts.shared_bytes)
+    parts.kept.append(store)
+    return LookupDrafter(store, tend=store.tend)
 
 
 def _draft_model(parts: Parts) -> Drafter:

@@ -84,6 +84,9 @@ class DiffusionDrafter:
     def __init__(self, model: DraftingModel, ops: Ops, mask_id: int) -> None:
         self._model, self._ops, self._mask_id = model, ops, mask_id
 
+    def serves(self, state: SequenceState) -> bool:
+        return True
+
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         offers: list[Drafts | None] = [None] * len(wants)
         parts = [(index, want, want.probed) for index, want in enumerate(wants) if want.probed is not None]

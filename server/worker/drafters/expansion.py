@@ -18,11 +18,20 @@ Children = Callable[[Any], Sequence[Child]]
 """From a place to what may follow it, most likely first; the probabilities sum to at most 1."""
 
 
+Line = tuple[tuple[int, ...], tuple[float, ...]]
+"""A chain of tokens and the survival of each."""
+
+
 class Walk(NamedTuple):
-    """Where a sequence's drafts begin, and how to go on from each place."""
+    """Where a sequence's drafts begin, and how to go on from each place.
+
+    line  the chain that `best_first` would walk, given (most drafts, floor), where the source has it at hand: a slice
+          of a text instead of a call per token. None, or an answer of None: ask for children
+    """
 
     place: Any
     children: Children
+    line: Callable[[int, float], Line | None] | None = None
 
 
 def best_first(walk: Walk, most: int, width: int, floor: float, source: str) -> Drafts | None:
@@ -33,11 +42,13 @@ def best_first(walk: Walk, most: int, width: int, floor: float, source: str) -> 
     Survivals never rise along the result and parents come before children: a child enters the heap when its parent
     leaves it, with a survival no higher. None if nothing is worth offering.
     """
+    if width == 1 and walk.line is not None and (line := walk.line(most, floor)) is not None:
+        return Drafts(*line, source) if line[0] else None
     tokens: list[int] = []
     survivals: list[float] = []
     parents: list[int] = []
     heap: list[tuple[float, int, int, int, Any]] = []
-    (place, children), survival, parent, order = walk, 1.0, -1, 0
+    place, children, survival, parent, order = walk.place, walk.children, 1.0, -1, 0
     while len(tokens) < most:
         found = children(place)
         if not heap and found and (width == 1 or len(found) == 1):

@@ -97,6 +97,9 @@ class LayerSubsetDrafter:
         """The layers that draft now."""
         return self._chosen.choice.layers
 
+    def serves(self, state: SequenceState) -> bool:
+        return True
+
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         if depth < 1 or not wants:
             return [None] * len(wants)

@@ -7,7 +7,7 @@ same as asking once. Speculative reference, section 5.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from scheduler.types import MAX_TREE_NODES, Drafts
@@ -51,14 +51,26 @@ class LookupDrafter:
 
     is_sequential = False
 
-    def __init__(self, store: Store) -> None:
+    def __init__(
+        self,
+        store: Store,
+        serves: Callable[[SequenceState], bool] | None = None,
+        tend: Callable[[], None] | None = None,
+    ) -> None:
+        """serves: which sequences the store may have something for, None = all. tend: called once a step."""
         self.store = store
         self.name = store.name
         self.needs_top = store.needs_top
+        self._serves, self._tend = serves, tend
+
+    def serves(self, state: SequenceState) -> bool:
+        return self._serves is None or self._serves(state)
 
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         """See `Drafter.propose`; `depth` is of no interest here."""
         allowance, store = LEARN_MOST, self.store
+        if self._tend is not None:
+            self._tend()
         # All are learnt from before any is offered: a step that is run again offers the same again.
         for want in wants:
             if allowance > 0:

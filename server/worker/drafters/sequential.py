@@ -61,6 +61,9 @@ class SequentialDrafter:
         self._forward, self._reach, self._stop, self._ops, self._max_len = forward, reach, stop, ops, max_len
         self._rows_at_once = max(1, ROWS_AT_ONCE_BYTES // (4 * vocab_size))
 
+    def serves(self, state: SequenceState) -> bool:
+        return True
+
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         if depth < 1:
             return [None] * len(wants)

@@ -41,7 +41,7 @@ class Speculator:
         self._draft_tree, self._trees_run = draft_tree, not has_window
         self._members = tuple((drafter.name, drafter.is_sequential) for drafter in drafters)
         self._record = TrackRecord()
-        self._is_choice = len(drafters) > 1
+        self._serving: dict[int, list[Drafter]] = {}
         self.num_dropped: Counter[str] = Counter()
         """Offers dropped or cut since the start, by reason."""
         self.disabled: dict[str, str] = {}
@@ -67,19 +67,31 @@ class Speculator:
         Never raises for a drafter's fault.
         """
         wants = [self._with_tree(want) for want in wants]
-        for want in wants:
-            self._record.settle(want.seq_id, want.tokens)
+        serving = [self._drafters_of(want) for want in wants]
+        for want, drafters in zip(wants, serving, strict=True):
+            if len(drafters) > 1:
+                self._record.settle(want.seq_id, want.tokens)
         best: list[Drafts | None] = [None] * len(wants)
         for is_sequential in (False, True) if depth > 0 else (False,):
             for drafter in tuple(self._drafters):
                 if drafter.is_sequential is is_sequential:
-                    self._ask(drafter, wants, depth, best)
+                    chosen = [i for i, drafters in enumerate(serving) if drafter in drafters]
+                    self._ask(drafter, wants, chosen, depth, best)
         return best
 
-    def _ask(self, drafter: Drafter, wants: Sequence[Want], depth: int, best: list[Drafts | None]) -> None:
-        """Put the drafter's offers in `best` where they beat what is there."""
-        allowed = ("auto", drafter.name)
-        chosen = [i for i, want in enumerate(wants) if want.state.request.speculation.drafter in allowed]
+    def _drafters_of(self, want: Want) -> list[Drafter]:
+        """The drafters that may have something for a sequence; the others are never asked about it."""
+        found = self._serving.get(want.seq_id)
+        if found is None:
+            name = want.state.request.speculation.drafter
+            found = [one for one in self._drafters if name in ("auto", one.name) and one.serves(want.state)]
+            self._serving[want.seq_id] = found
+        return found
+
+    def _ask(
+        self, drafter: Drafter, wants: Sequence[Want], chosen: list[int], depth: int, best: list[Drafts | None]
+    ) -> None:
+        """Put the drafter's offers to the wants `chosen` in `best` where they beat what is there."""
         if drafter.is_sequential:
             chosen = [i for i in chosen if not self._is_good(best[i], wants[i], depth)]
         if not chosen:
@@ -97,7 +109,7 @@ class Speculator:
                 sound = self._sound(offer, wants[i]) if offer is not None else None
                 if sound is None:
                     continue
-                if self._is_choice and wants[i].state.draft_q is None:
+                if len(self._serving[wants[i].seq_id]) > 1 and wants[i].state.draft_q is None:
                     self._record.remember(wants[i].seq_id, len(wants[i].tokens), sound)
                 if self._is_better(sound, best[i], wants[i]):
                     best[i] = sound
@@ -147,6 +159,7 @@ class Speculator:
         gone = list(released)
         for seq_id, _ in gone:
             self._record.release(seq_id)
+            self._serving.pop(seq_id, None)
         for drafter in tuple(self._drafters):
             try:
                 for seq_id, state in gone:
@@ -161,5 +174,8 @@ class Speculator:
 
     def _disable(self, drafter: Drafter, error: Exception) -> None:
         self._drafters.remove(drafter)
+        for serving in self._serving.values():
+            if drafter in serving:
+                serving.remove(drafter)
         self.disabled[drafter.name] = f"{type(error).__name__}: {error}"
         logger.error("drafter %s failed and is off until the next start", drafter.name, exc_info=error)

@@ -59,6 +59,9 @@ class SyntheticDrafter:
         self._replays: dict[int, _Replay] = {}
         self.num_bytes = 0
 
+    def serves(self, state: SequenceState) -> bool:
+        return True
+
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         """See `Drafter.propose`: nothing for a request that is new, or that goes another way than the last time."""
         return [self._offer(want) for want in wants]

@@ -7,6 +7,10 @@ from server.worker.drafters.expansion import Child, Walk
 from server.worker.sequences import SequenceState
 
 
+def has_grammar(state: SequenceState) -> bool:
+    return state.matcher is not None
+
+
 class GrammarStore:
     """Holds nothing: the matcher belongs to the sequence and follows its tokens by position."""
 

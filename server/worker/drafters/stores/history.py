@@ -8,10 +8,12 @@ so that a periodic text is continued for as long as one likes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 from scheduler.types import MAX_TREE_NODES
 from server.worker.drafters.base import Want
-from server.worker.drafters.expansion import Child, Walk
+from server.worker.drafters.expansion import Child, Line, Walk
 from server.worker.drafters.stores.ngram_index import BYTES_PER_TOKEN, MAX_MATCH, NgramIndex, Spot
 from server.worker.sequences import SequenceState
 
@@ -53,27 +55,50 @@ class HistoryStore:
         return BYTES_PER_TOKEN * self._num_tokens
 
 
-def continuations(text: Sequence[int], spots: Sequence[Spot]) -> Walk:
-    """Walk on from where a sequence's tail stands in its own text; spots that disagree make branches."""
+def continuations(text: Sequence[int], spots: Sequence[Spot], end: int | None = None) -> Walk:
+    """Walk on from where a sequence's tail stands in a text; spots that disagree make branches.
+
+    end  token behind which nothing is said, the text's last one too; None = it is the sequence's own text: a
+         continuation that reaches its end goes round, its period is what lies behind its origin
+    """
     best, length = spots[0].match, len(text)
     # Shorter matches than the best say little beside it.
     origins = tuple(spot.at for spot in spots if 2 * spot.match >= best)
 
     def children(place: tuple[int, tuple[int, ...]]) -> list[Child]:
-        # A continuation that reaches the end of the text goes round: its period is what lies behind its origin.
         depth, origins = place
         sure = CERTAINTY[best + depth]
         tokens = [text[origin + depth % (length - origin)] for origin in origins]
-        if tokens.count(tokens[0]) == len(tokens):
+        if tokens.count(tokens[0]) == len(tokens) and tokens[0] != end:
             return [(sure, tokens[0], (depth + 1, origins))]
         groups: dict[int, list[int]] = {}
         for token, origin in zip(tokens, origins, strict=True):
+            if token == end:
+                continue
             groups.setdefault(token, []).append(origin)
         # Equal shares: the most recent first, because `origins` is in that order and the sort is stable.
         ranked = sorted(groups.items(), key=_by_votes, reverse=True)
         return [(sure * len(group) / len(tokens), token, (depth + 1, tuple(group))) for token, group in ranked]
 
-    return Walk((0, origins), children)
+    def line(most: int, floor: float) -> Line | None:
+        tokens = _run(text, origins[0], most, end)
+        if any(_run(text, origin, most, end) != tokens for origin in origins[1:]):
+            return None
+        survivals = SURVIVALS[best][: len(tokens)]
+        count = len(survivals)
+        while count and survivals[count - 1] < floor:
+            count -= 1
+        return tuple(tokens[:count]), survivals[:count]
+
+    return Walk((0, origins), children, line)
+
+
+def _run(text: Sequence[int], origin: int, most: int, end: int | None) -> list[int]:
+    """What is said from text[origin] on, at most `most` tokens."""
+    tokens = list(text[origin : origin + most])
+    if end is not None:
+        return tokens[: tokens.index(end)] if end in tokens else tokens
+    return tokens if len(tokens) == most else (tokens * (most // len(tokens) + 1))[:most]
 
 
 def _by_votes(item: tuple[int, list[int]]) -> int:
@@ -89,3 +114,5 @@ def certainty(match: int) -> float:
 
 
 CERTAINTY = tuple(certainty(match) for match in range(MAX_MATCH + MAX_TREE_NODES + 1))
+SURVIVALS = tuple(tuple(accumulate(CERTAINTY[match : match + MAX_TREE_NODES], mul)) for match in range(MAX_MATCH + 1))
+"""After a match of some length: that the next token agrees, the next two, ..."""

@@ -21,6 +21,10 @@ MAX_MISSED = 4
 BYTES_PER_TOKEN = 40
 
 
+def has_prediction(state: SequenceState) -> bool:
+    return bool(state.request.speculation.prediction)
+
+
 class _Reader:
     """One sequence's place in its prediction.
 

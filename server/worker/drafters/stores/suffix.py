@@ -1,10 +1,10 @@
-"""`suffix` (SuffixDecoding): what followed these tokens, in the sequence itself and in all finished outputs.
+"""`suffix`: what followed these tokens before, in the sequence itself and in the tenant's finished outputs.
 
-Source: Oliaro et al., "SuffixDecoding" (2024): counts give the probabilities.
-Departures: a sequence's own text is searched by the index of `history` (no second structure for it); the longest match
-is continued, the sequence's own before a shared one, instead of scoring a draft for every length: one expansion, not
-ten; long drafts from short matches are held back by `certainty`, not by a length rule; prompts are not shared, but for
-their last tokens, which tell how answers begin.
+Source: Oliaro et al., "SuffixDecoding" (2024). Departures: instead of a counted suffix tree there is the index of
+`history` over all outputs in a row, at a tenth of a tree's cost for each token learnt: the longest match is continued,
+the sequence's own before a shared one, and the latest few occurrences vote; long drafts from short matches are held
+back by `certainty`, not by a length rule; prompts are not shared, but for their last tokens, which tell how answers
+begin.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from numpy.typing import NDArray
 
 from scheduler.types import SpeculationMode
 from server.worker.drafters.base import Want
-from server.worker.drafters.expansion import Child, Walk
-from server.worker.drafters.stores.history import CERTAINTY, HistoryStore, continuations
+from server.worker.drafters.expansion import Walk
+from server.worker.drafters.stores.history import HistoryStore, continuations
+from server.worker.drafters.stores.ngram_index import BYTES_PER_TOKEN, MAX_MATCH, NgramIndex, Spot
 from server.worker.drafters.stores.shared import Arrays, pack_texts, tenant_key, unpack_texts
-from server.worker.drafters.stores.suffix_tree import NODE_BYTES, ROOT, SuffixTree
 from server.worker.sequences import SequenceState
 
-TAILS = (2, 4, 8, 16)
-"""Lengths of the tails that are looked for. A tail stands in a tree only if all shorter ones do."""
+ENOUGH = 16
+"""A match of this length in the sequence's own text is not bettered elsewhere."""
+END = -1
+"""Stands behind each output; no token equals it."""
 PROMPT_TAIL = 16
-WORK = 48
-"""Nodes visited on behalf of finished outputs for each sequence that is asked about, some 40 us."""
+WORK = 96
+"""Tokens of finished outputs learnt in one step that asks, some 40 us: more than a step of many sequences writes."""
 MAX_WAITING = 256
 """Finished outputs that wait to be learnt; beyond it the oldest is forgotten."""
-_NUMBERS = (1 << 31) - 1
 MAX_REMEMBERED = 4096
 """Requests whose learnt length is remembered, so that a preempted one is not learnt twice."""
 TEXT_BYTES = 4
@@ -43,37 +44,56 @@ class _Text(NamedTuple):
     tokens: array[int]
 
 
+class _Outputs:
+    """Finished outputs of one tenant, one behind the other, each with END behind it."""
+
+    __slots__ = ("index", "text")
+
+    def __init__(self) -> None:
+        self.text, self.index = array("i"), NgramIndex()
+
+    def find(self, tail: array[int]) -> list[Spot]:
+        """Where the tail stands with a token behind it, the longest match first."""
+        return [spot for spot in self.index.find(self.text, tail) if self.text[spot.at] != END]
+
+
 class SuffixStore:
     name = "suffix"
     needs_top = 0
 
     def __init__(self, history: HistoryStore, max_bytes: int) -> None:
-        """max_bytes: of the finished outputs; the oldest are forgotten first."""
-        self._history, self._max_bytes = history, max_bytes
-        self._trees: dict[bytes, SuffixTree] = {}
-        self._texts: deque[_Text] = deque()
-        self._num_tokens = 0
+        """max_bytes: of the finished outputs. They are held in two generations of half of it each: when the young one
+        is full, the old one is forgotten."""
+        self._history = history
+        self._most_young = max(1, max_bytes // (BYTES_PER_TOKEN + TEXT_BYTES) // 2)
+        self._young: dict[bytes, _Outputs] = {}
+        self._old: dict[bytes, _Outputs] = {}
+        self._num_young = self._num_old = 0
+        self._newest: _Outputs | None = None
         self._waiting: deque[_Text] = deque(maxlen=MAX_WAITING)
-        self._num_inserted = 0
-        """Suffixes of the newest text that are in its tree; _num_removed: of the oldest, out of its tree."""
-        self._num_removed = 0
-        self._num_nodes = 0
-        self._number = 0
-        """Of the oldest text."""
         self._num_learnt: OrderedDict[str, int] = OrderedDict()
 
     def learn(self, want: Want, most: int) -> int:
-        return self._history.learn(want, most) + self.work(WORK)
+        return self._history.learn(want, most)
+
+    def tend(self) -> None:
+        """Learn a piece of what waits."""
+        self.work(WORK)
 
     def begin(self, want: Want) -> Walk | None:
         spots = self._history.find(want)
+        text: Sequence[int] = want.tokens
         match = spots[0].match if spots else 0
-        tree = self._trees.get(tenant_key(want.state.request.cache_salt))
-        if tree is not None and match < TAILS[-1]:
-            found = longest(tree, want.tokens)
-            if found is not None and found[2] > match:
-                return shared_continuations(tree, found)
-        return continuations(want.tokens, spots) if spots else None
+        is_shared = False
+        if match < ENOUGH and self._young:
+            tenant = tenant_key(want.state.request.cache_salt)
+            tail = array("i", want.tokens[-MAX_MATCH:])
+            for generation in (self._young, self._old):
+                outputs = generation.get(tenant)
+                found = outputs.find(tail) if outputs is not None else []
+                if outputs is not None and found and found[0].match > match:
+                    text, spots, match, is_shared = outputs.text, found, found[0].match, True
+        return continuations(text, spots, END if is_shared else None) if spots else None
 
     def release(self, seq_id: int, state: SequenceState) -> None:
         """Put the output aside to be learnt while later sequences are asked about. Requests that opted out are not."""
@@ -89,68 +109,39 @@ class SuffixStore:
         self._waiting.append(_Text(tenant_key(request.cache_salt), array("i", state.history[first:])))
 
     def work(self, most: int) -> int:
-        """Insert suffixes of waiting outputs and remove as many as memory demands, until `most` nodes were visited.
-
-        Returns how many were; the last suffix may go a little beyond.
-        """
+        """Index waiting outputs, at most so many tokens; returns how many were."""
         done = 0
         while done < most:
-            if self.num_shared_bytes > self._max_bytes and len(self._texts) > 1:
-                done += self._remove_one()
-            elif self._newest_is_in() and not self._next_text():
+            newest = self._newest
+            if newest is not None and newest.index.num_indexed < len(newest.text):
+                done += newest.index.learn(newest.text, len(newest.text), most - done)
+            elif not self._next_text():
                 break
-            else:
-                done += self._insert_one()
         return done
-
-    def _newest_is_in(self) -> bool:
-        return not self._texts or self._num_inserted == len(self._texts[-1].tokens)
 
     def _next_text(self) -> bool:
         """Begin with the next waiting output; False if none waits."""
         if not self._waiting:
             return False
-        text = self._waiting.popleft()
-        tree = self._trees.get(text.tenant)
-        if tree is None:
-            tree = self._trees[text.tenant] = SuffixTree()
-        # Numbers go up and round within 31 bits; texts between the oldest and the newest have numbers between theirs.
-        tree.texts[(self._number + len(self._texts)) & _NUMBERS] = text.tokens
-        self._texts.append(text)
-        self._num_tokens += len(text.tokens)
-        self._num_inserted = 0
+        tenant, tokens = self._waiting.popleft()
+        if self._num_young + len(tokens) >= self._most_young:
+            self._old, self._num_old = self._young, self._num_young
+            self._young, self._num_young = {}, 0
+        self._newest = self._young.setdefault(tenant, _Outputs())
+        self._newest.text.extend(tokens)
+        self._newest.text.append(END)
+        self._num_young += len(tokens) + 1
         return True
 
-    def _insert_one(self) -> int:
-        tree = self._trees[self._texts[-1].tenant]
-        before = tree.num_nodes
-        num_visited = tree.insert((self._number + len(self._texts) - 1) & _NUMBERS, self._num_inserted)
-        self._num_nodes += tree.num_nodes - before
-        self._num_inserted += 1
-        return num_visited
-
-    def _remove_one(self) -> int:
-        """The oldest text goes, suffix by suffix; never the newest, which may be half inserted."""
-        text = self._texts[0]
-        tree = self._trees[text.tenant]
-        before = tree.num_nodes
-        num_visited = tree.remove(self._number, self._num_removed)
-        self._num_nodes += tree.num_nodes - before
-        self._num_removed += 1
-        if self._num_removed == len(text.tokens):
-            self._texts.popleft()
-            del tree.texts[self._number]
-            self._number = (self._number + 1) & _NUMBERS
-            self._num_tokens -= len(text.tokens)
-            self._num_removed = 0
-            if not tree.texts:
-                del self._trees[text.tenant]
-        return num_visited
-
     def save(self) -> Arrays:
-        """The finished outputs; trees are grown again from them."""
-        texts = [*self._texts, *self._waiting]
-        return pack_texts([(text.tenant, text.tokens) for text in texts])
+        """The finished outputs, oldest first; they are indexed again when loaded."""
+        texts = [
+            (tenant, tokens)
+            for generation in (self._old, self._young)
+            for tenant, outputs in generation.items()
+            for tokens in _split(outputs.text)
+        ]
+        return pack_texts([*texts, *((text.tenant, text.tokens) for text in self._waiting)])
 
     def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take in what `save` gave. Raises ValueError or KeyError if it is something else."""
@@ -160,17 +151,17 @@ class SuffixStore:
                 pass
 
     def check(self) -> None:
-        """Raise AssertionError if trees and texts contradict each other. For tests."""
-        for tree in self._trees.values():
-            tree.check()
-        assert self._num_nodes == sum(tree.num_nodes for tree in self._trees.values())
-        counted = sum(tree.counts[ROOT] for tree in self._trees.values())
-        missing = len(self._texts[-1].tokens) - self._num_inserted if self._texts else 0
-        assert counted == self._num_tokens - missing - self._num_removed
+        """Raise AssertionError if the counts are wrong or the bound broken. For tests."""
+        for generation, count in ((self._young, self._num_young), (self._old, self._num_old)):
+            assert count == sum(len(outputs.text) for outputs in generation.values())
+            assert count <= self._most_young or sum(1 for one in generation.values() for _ in _split(one.text)) == 1
+            for outputs in generation.values():
+                assert outputs.text[-1] == END
+                assert outputs is self._newest or outputs.index.num_indexed == len(outputs.text)
 
     @property
     def num_shared_bytes(self) -> int:
-        return NODE_BYTES * self._num_nodes + TEXT_BYTES * self._num_tokens
+        return (BYTES_PER_TOKEN + TEXT_BYTES) * (self._num_young + self._num_old)
 
     @property
     def num_bytes(self) -> int:
@@ -179,29 +170,11 @@ class SuffixStore:
         return self.num_shared_bytes + waiting + self._history.num_bytes
 
 
-def longest(tree: SuffixTree, tokens: Sequence[int]) -> tuple[int, int, int] | None:
-    """(node, used tokens of its label, length) of the longest tail that something follows in the tree."""
-    best = None
-    tail = array("i", tokens[-TAILS[-1] :])
-    for length in TAILS:
-        found = tree.find(tail[-length:]) if length <= len(tail) else None
-        if found is None or tree.is_end(*found):
-            break
-        best = (*found, length)
-    return best
-
-
-def shared_continuations(tree: SuffixTree, place: tuple[int, int, int]) -> Walk:
-    """Walk on from a place in a tree, the most frequent continuations first."""
-    counts, lengths = tree.counts, tree.lengths
-
-    def children(place: tuple[int, int, int]) -> list[Child]:
-        node, used, match = place
-        sure = CERTAINTY[match]
-        if used < lengths[node]:
-            return [(sure, tree.token(node, used), (node, used + 1, match + 1))]
-        below = sorted(tree.children(node), key=counts.__getitem__, reverse=True)
-        sure /= counts[node]
-        return [(sure * counts[child], tree.token(child), (child, 1, match + 1)) for child in below]
-
-    return Walk(place, children)
+def _split(text: array[int]) -> list[array[int]]:
+    """The outputs of a text."""
+    outputs, start = [], 0
+    for at, token in enumerate(text):
+        if token == END:
+            outputs.append(text[start:at])
+            start = at + 1
+    return outputs

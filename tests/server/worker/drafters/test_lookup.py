@@ -8,9 +8,10 @@ import pytest
 
 from scheduler.types import MAX_TREE_NODES, Speculation
 from server.worker.drafters import lookup
+from server.worker.drafters.expansion import best_first
 from server.worker.drafters.lookup import LookupDrafter
-from server.worker.drafters.stores.history import HistoryStore
-from server.worker.drafters.stores.ngram_index import BYTES_PER_TOKEN
+from server.worker.drafters.stores.history import HistoryStore, continuations
+from server.worker.drafters.stores.ngram_index import BYTES_PER_TOKEN, Spot
 from server.worker.drafters.stores.prediction import PredictionStore
 from tests.server.worker.drafters.wants import accepted, make_state, make_want, replay
 
@@ -60,6 +61,27 @@ def test_a_sequence_that_goes_back_is_offered_what_its_tokens_say() -> None:
     drafter.propose([make_want(text)], 0)
     (drafts,) = drafter.propose([make_want(text[:20])], 0)
     assert accepted(drafts, text[20:]) == 8
+
+
+@pytest.mark.parametrize("end", [None, 0])
+def test_a_chain_taken_as_a_slice_is_the_chain_walked_token_by_token(end: int | None) -> None:
+    rng, num_sliced = random.Random(4), 0
+    for _ in range(400):
+        text = [rng.randrange(rng.choice((2, 3, 6))) for _ in range(rng.randrange(4, 80))] * rng.randrange(1, 4)
+        if end is not None:
+            text.append(end)
+        origins = sorted({rng.randrange(2, len(text)) for _ in range(rng.randrange(1, 4))}, reverse=True)
+        spots = [Spot(at, rng.randrange(2, 33)) for at in origins if text[at] != end]
+        if not spots:
+            continue
+        spots.sort(key=lambda spot: -spot.match)
+        walk = continuations(text, spots, end)
+        most, floor = rng.randrange(1, 20), rng.choice((0.0, 0.04, 0.3))
+        assert walk.line is not None
+        num_sliced += walk.line(most, floor) is not None
+        sliced = best_first(walk, most, 1, floor, "x")
+        assert sliced == best_first(walk._replace(line=None), most, 1, floor, "x")
+    assert num_sliced > 100
 
 
 def test_survivals_never_rise_and_parents_come_first() -> None:

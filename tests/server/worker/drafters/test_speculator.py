@@ -32,6 +32,10 @@ class Member:
     num_bytes: int = 10
     asked: list[list[int]] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
+    serves_all: bool = True
+
+    def serves(self, state: SequenceState) -> bool:
+        return self.serves_all or bool(state.request.speculation.prediction)
 
     def propose(self, wants: Sequence[Want], depth: int) -> list[Drafts | None]:
         self.asked.append([want.seq_id for want in wants])
@@ -74,6 +78,21 @@ def test_a_request_gets_the_drafter_it_names() -> None:
     offers = speculator(*members).propose(wants, 0)
     assert [offer and offer.source for offer in offers] == ["two", "one", "one", None]
     assert [member.asked for member in members] == [[[1, 2]], [[0, 1]]]
+
+
+def test_who_can_have_nothing_for_a_sequence_is_not_asked_about_it() -> None:
+    picky, other = Member("picky", chain("picky", 0.9), serves_all=False), Member("other", chain("other", 0.5))
+    predicted = make_state([1], speculation=Speculation(prediction=(1, 2)))
+    wants = [make_want([1], seq_id=3), make_want([1], state=predicted, seq_id=4)]
+    composite = speculator(picky, other)
+    offers = composite.propose(wants, 0)
+    assert [offer and offer.source for offer in offers] == ["other", "picky"]
+    assert (picky.asked, other.asked) == ([[4]], [[3, 4]])
+    # The next sequence of that number may be another one.
+    composite.release([(3, wants[0].state)])
+    (offer,) = composite.propose([make_want([1], state=predicted, seq_id=3)], 0)
+    assert offer is not None
+    assert offer.source == "picky"
 
 
 def test_a_model_drafter_works_only_where_depth_allows_and_lookup_is_worse() -> None:

@@ -1,0 +1,65 @@
+"""The host's share of a step: what drafts save, and what they cost beside the worker."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from scheduler.drafting import DraftingPolicy
+from scheduler.fake_worker import FakeWorker
+from scheduler.host_cost import HostCost
+from scheduler.scheduler import Scheduler
+from scheduler.types import SpeculationSettings, StepResult
+from tests.scheduler.draft_worlds import flat_cost
+from tests.scheduler.worlds import make_limits, make_request
+
+
+def test_plain_and_drafting_steps_are_told_apart() -> None:
+    cost, rng = HostCost(), random.Random(0)
+    for step in range(400):
+        is_drafting = step % 3 > 0
+        cost.observe((3e-4 + 1e-4 * is_drafting) * rng.uniform(0.9, 1.1), is_drafting)
+    assert cost.plain_s == pytest.approx(3e-4, rel=0.1)
+    assert cost.extra_s == pytest.approx(1e-4, rel=0.3)
+
+
+@pytest.mark.parametrize("is_drafting", [False, True])
+def test_a_first_sample_far_off_is_forgotten_whatever_steps_follow(is_drafting: bool) -> None:
+    """Or else drafting could never stop, or never begin."""
+    cost = HostCost()
+    cost.observe(12e-3, False)
+    for _ in range(100):
+        cost.observe(3e-4, is_drafting)
+    assert cost.plain_s == pytest.approx(3e-4, rel=0.1)
+    assert cost.extra_s < 1e-5
+
+
+def test_a_wait_now_and_then_hardly_counts() -> None:
+    cost = HostCost()
+    for step in range(300):
+        cost.observe(1.0 if step % 50 == 20 else 3e-4, False)
+    assert cost.plain_s < 4.5e-4
+    cost.observe(-1.0, False)
+    assert cost.plain_s < 4.5e-4
+
+
+def test_the_time_between_two_plans_is_the_hosts_but_for_the_workers() -> None:
+    limits = make_limits()
+    scheduler = Scheduler(limits, flat_cost(), bytes(32), SpeculationSettings())
+    policy, worker = scheduler.policy, FakeWorker(limits.num_pages, limits.page_size)
+    assert isinstance(policy, DraftingPolicy)
+
+    def step(planned_at: float, updated_at: float) -> None:
+        plan = scheduler.schedule(planned_at)
+        assert plan is not None
+        scheduler.update(plan, StepResult(plan.step, worker.run(plan), 1.0), updated_at)
+
+    scheduler.add(make_request("a", 5, max_tokens=2), 0.0)
+    step(0.0, 1.25)
+    step(1.5, 2.5)
+    assert policy.host_s == 0.5
+    # It had nothing to do until 9.0.
+    scheduler.add(make_request("b", 5, max_tokens=2), 9.0)
+    step(9.0, 10.0)
+    assert policy.host_s == 0.5
