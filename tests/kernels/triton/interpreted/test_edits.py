@@ -92,3 +92,11 @@ def test_no_edits_and_no_rows_change_nothing_and_other_logits_are_refused() -> N
     assert logits.isnan().all()
     with pytest.raises(TypeError, match=r"torch\.float16"):
         kernels.edit_logits(logits.half(), Edits())
+
+
+def test_each_masked_row_reads_its_own_words_and_the_last_may_be_begun() -> None:
+    logits = torch.zeros(4, 35)
+    bits = np.asarray([[1, 4], [2, 1]], dtype=np.int32)
+    kernels.edit_logits(logits, Edits(masks=Masks(np.asarray([1, 3]), bits)))
+    stays = [(row > -math.inf).nonzero().squeeze(1).tolist() for row in logits]
+    assert stays == [list(range(35)), [0, 34], list(range(35)), [1, 32]]
