@@ -148,7 +148,8 @@ def check(ops: TritonOps, device: torch.device) -> list[str]:
 def new_compilations(ops: TritonOps, device: torch.device) -> int:
     """Attention variants that random steps compile after others have: lengths and batch sizes must cause none."""
     from kernels.triton import gpu_checks
-    from kernels.triton.attention import attend, combine
+    from kernels.triton.attention import attend
+    from kernels.triton.merge import combine, merge_parts
 
     generator = random.Random(0)
 
@@ -161,7 +162,9 @@ def new_compilations(ops: TritonOps, device: torch.device) -> int:
         ops.paged_attention(world.q_TQD, world.k_pages, world.v_pages, world.rows, 0.125)
 
     def variants() -> int:
-        return sum(len(cache[0]) for kernel in (attend, combine) for cache in kernel.device_caches.values())
+        return sum(
+            len(cache[0]) for kernel in (attend, combine, merge_parts) for cache in kernel.device_caches.values()
+        )
 
     for _ in range(100):
         step()
