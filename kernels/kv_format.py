@@ -109,8 +109,8 @@ def encode_fp8(x_TKD: Tensor, scale_K: Tensor | None) -> Tensor:
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
-def poison(pages: Tensor) -> None:
-    """Fill pages with what shows when it is read: NaN, or codes under a NaN scale."""
+def fill_with_nan(pages: Tensor) -> None:
+    """Make every key and value NaN: the elements, or the scales over int8 codes."""
     if pages.dtype == torch.int8:
         pages.fill_(_POISON_BYTE)
     else:

@@ -91,6 +91,8 @@ def shared_prefixes(
     while left:
         members, page, done = left.pop()
         members = members[num_pages[members] > page]
+        if len(members) < 2:
+            continue
         members = members[np.argsort(tables[members, page], kind="stable")]
         for group in np.split(members, np.flatnonzero(np.diff(tables[members, page])) + 1):
             if len(group) < 2:

@@ -29,7 +29,7 @@ from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.grammar import GrammarCompiler
 from server.worker.host_memory import keep_step_buffers, return_free_memory
 from server.worker.info import diffusion_model
-from server.worker.kv_pool import KVPool, choose_page_size, size_pool
+from server.worker.kv_pool import KVPool, choose_kv_dtype, choose_page_size, size_pool
 from server.worker.profile import SHAPES
 from server.worker.profile_memory import DiskMemory, default_folder
 from server.worker.sequences import make_sequences
@@ -52,7 +52,8 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     num_threads = config.num_threads or usable_cores()
     if device.type == "cpu":
         keep_step_buffers()
-    ops = select_ops(device, dtype, quantization=config.quantization, num_threads=num_threads)
+    ops = select_ops(device, dtype, config.quantization, num_threads, config.deterministic)
+    kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype, ops)
     # After an operator on two threads, torch's second one spins for milliseconds: on 2 cores that took a step of 8 rows
     # from 11 ms to 17 ms.
     torch.set_num_threads(1 if ops.owns_threads else num_threads)
@@ -64,10 +65,10 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     if diffusion is not None and learnt is not None:
         diffusion = replace(diffusion, learnt_block=learnt.block_size)
     page_size = choose_page_size(config.page_size, device, diffusion)
-    draft_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
+    draft_bytes = draft.page_bytes(ops, page_size, kv_dtype, device) if draft is not None else 0
     num_pages, model_len = size_pool(
         model.config,
-        dtype,
+        kv_dtype,
         device,
         page_size,
         config.max_seqs,
@@ -76,7 +77,7 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         draft_bytes,
         config.kv_share,
     )
-    pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
+    pool = KVPool(ops, model.config, num_pages, page_size, kv_dtype, device)
     info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
     tokenizer_file = folder / "tokenizer.json" if folder is not None else None
     if tokenizer_file is not None and not tokenizer_file.exists():
@@ -255,6 +256,8 @@ def _profile_memory(config: WorkerConfig, model: Model, info: WorkerInfo, num_th
         "weight_bytes": info.weight_bytes,
         "dtype": info.dtype,
         "quantization": config.quantization or "",
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "deterministic": int(config.deterministic),
         "device": device_name(info.device),
         "ops": info.ops,
         "threads": num_threads,
