@@ -41,8 +41,7 @@ def select_ops(
             return CpuOps(quantization, num_threads, onednn_rows=None if deterministic else "auto")
         except BuildError as error:
             reason = str(error)
-    logging.getLogger("braid.kernels").warning("plain torch serves on this CPU, which is slower: %s", reason)
-    return ReferenceOps(quantization)
+    return _plain_torch("this CPU", reason, quantization, deterministic)
 
 
 def _select_on_device(device: torch.device, dtype: torch.dtype, quantization: str | None, deterministic: bool) -> Ops:
@@ -57,5 +56,12 @@ def _select_on_device(device: torch.device, dtype: torch.dtype, quantization: st
         from kernels.triton.ops import TritonOps
 
         return TritonOps(quantization, deterministic=deterministic)
-    logging.getLogger("braid.kernels").warning("plain torch serves on %s, which is slower: %s", device, reason)
+    return _plain_torch(str(device), reason, quantization, deterministic)
+
+
+def _plain_torch(where: str, reason: str, quantization: str | None, deterministic: bool) -> Ops:
+    logger = logging.getLogger("braid.kernels")
+    logger.warning("plain torch serves on %s, which is slower: %s", where, reason)
+    if deterministic:
+        logger.warning("deterministic is set, but torch's products may depend on the rows beside a row")
     return ReferenceOps(quantization)

@@ -38,6 +38,7 @@ class TritonOps:
         self._torch = ReferenceOps(quantization)
         num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
         self._attention = PagedAttention(num_sms, num_programs, deterministic)
+        self.deterministic = deterministic
         self.owns_threads = False
         self.name = "triton" if quantization is None else f"triton-{quantization}"
 

@@ -43,3 +43,19 @@ def test_other_devices_get_plain_torch_and_one_line_that_says_why(
     assert ops.name == "reference-int4"
     assert len(caplog.records) == 1
     assert re.search(reason, caplog.text)
+
+
+def test_the_deterministic_flag_reaches_attention_and_plain_torch_says_what_it_cannot_promise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "braid.kernels"):
+        select_ops("xpu", torch.bfloat16, deterministic=True)
+    assert "torch's products may depend on the rows beside a row" in caplog.text
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("pip install triton: shows that a CUDA device gets fixed cuts")
+    from kernels.triton.ops import TritonOps
+
+    for deterministic in (False, True):
+        ops = select_ops("cuda", torch.bfloat16, deterministic=deterministic)
+        assert isinstance(ops, TritonOps)
+        assert ops.deterministic == deterministic
