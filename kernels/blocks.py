@@ -20,6 +20,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class AttentionForm:
+    """What some models do to their scores besides the scale; the default is plain softmax.
+
+    softcap        c of c tanh(score / c), after the scale and before the mask (Gemma 2); 0 = none
+    sinks          first keys of a sequence that a row sees besides its window (StreamingLLM); no meaning without one
+    sink_logits_Q  float32, a learned logit of each query head that joins the softmax and has no value (GPT-OSS)
+    """
+
+    softcap: float = 0.0
+    sinks: int = 0
+    sink_logits_Q: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.softcap == 0.0 and self.sinks == 0 and self.sink_logits_Q is None
+
+
+PLAIN = AttentionForm()
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionBlock:
     """Pre-norm self-attention with its residual: x + out(attend(rope(qkv(norm(x))))). Fields as in `Ops`' methods."""
 
@@ -35,6 +56,8 @@ class AttentionBlock:
     eps: float
     scale: float
     window: int | None
+    form: AttentionForm = PLAIN
+    kv_scale_2K: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +84,10 @@ def composed_attention_block(
     b = block
     qkv_TX = ops.linear(ops.rms_norm(x_TH, b.norm_H, b.eps), b.qkv)
     q_TQD = ops.qkv_rope_write(
-        qkv_TX, b.num_q, b.num_kv, b.head_dim, b.cos_sin_MR, b.q_norm_D, b.k_norm_D, b.eps, k_pages, v_pages, rows
-    )
-    out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window)
+        qkv_TX, b.num_q, b.num_kv, b.head_dim, b.cos_sin_MR, b.q_norm_D, b.k_norm_D, b.eps, k_pages, v_pages, rows,
+        b.kv_scale_2K,
+    )  # fmt: skip
+    out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window, b.form, b.kv_scale_2K)
     return ops.linear(out_TQD.flatten(1), b.out, x_TH)
 
 

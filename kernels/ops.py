@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, DenseLayers
+from kernels.blocks import PLAIN, AttentionBlock, AttentionForm, DenseLayers
 from kernels.edits import Edits
 from kernels.routing import Router
 from kernels.truncation import Filters
@@ -34,6 +34,8 @@ class StepRows:
     span_starts: NDArray[np.int32]
     tree: NDArray[np.int64] | None = None
     tree_starts: NDArray[np.int32] | None = None
+    page_table: NDArray[np.int32] | None = None
+    """Without it a plan that looks for shared prefixes reads the device's."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class PackedLinear(Protocol):
 
 
 class Ops(Protocol):
-    """What a back end offers. Activations, norms and KV pages are of the model's dtype; sums are float32."""
+    """What a back end offers. Activations and norms are of the model's dtype, KV pages of one of `kv_dtypes`; sums are
+    float32."""
 
     name: str
     owns_threads: bool
@@ -142,6 +145,7 @@ class Ops(Protocol):
         k_pages: Tensor,
         v_pages: Tensor,
         rows: AttentionRows,
+        kv_scale_2K: Tensor | None = None,
     ) -> Tensor:
         """Split, normalise, rotate, store: returns the rotated q [T, Q, D]; k and v are in the pages afterwards.
 
@@ -149,6 +153,8 @@ class Ops(Protocol):
         cos_sin_MR  float32, row = position: R/2 cosines, then R/2 sines; R <= D, elements past R are not rotated.
                     Halves convention: element i turns with element i + R/2
         q_norm_D, k_norm_D  per-head RMSNorm weights applied before the rotation (Qwen3), or None
+        kv_scale_2K  float32, of fp8 pages: what a stored key (row 0) or value (row 1) of a kv head is multiplied by;
+                     None = 1.0, uncalibrated. Other pages take none: int8 pages hold a scale for each token and head
         """
         ...
 
@@ -160,10 +166,14 @@ class Ops(Protocol):
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        form: AttentionForm = PLAIN,
+        kv_scale_2K: Tensor | None = None,
     ) -> Tensor:
         """softmax(scale q k^T) v over the keys that each row sees of its own sequence; [T, Q, D] in q's dtype.
 
         Query head h reads kv head h // (Q / K). Memory past a sequence's last key may hold anything, NaN included.
+        form         a back end that has no such attention raises ValueError
+        kv_scale_2K  as in `qkv_rope_write`
         """
         ...
 
@@ -249,16 +259,23 @@ class Ops(Protocol):
     def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
         """Copy one layer's K and V of single slots, one after the other in the order of the lists (int64 [M]).
 
+        Scales that lie in the pages move along.
+
         A slot that is both a source and a destination is read as the earlier copies left it: a path that moves towards
         the front of its own sequence, in ascending order, arrives whole.
         """
         ...
 
+    def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        """What KV pages of a model of `dtype` can be here, `dtype` first; int8 and float8_e4m3fn are lossy."""
+        ...
+
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """One layer's k_pages and v_pages, each [P, K, S, D] and not initialised.
+        """One layer's k_pages and v_pages, each [P, K, S, D] of `dtype` and not initialised.
 
+        int8 pages are [P, K, S, D + 4] bytes, scales included (kernels/kv_format.py).
         A back end may choose another layout and documents it; nobody but its own methods may look inside.
         """
         ...

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
+from kernels.blocks import (
+    PLAIN,
+    AttentionBlock,
+    AttentionForm,
+    DenseLayers,
+    composed_attention_block,
+    composed_dense_layers,
+)
 from kernels.edits import Edits, edit_logits
+from kernels.kv_format import check_scale, page_shape, split_record, stored_dtypes, write_slots
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics
+from kernels.reference_attention import attend
 from kernels.routing import Router, choose_experts
 from kernels.truncation import Filters, truncate
 
-TILE_ROWS = 256
-"""Longer spans are attended in tiles of this many rows, which bounds the score matrix."""
-MAX_SCORES = 1 << 24
-"""Most attention scores (rows x query heads x keys) held at once."""
 LOGITS_TILE = 8192
 """Rows of a low-precision head that are widened to float32 at a time."""
 INT4_GROUP = 32
@@ -132,6 +136,7 @@ class ReferenceOps:
         k_pages: Tensor,
         v_pages: Tensor,
         rows: AttentionRows,
+        kv_scale_2K: Tensor | None = None,
     ) -> Tensor:
         heads = qkv_TX.view(qkv_TX.shape[0], num_q + 2 * num_kv, head_dim)
         q, k, v = torch.split(heads, [num_q, num_kv, num_kv], dim=1)
@@ -140,10 +145,10 @@ class ReferenceOps:
         if k_norm_D is not None:
             k = self.rms_norm(k, k_norm_D, eps)
         cos_sin = cos_sin_MR[rows.positions.long()].unsqueeze(1)
-        page_size = k_pages.shape[2]
-        pages, offsets = rows.slots // page_size, rows.slots % page_size
-        k_pages[pages, :, offsets] = rotate(k, cos_sin)
-        v_pages[pages, :, offsets] = v
+        check_scale(k_pages, kv_scale_2K)
+        k_scale_K, v_scale_K = (None, None) if kv_scale_2K is None else kv_scale_2K
+        write_slots(k_pages, rows.slots, rotate(k, cos_sin), k_scale_K)
+        write_slots(v_pages, rows.slots, v, v_scale_K)
         return rotate(q, cos_sin)
 
     def paged_attention(
@@ -154,11 +159,10 @@ class ReferenceOps:
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        form: AttentionForm = PLAIN,
+        kv_scale_2K: Tensor | None = None,
     ) -> Tensor:
-        out_TQD = torch.empty_like(q_TQD)
-        for tiles in _equal_tiles(rows.span_starts, q_TQD.shape[1], k_pages.shape[2] * rows.page_table.shape[1]):
-            out_TQD[tiles] = _attend(q_TQD, k_pages, v_pages, rows, tiles, scale, window)
-        return out_TQD
+        return attend(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
 
     def attention_block(
         self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
@@ -226,14 +230,20 @@ class ReferenceOps:
 
     def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
         page_size = k_pages.shape[2]
+        parts: list[Tensor] = [k_pages, v_pages]
+        if k_pages.dtype == torch.int8:
+            parts = [part for pages in parts for part in split_record(pages)]
         for source, target in zip(from_slots_M.tolist(), to_slots_M.tolist(), strict=True):
-            for pages in (k_pages, v_pages):
-                pages[target // page_size, :, target % page_size] = pages[source // page_size, :, source % page_size]
+            for part in parts:
+                part[target // page_size, :, target % page_size] = part[source // page_size, :, source % page_size]
+
+    def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        return stored_dtypes(dtype)
 
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        shape = (num_pages, num_kv, page_size, head_dim)
+        shape = page_shape(num_pages, page_size, num_kv, head_dim, dtype)
         return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -244,89 +254,6 @@ def rotate(x_ThD: Tensor, cos_sin_T1R: Tensor) -> Tensor:
     first, second = x_ThD[..., :rotary_dim].float().chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_ThD.dtype)
     return turned if rotary_dim == x_ThD.shape[-1] else torch.cat((turned, x_ThD[..., rotary_dim:]), dim=-1)
-
-
-def _equal_tiles(span_starts: Tensor, num_heads: int, max_keys: int) -> list[Tensor]:
-    """Cut the step's rows into tiles within spans; returns groups of equally long tiles, int64 [tiles, rows]."""
-    bounds = span_starts.tolist()
-    by_length: dict[int, list[int]] = {}
-    for start, end in pairwise(bounds):
-        for tile in range(start, end, TILE_ROWS):
-            by_length.setdefault(min(TILE_ROWS, end - tile), []).append(tile)
-    groups = []
-    for length, starts in by_length.items():
-        most = max(1, MAX_SCORES // (length * num_heads * max(1, max_keys)))
-        rows = torch.tensor(starts, device=span_starts.device).unsqueeze(1)
-        rows = rows + torch.arange(length, device=span_starts.device)
-        groups += list(torch.split(rows, most))
-    return groups
-
-
-def _attend(
-    q_TQD: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    rows: AttentionRows,
-    tiles: Tensor,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """Attention of B tiles of R rows, [B, R, Q, D]; keys are gathered per tile and padded to the longest."""
-    num_kv, page_size, head_dim = k_pages.shape[1:]
-    num_tiles, num_rows = tiles.shape
-    visible = rows.visible[tiles]  # [B, R]
-    if rows.tree is not None:
-        visible = visible.where(rows.tree[tiles] == 0, _tree_ends(rows, tiles))
-    num_keys = int(visible.max())
-    num_pages = -(-num_keys // page_size)
-    index = torch.arange(num_pages * page_size, device=q_TQD.device)
-    seen = index < visible.unsqueeze(2)  # [B, R, L]
-    if window is not None:
-        seen &= index > (rows.positions[tiles] - window).unsqueeze(2)
-    if rows.tree is not None:
-        seen = _seen_in_trees(rows, tiles, index, window, seen)
-    read = seen.any(dim=1)  # [B, L]: the keys this tile reads at all
-    table = rows.page_table[rows.row_seq[tiles[:, 0]].long(), :num_pages].long()
-    table = table.where(read.view(num_tiles, num_pages, page_size).any(2), 0)
-
-    def gather(pages: Tensor) -> Tensor:
-        keys = pages[table].transpose(1, 2).reshape(num_tiles, num_kv, 1, -1, head_dim).float()
-        # A weight of zero times NaN is NaN: what is not read must not be there.
-        return keys.masked_fill(~read.view(num_tiles, 1, 1, -1, 1), 0.0)
-
-    q = q_TQD[tiles].float().view(num_tiles, num_rows, num_kv, -1, head_dim).permute(0, 2, 3, 1, 4)  # [B, K, G, R, D]
-    scores = torch.matmul(q, gather(k_pages).transpose(-1, -2)) * scale
-    scores = scores.masked_fill(~seen.view(num_tiles, 1, 1, num_rows, -1), float("-inf"))
-    # Not NaN in a row that sees nothing, but 0; elsewhere these weights are 0 already.
-    weights = torch.softmax(scores, dim=-1).masked_fill(~seen.view(num_tiles, 1, 1, num_rows, -1), 0.0)
-    out = torch.matmul(weights, gather(v_pages))
-    return out.permute(0, 3, 1, 2, 4).reshape(num_tiles, num_rows, -1, head_dim).to(q_TQD.dtype)
-
-
-def _tree_bits(rows: AttentionRows, tiles: Tensor) -> Tensor:
-    """The rows' tree masks bit by bit, bool [B, R, 64]."""
-    assert rows.tree is not None
-    return (rows.tree[tiles].unsqueeze(2) >> torch.arange(64, device=tiles.device)) & 1 != 0
-
-
-def _tree_ends(rows: AttentionRows, tiles: Tensor) -> Tensor:
-    """One more than the last key that each row's mask names, int32 [B, R]; no meaning where the mask is 0."""
-    assert rows.tree_starts is not None
-    bits = _tree_bits(rows, tiles) * torch.arange(1, 65, dtype=torch.int32, device=tiles.device)
-    return rows.tree_starts[tiles] + bits.amax(dim=2)
-
-
-def _seen_in_trees(rows: AttentionRows, tiles: Tensor, index: Tensor, window: int | None, seen: Tensor) -> Tensor:
-    """`seen` [B, R, L], with the rows of draft trees following their masks from the tree's first key on."""
-    assert rows.tree is not None
-    assert rows.tree_starts is not None
-    bits = _tree_bits(rows, tiles)
-    if window is not None:
-        bits &= bits.flip(2).cumsum(2).flip(2) <= window
-    offset = index - rows.tree_starts[tiles].unsqueeze(2)
-    inside = bits.gather(2, offset.clamp(0, 63)) & (offset < 64)
-    is_tree = (rows.tree[tiles] != 0).unsqueeze(2)
-    return seen.where(~is_tree | (offset < 0), inside)
 
 
 def gumbel_noise(

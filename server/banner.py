@@ -37,6 +37,8 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         lines.insert(
             2, f"          {config.quantization} weights: lossy, the text differs from the unquantised model's"
         )
+    if config.kv_cache_dtype in ("fp8", "int8"):
+        lines.insert(2, f"          {config.kv_cache_dtype} KV cache: lossy, the text differs from the one without")
     if not config.is_loopback() and not config.api_keys():
         lines.append(f"warning   anyone who reaches {config.host}:{port} may use this server: no --api-key is set")
     body = json.dumps({"model": name, "prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0})

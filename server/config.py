@@ -6,7 +6,6 @@ No environment variable is read. The command line and files are parsed in flags.
 
 from __future__ import annotations
 
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from scheduler.types import MAX_TREE_NODES
 from server.also import AlsoServed, check_models, name_of, read_also, with_others
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
-from server.engine.config import DRAFTERS, EngineConfig, SpeculationConfig
+from server.engine.config import EngineConfig, SpeculationConfig, check_speculation
 from server.values import Auto, AutoCount, Count, Listed, Names, PolicyName, Seconds, Shares, Switch, Table, settings_of
 
 VERSION = "0.1.0"
@@ -39,6 +38,10 @@ class ServerConfig(BaseModel):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = _model("auto", "auto = bfloat16 where it is native")
     device: Literal["auto", "cpu", "cuda"] = _model("auto", "auto = cuda if there is one")
     quantization: Literal["int8", "int4"] | None = _model(None, "weight-only, lossy: the text changes")
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8", "int8"] = _model(
+        "auto", "auto = the model's; fp8, int8: lossy, the text changes; refused where the back end has none"
+    )
+    deterministic: bool = _model(False, "attention never depends on the batch; on a GPU slower, products still may")
     random_weights: str | None = _model(
         None, "serve a shape without downloading it, e.g. hidden=768,layers=12,heads=12,kv_heads=4,mlp=3072,vocab=8192"
     )
@@ -172,26 +175,7 @@ class ServerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _drafts_can_be_had(self) -> ServerConfig:
-        if (self.speculation_policy == "table") != bool(self.speculation_table):
-            raise ValueError("speculation-policy table and speculation-table 1:8,4:4 need each other; one is missing")
-        for most, drafts in self.speculation_table:
-            if most < 1 or drafts > self.num_speculative_tokens:
-                raise ValueError(
-                    f"speculation-table has {most}:{drafts}, but sequences are at least 1 and drafts at most "
-                    f"num-speculative-tokens {self.num_speculative_tokens}"
-                )
-        for name in self.drafters or ():
-            if name not in DRAFTERS:
-                raise ValueError(f"drafters names {name!r}; there are {', '.join(DRAFTERS)}")
-        for name in ("draft_model", "layer_subset"):
-            flag, is_set = name.replace("_", "-"), getattr(self, name) is not None
-            if self.drafters is not None and (name in self.drafters) != is_set:
-                missing = (
-                    f"{flag} is set, but drafters leaves {name} out" if is_set else f"drafters has {name}: set {flag}"
-                )
-                raise ValueError(missing)
-        if self.layer_subset is not None and not re.fullmatch(r"uniform:0?\.\d+|search|exit", self.layer_subset):
-            raise ValueError(f"layer-subset is {self.layer_subset!r}: expected uniform:0.5 (a share), search or exit")
+        check_speculation(self.speculation_config())
         if self.draft_store_file is not None and not self.draft_store_file.parent.is_dir():
             raise ValueError(f"draft-store-file: there is no folder {str(self.draft_store_file.parent)!r}")
         return self
@@ -218,6 +202,22 @@ class ServerConfig(BaseModel):
         default = LOOPBACK_HOSTS if self.is_loopback() else None
         return None if "*" in self.allowed_hosts else self.allowed_hosts or default
 
+    def speculation_config(self) -> SpeculationConfig:
+        return SpeculationConfig(
+            mode=self.speculation,
+            drafters=self.drafters,
+            max_drafts=self.num_speculative_tokens,
+            policy=self.speculation_policy,
+            table=self.speculation_table,
+            draft_model=self.draft_model,
+            draft_stop=self.draft_stop,
+            draft_tree=self.draft_tree,
+            layer_subset=self.layer_subset,
+            store_bytes=self.draft_store_memory,
+            store_file=None if self.draft_store_file is None else str(self.draft_store_file),
+            synthetic_acceptance=self.synthetic_acceptance,
+        )
+
     def engine_config(self) -> EngineConfig:
         same = {field.name for field in fields(EngineConfig)} & ServerConfig.model_fields.keys() - {"speculation"}
         first = EngineConfig(
@@ -236,20 +236,7 @@ class ServerConfig(BaseModel):
             step_timeout_s=self.step_timeout,
             delta_interval_s=self.delta_interval_ms / 1000,
             progress=not self.quiet,
-            speculation=SpeculationConfig(
-                mode=self.speculation,
-                drafters=self.drafters,
-                max_drafts=self.num_speculative_tokens,
-                policy=self.speculation_policy,
-                table=self.speculation_table,
-                draft_model=self.draft_model,
-                draft_stop=self.draft_stop,
-                draft_tree=self.draft_tree,
-                layer_subset=self.layer_subset,
-                store_bytes=self.draft_store_memory,
-                store_file=None if self.draft_store_file is None else str(self.draft_store_file),
-                synthetic_acceptance=self.synthetic_acceptance,
-            ),
+            speculation=self.speculation_config(),
         )
         return with_others(first, self.also(), self.kv_shares)
 

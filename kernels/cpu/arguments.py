@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.blocks import AttentionForm
 from kernels.cpu import library
 from kernels.ops import AttentionRows
 
@@ -129,3 +130,21 @@ def attention_args(
         None if rows.tree_starts is None else rows.tree_starts.data_ptr(), rows.page_table.stride(0),
         rows.span_starts.shape[0] - 1, num_q, num_kv, head_dim, page_size, window or 0, scale, dtype == torch.bfloat16,
     )  # fmt: skip
+
+
+def check_plain(form: AttentionForm, kv_scale_2K: Tensor | None) -> None:
+    """Raises ValueError for attention that these kernels do not compute."""
+    asked = [
+        what
+        for what, is_asked in (
+            ("a logit softcap", form.softcap != 0.0),
+            ("sink keys", form.sinks != 0),
+            ("sink logits", form.sink_logits_Q is not None),
+            ("scaled fp8 pages", kv_scale_2K is not None),
+        )
+        if is_asked
+    ]
+    if asked:
+        raise ValueError(
+            f"the compiled CPU kernels have no attention with {' and '.join(asked)}; ReferenceOps and TritonOps have"
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers, MlpBlock
 from kernels.cpu import library
+from kernels.cpu.arguments import check_plain
 from kernels.cpu.weights import packed_here
 
 
@@ -59,6 +60,7 @@ def _sizes(attention: AttentionBlock, k_pages: Tensor, v_pages: Tensor) -> tuple
 def _struct(
     attention: AttentionBlock, mlp: MlpBlock, k_pages: Tensor, v_pages: Tensor, x_TH: Tensor
 ) -> library.DenseLayer:
+    check_plain(attention.form, attention.kv_scale_2K)
     hidden, heads = x_TH.shape[1], attention.num_q * attention.head_dim
     qkv, out = packed_here(attention.qkv, hidden), packed_here(attention.out, heads)
     gate_up = packed_here(mlp.gate_up, hidden)

@@ -17,9 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
+from kernels.blocks import (
+    PLAIN,
+    AttentionBlock,
+    AttentionForm,
+    DenseLayers,
+    composed_attention_block,
+    composed_dense_layers,
+)
 from kernels.cpu import library
-from kernels.cpu.arguments import RowsCheck, attention_args, move_args, qkv_args
+from kernels.cpu.arguments import RowsCheck, attention_args, check_plain, move_args, qkv_args
 from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.layers import LayerTables
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
@@ -182,7 +189,9 @@ class CpuOps:
         k_pages: Tensor,
         v_pages: Tensor,
         rows: AttentionRows,
+        kv_scale_2K: Tensor | None = None,
     ) -> Tensor:
+        check_plain(PLAIN, kv_scale_2K)
         qkv = qkv_TX.contiguous()
         if qkv.shape[1] != (num_q + 2 * num_kv) * head_dim:
             raise ValueError(f"qkv rows have {qkv.shape[1]} features, not ({num_q} + 2 * {num_kv}) * {head_dim}")
@@ -201,7 +210,10 @@ class CpuOps:
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        form: AttentionForm = PLAIN,
+        kv_scale_2K: Tensor | None = None,
     ) -> Tensor:
+        check_plain(form, kv_scale_2K)
         q = q_TQD.contiguous()
         self._check_rows(rows, q.shape[0], k_pages, None)
         out_TQD = torch.empty_like(q)
@@ -225,6 +237,7 @@ class CpuOps:
     def _attention_struct(
         self, x: Tensor, out_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
     ) -> library.AttentionBlockArgs:
+        check_plain(block.form, block.kv_scale_2K)
         qkv, out = packed_here(block.qkv, x.shape[1]), packed_here(block.out, block.num_q * block.head_dim)
         return library.AttentionBlockArgs(
             x.data_ptr(), block.norm_H.data_ptr(), out_TH.data_ptr(), pointer(qkv.struct), pointer(out.struct),
@@ -316,6 +329,9 @@ class CpuOps:
 
     def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
         self._lib.braid_move_kv(byref(move_args(k_pages, v_pages, from_slots_M, to_slots_M)))
+
+    def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        return (dtype,)
 
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device

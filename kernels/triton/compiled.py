@@ -29,7 +29,8 @@ class Usage:
     spills             store instructions to the stack
     shared             bytes of shared memory per program
     wide_copies        16-byte asynchronous copies from global to shared memory
-    wgmma              instructions of Hopper's matrix unit; mma those of Ampere's and of Blackwell's
+    wgmma              instructions of Hopper's matrix unit; mma those of Ampere's and of Blackwell's; fp8_mma those
+                       of any that multiply 8-bit floats
     buffers            tiles of each kind that are in flight in the main loop, least of them; 0 without such a loop
     """
 
@@ -40,6 +41,7 @@ class Usage:
     wide_copies: int
     wgmma: int
     mma: int
+    fp8_mma: int
     buffers: int
 
 
@@ -71,6 +73,7 @@ def compile_kernel(
         wide_copies=len(re.findall(r"\bLDGSTS\S*\.128\b", sass)),
         wgmma=len(re.findall(r"\bHGMMA\b", sass)),
         mma=len(re.findall(r"\bHMMA\b|\bUTCHMMA\b", sass)),
+        fp8_mma=len(re.findall(r"\bQG?MMA\b|\bUTCQMMA\b", sass)),
         buffers=_buffers(built.asm["ttgir"]),
     )
 

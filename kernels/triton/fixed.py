@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.triton.plan import NO_TREE, UNIT_FIELDS, StepRows, is_long, plan_launch, row_masks
+from kernels.triton.plan import NO_TREE, UNIT_FIELDS, StepRows, is_short, plan_launch, row_masks
 from kernels.triton.tiles import SMALL_ROWS, Geometry, large_geometry, small_geometry
 
 Ints = NDArray[np.int32]
 ALIGN = 16
 """Arrays of a plan start at multiples of 64 bytes: a pointer's alignment is part of what Triton compiles for."""
-_NO_WORK = (1, 1, 0, 1)
+_NO_WORK = (1, 1, 0, 1, 0)
 """Header of a launch without units: pieces of one tile, one tile a head (programs divide by it), none in all."""
 
 
@@ -35,6 +35,7 @@ class FixedLayout:
     group: int
     num_kv: int
     window: int | None
+    sinks: int
     geometries: tuple[Geometry, ...]
 
     def sizes(self) -> list[int]:
@@ -57,17 +58,17 @@ class FixedLayout:
         if len(host.visible) != self.num_rows:
             raise ValueError(f"the step has {len(host.visible)} rows, its plan is for {self.num_rows}")
         visible, low, tree, tree_start, *launches = [words[start : start + size] for start, size in self._places()]
-        masks = row_masks(host, self.window)
+        masks = row_masks(host, self.window, self.sinks)
         visible[:] = masks.visible
         if masks.low is not None:
             low[:] = masks.low
         tree[:] = 0 if masks.tree is None else masks.tree.ravel()
         tree_start[:] = NO_TREE if masks.tree_start is None else masks.tree_start
         lengths = np.diff(host.span_starts)
-        is_large = is_long(lengths, self.group)
+        is_small = is_short(lengths, self.group)
         for index, geometry in enumerate(self.geometries):
             header, units, cum = launches[3 * index : 3 * index + 3]
-            chosen = (is_large if index else ~is_large) & (lengths > 0)
+            chosen = (~is_small if index else is_small) & (lengths > 0)
             if not chosen.any():
                 header[:] = _NO_WORK
                 continue
@@ -92,6 +93,7 @@ def fixed_layout(
     head_dim: int,
     itemsize: int,
     window: int | None,
+    sinks: int,
     num_sms: int,
     num_programs: int | None = None,
 ) -> FixedLayout:
@@ -102,7 +104,7 @@ def fixed_layout(
         geometries.append(large_geometry(group, head_dim, itemsize, num_sms))
     if num_programs is not None:
         geometries = [replace(geometry, num_programs=num_programs) for geometry in geometries]
-    return FixedLayout(num_rows, group, num_kv, window, tuple(geometries))
+    return FixedLayout(num_rows, group, num_kv, window, sinks, tuple(geometries))
 
 
 def _aligned(size: int) -> int:

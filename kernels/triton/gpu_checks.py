@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.edits import Cells, Edits, Masks, Penalties, edit_logits
-from kernels.ops import AttentionRows
+from kernels.blocks import PLAIN, AttentionForm
+from kernels.kv_format import FP8, read_pages, write_slots
+from kernels.ops import AttentionRows, Ops
 from kernels.reference import ReferenceOps
-from kernels.routing import Router, choose_experts
+from kernels.routing import Router
+from kernels.triton.gpu_twins import FILTERS, edits_error, experts_error, filter_errors, filters_of
 from kernels.triton.moe import ExpertStack
 from kernels.triton.norm import add_rms_norm
 from kernels.triton.ops import TritonOps
-from kernels.truncation import Filters, truncate
 
 MASK_ALL = 1 << 30
 SHAPES = [
@@ -29,7 +29,6 @@ SHAPES = [
     (2, 1, 256, 64, None),
 ]  # fmt: skip
 """Query heads, kv heads, head size, page size, window."""
-FILTERS = [(0.0, 0, 1.0), (0.05, 0, 1.0), (0.0, 40, 1.0), (0.0, 0, 0.9), (0.01, 50, 0.7), (0.0, 0, 0.9999)]
 """min_p, top_k, top_p."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,19 +57,19 @@ class Span:
         block = self.mask_block
         return [min(self.kv_len, (at // block + 1) * block) for at in range(self.kv_len - self.num_rows, self.kv_len)]
 
-    def seen(self, window: int | None) -> Tensor:
+    def seen(self, window: int | None, sinks: int = 0) -> Tensor:
         """Which keys each row sees, bool [rows, keys]."""
         start = self.kv_len - self.num_rows
         at, positions = torch.arange(self.kv_len), torch.tensor(self.positions())[:, None]
         if not self.parents:
             seen = at < torch.tensor(self.visible())[:, None]
-            return seen if window is None else seen & (at > positions - window)
+            return seen if window is None else seen & ((at > positions - window) | (at < sinks))
         seen = (at < start).repeat(self.num_rows, 1)
         for row in range(self.num_rows):
             seen[row, [start + node for node in self.path(row)]] = True
         depths = at.clone()
         depths[start:] = positions[:, 0]
-        return seen if window is None else seen & (depths > positions - window)
+        return seen if window is None else seen & ((depths > positions - window) | (at < min(sinks, start)))
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,9 @@ def make_world(
     return World(spans, rows, torch.randn(bounds[-1], num_q, head_dim, dtype=dtype, device=device), k, v)
 
 
-def worst_error(world: World, actual_TQD: Tensor, scale: float, window: int | None) -> float:
+def worst_error(
+    world: World, actual_TQD: Tensor, scale: float, window: int | None, form: AttentionForm = PLAIN
+) -> float:
     """Greatest error as a share of its bound (1 and less is right), bounds as in `attention.md` 5.2."""
     head_dim = world.q_TQD.shape[2]
     u_p, u_out = {torch.float32: (0.0, 2.0**-24), torch.float16: (2.0**-11,) * 2, torch.bfloat16: (2.0**-8,) * 2}[
@@ -140,7 +141,13 @@ def worst_error(world: World, actual_TQD: Tensor, scale: float, window: int | No
         q = world.q_TQD[first : first + span.num_rows].double()
         q = q.view(span.num_rows, len(k), -1, head_dim)  # [R, K, G, D]
         scores = torch.einsum("rkgd,knd->kgrn", q, k) * scale
-        weights = scores.masked_fill(~span.seen(window).to(device), -math.inf).softmax(-1)
+        if form.softcap:
+            scores = form.softcap * (scores / form.softcap).tanh()
+        scores = scores.masked_fill(~span.seen(window, form.sinks).to(device), -math.inf)
+        if form.sink_logits_Q is not None:
+            sinks = form.sink_logits_Q.double().view(*scores.shape[:2], 1, 1).expand(-1, -1, span.num_rows, 1)
+            scores = torch.cat((scores, sinks), dim=-1)
+        weights = scores.softmax(-1)[..., : span.kv_len]
         expected = torch.einsum("kgrn,knd->rkgd", weights, v).flatten(1, 2)
         mass = torch.einsum("kgrn,knd->rkgd", weights, v.abs()).flatten(1, 2)
         bound = 2 * (u_p * mass + u_out * expected.abs()) + (head_dim + 64) * 2.0**-23 * mass + 2.0**-24
@@ -167,6 +174,41 @@ def attention_checks(ops: TritonOps, device: torch.device, spans: Sequence[Span]
             out = ops.paged_attention(world.q_TQD, world.k_pages, world.v_pages, world.rows, scale, window)
             what = f"attention {dtype} Q{num_q} K{num_kv} D{head_dim} page {page} window {window}"
             yield what, worst_error(world, out, scale, window)
+        world = make_world(spans, 6, 2, 64, 32, dtype, device)
+        for form, window in forms(6, device):
+            out = ops.paged_attention(world.q_TQD, world.k_pages, world.v_pages, world.rows, 0.125, window, form)
+            named = f"softcap {form.softcap:g}, sinks {form.sinks}, logits {form.sink_logits_Q is not None}"
+            yield f"attention {dtype} window {window}, {named}", worst_error(world, out, 0.125, window, form)
+        for stored in (FP8, torch.int8):
+            if stored in ops.kv_dtypes(dtype):
+                yield f"attention {dtype} over {stored} pages", stored_error(ops, world, stored)
+
+
+def forms(num_q: int, device: torch.device) -> list[tuple[AttentionForm, int | None]]:
+    """Every departure from plain attention, alone or beside others, and a window."""
+    logits = torch.linspace(-2, 4, num_q, device=device)
+    return [
+        (AttentionForm(sinks=4), 37),
+        (AttentionForm(softcap=3.0), None),
+        (AttentionForm(sink_logits_Q=logits), None),
+        (AttentionForm(softcap=30.0, sinks=70, sink_logits_Q=logits), 16),
+    ]
+
+
+def stored_error(ops: Ops, world: World, stored: torch.dtype, window: int | None = None) -> float:
+    """`worst_error` over pages of another dtype, against what these hold: how they are rounded is another test's."""
+    num_pages, num_kv, page, head_dim = world.k_pages.shape
+    scale_2K = None
+    if stored == FP8:
+        scale_2K = torch.rand(2, num_kv, device=world.k_pages.device) + 0.5
+    slots = torch.arange(num_pages * page, device=world.k_pages.device)
+    pages, values = ops.allocate_kv(num_pages, page, num_kv, head_dim, stored, world.k_pages.device), []
+    for index, (pool, into) in enumerate(zip((world.k_pages, world.v_pages), pages, strict=True)):
+        scale_K = None if scale_2K is None else scale_2K[index]
+        write_slots(into, slots, pool.transpose(1, 2).flatten(0, 1), scale_K)
+        values.append(read_pages(into, scale_K))
+    out = ops.paged_attention(world.q_TQD, *pages, world.rows, head_dim**-0.5, window, PLAIN, scale_2K)
+    return worst_error(replace(world, k_pages=values[0], v_pages=values[1]), out, head_dim**-0.5, window)
 
 
 def twin_checks(
@@ -204,6 +246,9 @@ def twin_checks(
         ops.move_kv(k, v, *moves)
         twin.move_kv(*copies, *moves)
         yield f"move_kv {dtype}", 0.0 if torch.equal(k, copies[0]) and torch.equal(v, copies[1]) else math.inf
+        for stored in (FP8, torch.int8):
+            if stored in ops.kv_dtypes(dtype):
+                yield f"pages of {stored} from {dtype}", _stored_rows_error(ops, twin, dtype, stored, device)
     logits = random(3, vocab) * 3
     logits[1, ::3] = -math.inf
     ids = torch.tensor([0, 1, vocab - 1], device=device)
@@ -211,75 +256,13 @@ def twin_checks(
     yield "row_statistics best_id", 0.0 if torch.equal(found.best_id, wanted.best_id) else math.inf
     for field in ("best", "second", "lse", "entropy", "logit"):
         yield f"row_statistics {field}", share(getattr(found, field), getattr(wanted, field), 2.0**-16)
-    yield "edit_logits", _edits_error(ops, random(9, vocab) * 5)
-    yield from _filter_errors(ops, random(len(FILTERS), vocab) * 3)
+    yield "edit_logits", edits_error(ops, random(9, vocab) * 5)
+    yield from filter_errors(ops, random(len(FILTERS), vocab) * 3)
     key = ids * 77, ids + (3 << 16), ids
     greedy = ids == 1
     for stream in (0, 1, 0xFFFFFFFF):
         same = torch.equal(ops.sample(logits, *key, greedy, stream), twin.sample(logits, *key, greedy, stream))
         yield f"sample stream {stream}", 0.0 if same else math.inf
-
-
-def experts_error(
-    actual_TH: Tensor, x_TH: Tensor, logits_TE: Tensor, router: Router, gate_up: ExpertStack, down: ExpertStack
-) -> float:
-    """Worst error of `Ops.moe` against float64, as a share of what rounding explains of the magnitudes summed."""
-    unit = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[x_TH.dtype]
-    weights_Tk, experts_Tk = choose_experts(logits_TE, router)
-    expected, mass = torch.zeros_like(x_TH, dtype=torch.float64), torch.zeros_like(x_TH, dtype=torch.float64)
-    for expert in range(len(down)):
-        rows, choice = (experts_Tk == expert).nonzero(as_tuple=True)
-        gate, up = (x_TH[rows].double() @ gate_up.weight_ENK[expert].double().T).chunk(2, 1)
-        weights, inner = weights_Tk[rows, choice, None].double(), gate * gate.sigmoid() * up
-        matrix_IH = down.weight_ENK[expert].double().T
-        expected.index_add_(0, rows, weights * (inner @ matrix_IH))
-        mass.index_add_(0, rows, weights * ((inner.abs() + up.abs()) @ matrix_IH.abs()))
-    error = (actual_TH.double() - expected).abs() / (unit * (mass + expected.abs()))
-    return float(error.nan_to_num(math.inf).max()) if len(x_TH) else 0.0
-
-
-def _edits_error(ops: TritonOps, logits_JV: Tensor) -> float:
-    """0 if all kinds of edits together give the twin's bits."""
-    (num_rows, vocab), generator = logits_JV.shape, np.random.default_rng(0)
-    rows = np.repeat(np.arange(0, num_rows, 2), 300)
-    each = [np.concatenate([generator.permutation(vocab)[:300] for _ in range(0, num_rows, 2)]) for _ in range(3)]
-    values = generator.integers(0, 9, len(rows)).astype(np.float32)
-    rules = generator.uniform(0.3, 2.0, (4, num_rows)).astype(np.float32)
-    bits = generator.integers(-(1 << 31), 1 << 31, (3, -(-vocab // 32))).astype(np.int32)
-    edits = Edits(
-        Cells(rows, each[0], values / np.float32(7)), Penalties(Cells(rows, each[1], values), *rules[:3]),
-        Cells(rows, each[2]), Masks(np.asarray([0, 1, num_rows - 1]), bits), rules[3],
-    )  # fmt: skip
-    expected = logits_JV.clone()
-    ops.edit_logits(logits_JV, edits)
-    edit_logits(expected, edits)
-    return 0.0 if torch.equal(logits_JV, expected) else math.inf
-
-
-def filters_of(rules: Sequence[tuple[float, int, float]]) -> Filters:
-    """Of a row each (min_p, top_k, top_p)."""
-    min_p, top_k, top_p = (np.asarray(column) for column in zip(*rules, strict=True))
-    return Filters(min_p.astype(np.float32), top_k.astype(np.int64), top_p.astype(np.float64))
-
-
-def _filter_errors(ops: TritonOps, logits_JV: Tensor) -> Iterator[tuple[str, float]]:
-    """Of each of FILTERS: the share of a row's mass that only one of the two keeps, in units of 2^-20.
-
-    Sums in another order may end a token further.
-    """
-    rules = filters_of(FILTERS)
-    logits_JV[:, ::7] = logits_JV[:, ::7].round()  # ties
-    actual, expected = logits_JV.clone(), logits_JV.clone()
-    ops.truncate(actual, rules)
-    truncate(expected, rules)
-    weights = logits_JV.double().softmax(1)
-    apart = ((actual != expected) * weights).sum(1) / (expected.isfinite() * weights).sum(1)
-    for rule, share, row, wanted in zip(FILTERS, apart.tolist(), actual, expected, strict=True):
-        is_exact = rule[2] == 1.0
-        yield (
-            f"truncate min_p {rule[0]} top_k {rule[1]} top_p {rule[2]}",
-            ((0.0 if torch.equal(row, wanted) else math.inf) if is_exact else share / 2.0**-20),
-        )
 
 
 def _logits_error(ops: TritonOps, x_JK: Tensor, weight_VK: Tensor) -> float:
@@ -307,6 +290,28 @@ def _rope_error(ops: TritonOps, twin: ReferenceOps, dtype: torch.dtype, device: 
         bound = 2 * unit * expected.double().abs().amax(-1, keepdim=True).clamp_min(1.0)
         worst = max(worst, float(((actual.double() - expected.double()).abs() / bound).nan_to_num(math.inf).max()))
     return worst
+
+
+def _stored_rows_error(
+    ops: Ops, twin: ReferenceOps, dtype: torch.dtype, stored: torch.dtype, device: torch.device
+) -> float:
+    """Bytes that differ after a write and moves, as a share of those a rotation rounded otherwise may change."""
+    head_dim, page, num_kv = 80, 16, 2
+    world = make_world([Span(30, 6), Span(9, 3)], 5, num_kv, head_dim, page, dtype, device)
+    qkv = torch.randn(9, (5 + 2 * num_kv) * head_dim, dtype=dtype, device=device) * 3
+    qkv[1] = 0.0
+    table = torch.cat((torch.ones(64, 24, device=device), torch.zeros(64, 24, device=device)), 1)  # no rotation
+    scale_2K = torch.tensor([[0.25, 1.0], [0.003, 2.0]], device=device) if stored == FP8 else None
+    moves = world.rows.slots[:3], world.rows.slots[4:7]
+    results = []
+    for back_end in (ops, twin):
+        pages = back_end.allocate_kv(len(world.k_pages), page, num_kv, head_dim, stored, device)
+        for pool in pages:
+            pool.view(torch.uint8).fill_(0)
+        back_end.qkv_rope_write(qkv, 5, num_kv, head_dim, table, None, None, 1e-6, *pages, world.rows, scale_2K)
+        back_end.move_kv(*pages, *moves)
+        results.append(torch.stack(pages).view(torch.uint8))
+    return 0.0 if torch.equal(*results) and bool(results[0].any()) else math.inf
 
 
 def repeat_checks(

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
+from kernels.blocks import PLAIN, AttentionBlock, AttentionForm, DenseLayers, composed_attention_block
 from kernels.edits import Edits
+from kernels.kv_format import FP8, stored_dtypes
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics, StepRows
 from kernels.reference import DenseLinear, ReferenceOps, dense_weight
 from kernels.routing import Router, choose_experts
@@ -35,12 +36,16 @@ class TritonOps:
 
     quantization  None, "int8" or "int4": as in `ReferenceOps`, the rounding without the saving
     num_programs  pieces that attention's work is cut into; default: by the device's multiprocessors
+    deterministic  attention gives a row the same bits whatever sequences are beside it (README, rule 8)
     """
 
-    def __init__(self, quantization: str | None = None, num_programs: int | None = None) -> None:
+    def __init__(
+        self, quantization: str | None = None, num_programs: int | None = None, deterministic: bool = False
+    ) -> None:
         self._torch = ReferenceOps(quantization)
         self._num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
-        self._attention = PagedAttention(self._num_sms, num_programs)
+        self._attention = PagedAttention(self._num_sms, num_programs, deterministic)
+        self.deterministic = deterministic
         self.owns_threads = False
         self.name = "triton" if quantization is None else f"triton-{quantization}"
 
@@ -80,9 +85,10 @@ class TritonOps:
         k_pages: Tensor,
         v_pages: Tensor,
         rows: AttentionRows,
+        kv_scale_2K: Tensor | None = None,
     ) -> Tensor:
         return qkv_rope_write(
-            qkv_TX, num_q, num_kv, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows
+            qkv_TX, num_q, num_kv, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows, kv_scale_2K
         )
 
     def paged_attention(
@@ -93,8 +99,10 @@ class TritonOps:
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        form: AttentionForm = PLAIN,
+        kv_scale_2K: Tensor | None = None,
     ) -> Tensor:
-        return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window)
+        return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
 
     def attention_block(
         self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
@@ -111,9 +119,9 @@ class TritonOps:
             normed_TH, x_TH = self._add_norm(x_TH, change_TH, a.norm_H, a.eps)
             q_TQD = self.qkv_rope_write(
                 self.linear(normed_TH, a.qkv), a.num_q, a.num_kv, a.head_dim, a.cos_sin_MR, a.q_norm_D, a.k_norm_D,
-                a.eps, k_pages, v_pages, rows,
+                a.eps, k_pages, v_pages, rows, a.kv_scale_2K,
             )  # fmt: skip
-            out_TQD = self.paged_attention(q_TQD, k_pages, v_pages, rows, a.scale, a.window)
+            out_TQD = self.paged_attention(q_TQD, k_pages, v_pages, rows, a.scale, a.window, a.form, a.kv_scale_2K)
             normed_TH, x_TH = self._add_norm(x_TH, self.linear(out_TQD.flatten(1), a.out), mlp.norm_H, mlp.eps)
             change_TH = self.linear(self.silu_mul(self.linear(normed_TH, mlp.gate_up)), mlp.down)
         return x_TH if change_TH is None else x_TH + change_TH
@@ -168,6 +176,11 @@ class TritonOps:
 
     def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
         move_kv(k_pages, v_pages, from_slots_M, to_slots_M)
+
+    def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        """fp8 e4m3 needs a GPU that converts it: compute capability 8.9 and above."""
+        has_fp8 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+        return tuple(kind for kind in stored_dtypes(dtype) if kind != FP8 or has_fp8)
 
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device

@@ -5,6 +5,7 @@ Data only, no torch: the front end builds the one and shows the other. Nothing h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -85,6 +86,8 @@ class EngineConfig:
     device: str = "auto"
     random_weights: str | None = None
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    deterministic: bool = False
     kv_cache_bytes: int | None = None
     kv_share: float = 1.0
     gpu_memory_utilization: float = 0.9
@@ -196,6 +199,28 @@ def refusal(asked: Speculation, drafters: Sequence[str], max_drafts: int, has_pr
             "leave one of them out, or set the drafter to auto or prediction"
         )
     return None
+
+
+def check_speculation(config: SpeculationConfig) -> None:
+    """Raises ValueError, naming the flag, for settings that do not go together."""
+    if (config.policy == "table") != bool(config.table):
+        raise ValueError("speculation-policy table and speculation-table 1:8,4:4 need each other; one is missing")
+    for most, drafts in config.table:
+        if most < 1 or drafts > config.max_drafts:
+            raise ValueError(
+                f"speculation-table has {most}:{drafts}, but sequences are at least 1 and drafts at most "
+                f"num-speculative-tokens {config.max_drafts}"
+            )
+    for name in config.drafters or ():
+        if name not in DRAFTERS:
+            raise ValueError(f"drafters names {name!r}; there are {', '.join(DRAFTERS)}")
+    for name, value in (("draft_model", config.draft_model), ("layer_subset", config.layer_subset)):
+        flag = name.replace("_", "-")
+        if config.drafters is not None and (name in config.drafters) != (value is not None):
+            missing = f"{flag} is set, but drafters leaves {name} out" if value else f"drafters has {name}: set {flag}"
+            raise ValueError(missing)
+    if config.layer_subset is not None and not re.fullmatch(r"uniform:0?\.\d+|search|exit", config.layer_subset):
+        raise ValueError(f"layer-subset is {config.layer_subset!r}: expected uniform:0.5 (a share), search or exit")
 
 
 def make_limits(config: EngineConfig, model_len: int, num_pages: int, page_size: int) -> Limits:

@@ -53,6 +53,7 @@ class Parts:
     ops: Ops
     draft: DraftModel | None
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
     page_size: int
     diffusion: DiffusionModel | None
@@ -76,7 +77,7 @@ class Parts:
         config, model, ops, device = self.config, self.model, self.ops, self.device
         sizes = self.sizes if sizes is None else sizes
         pool = KVPool(
-            ops, model.config, num_pages, self.page_size, self.dtype, device, has_spare=self.accelerator is not None
+            ops, model.config, num_pages, self.page_size, self.kv_dtype, device, has_spare=self.accelerator is not None
         )
         info = describe(self, pool, model_len)
         sequences = make_sequences(config.max_seqs, model_len, num_pages, self.page_size)
@@ -127,6 +128,8 @@ def captured_sizes(config: WorkerConfig, ops: Ops) -> tuple[int, ...]:
     reason = None
     if config.enforce_eager:
         reason = "enforce_eager is set"
+    elif config.deterministic:
+        reason = "deterministic cuts attention where a step's keys say, and a captured step has room for no more parts"
     elif not isinstance(ops, FixedPlans):
         reason = f"the back end {ops.name} reads a step's rows back to the host"
     if reason is not None:

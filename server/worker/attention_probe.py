@@ -190,12 +190,13 @@ class AttentionProbe:
         qkv_TX = ops.linear(ops.rms_norm(x_TH, b.norm_H, b.eps), b.qkv)
         k_TKD = self._rotated_keys(qkv_TX, b, rows)
         q_TQD = ops.qkv_rope_write(
-            qkv_TX, b.num_q, b.num_kv, b.head_dim, b.cos_sin_MR, b.q_norm_D, b.k_norm_D, b.eps, k_pages, v_pages, rows
-        )
+            qkv_TX, b.num_q, b.num_kv, b.head_dim, b.cos_sin_MR, b.q_norm_D, b.k_norm_D, b.eps, k_pages, v_pages, rows,
+            b.kv_scale_2K,
+        )  # fmt: skip
         for watch in self._watches:
             watch.see(self._layer, q_TQD, k_TKD, b.scale)
         self._layer += 1
-        out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window)
+        out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window, b.form, b.kv_scale_2K)
         return ops.linear(out_TQD.flatten(1), b.out, x_TH)
 
     def _rotated_keys(self, qkv_TX: Tensor, block: AttentionBlock, rows: AttentionRows) -> Tensor:

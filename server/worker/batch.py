@@ -130,6 +130,7 @@ def host_batch(
         int32(bounds),
         masks,
         None if mask_starts is None else int32(mask_starts),
+        table,
     )
     return HostBatch(tokens, table, kv_slots, rows, bounds.tolist())
 

@@ -24,7 +24,7 @@ from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.host_memory import keep_step_buffers, return_free_memory
 from server.worker.info import WorkerInfo, diffusion_model
-from server.worker.kv_pool import choose_page_size, size_pool
+from server.worker.kv_pool import choose_kv_dtype, choose_page_size, size_pool
 from server.worker.machine import choose_device, choose_dtype, device_name, usable_cores
 from server.worker.memory import MemoryReading, kv_budget, ledger, show
 from server.worker.profile import SHAPES, ProfileMemory
@@ -53,7 +53,8 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
     elif accelerator is None:
         accelerator = CudaAccelerator()
     before = accelerator.read() if accelerator is not None else None
-    ops = select_ops(device, dtype, quantization=config.quantization, num_threads=num_threads)
+    ops = select_ops(device, dtype, config.quantization, num_threads, config.deterministic)
+    kv_dtype = choose_kv_dtype(config.kv_cache_dtype, dtype, ops)
     # After an operator on two threads, torch's second one spins for milliseconds: on 2 cores that took a step of 8 rows
     # from 11 ms to 17 ms.
     torch.set_num_threads(1 if ops.owns_threads else num_threads)
@@ -71,6 +72,7 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
         ops,
         draft,
         dtype,
+        kv_dtype,
         device,
         choose_page_size(config.page_size, device, diffusion),
         diffusion,
@@ -86,10 +88,10 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
 
 def _size(parts: Parts, device_bytes: int | None = None) -> tuple[int, int]:
     config, draft = parts.config, parts.draft
-    page_bytes = draft.page_bytes(parts.ops, parts.page_size, parts.dtype, parts.device) if draft is not None else 0
+    page_bytes = draft.page_bytes(parts.ops, parts.page_size, parts.kv_dtype, parts.device) if draft is not None else 0
     return size_pool(
         parts.model.config,
-        parts.dtype,
+        parts.kv_dtype,
         parts.page_size,
         config.max_seqs,
         config.max_model_len,
@@ -183,6 +185,8 @@ def _profile_memory(parts: Parts, num_threads: int, info: WorkerInfo) -> DiskMem
         "weight_bytes": info.weight_bytes,
         "dtype": info.dtype,
         "quantization": config.quantization or "",
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "deterministic": int(config.deterministic),
         "device": device_name(info.device),
         "ops": info.ops,
         "captured": repr(parts.sizes),

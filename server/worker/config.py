@@ -16,6 +16,8 @@ class WorkerConfig:
     device          auto, cpu or cuda
     random_weights  a shape such as "hidden=768,layers=12,heads=12"; then `model` is not read
     quantization    None, int8 or int4: weight-only, lossy
+    kv_cache_dtype  auto (the model's dtype), bfloat16, float16, float32, fp8 or int8; the last two are lossy
+    deterministic   kernels that give a row the same bits whatever rows are beside it, where the back end has a choice
     kv_cache_bytes  size of the KV pool; None = a share of what is free
     gpu_memory_utilization  part of a CUDA device's memory, in (0, 1], for all that this process holds there
     enforce_eager   no forward is captured in a CUDA graph
@@ -35,6 +37,8 @@ class WorkerConfig:
     device: str = "auto"
     random_weights: str | None = None
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    deterministic: bool = False
     kv_cache_bytes: int | None = None
     kv_share: float = 1.0
     gpu_memory_utilization: float = 0.9

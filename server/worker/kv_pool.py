@@ -7,6 +7,7 @@ reads past `visible` is wrong, and `poison` is how the tests find out.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Protocol
@@ -14,9 +15,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.kv_format import fill_with_nan, slot_bytes
 from kernels.ops import Ops
 from scheduler.types import DiffusionModel, Topology
 
+logger = logging.getLogger(__name__)
+
+KV_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 CPU_PAGE_SIZE = 32
 GPU_PAGE_SIZE = 64
 CPU_SHARE = 0.25
@@ -44,6 +55,26 @@ def choose_page_size(asked: int | None, device: torch.device, diffusion: Diffusi
     return asked or -(-usual // block) * block
 
 
+def choose_kv_dtype(name: str, dtype: torch.dtype, ops: Ops) -> torch.dtype:
+    """What KV pages hold. Raises ValueError if this back end cannot hold it, naming what can."""
+    if name != "auto" and name not in KV_DTYPES:
+        raise ValueError(f"kv_cache_dtype is {name!r}; expected auto, {', '.join(KV_DTYPES)}")
+    asked = dtype if name == "auto" else KV_DTYPES[name]
+    can = ops.kv_dtypes(dtype)
+    if asked not in can:
+        names = [known for known, kind in KV_DTYPES.items() if kind in can]
+        raise ValueError(
+            f"kv_cache_dtype is {name!r}, but the {ops.name} back end holds the KV of a "
+            f"{str(dtype).removeprefix('torch.')} model as {' or '.join(names)} only. int8 is held on every CUDA "
+            "device with triton, fp8 on those of compute capability 8.9 and above, and both by plain torch, which "
+            "serves on a CPU with dtype float16 or without a compiler; bfloat16 and float16 by any of these for a "
+            "float32 model"
+        )
+    if asked in (torch.int8, torch.float8_e4m3fn):
+        logger.warning("the KV cache is %s: lossy, the text differs from the one without", name)
+    return asked
+
+
 class KVShape(Protocol):
     """What the pool must know of a model (`server/models/config.py: ModelConfig` has it)."""
 
@@ -58,8 +89,8 @@ class KVShape(Protocol):
 
 
 def page_bytes(config: KVShape, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers: K and V."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size * dtype.itemsize
+    """Bytes of one page over all layers: K and V, in pages of `dtype` with their scales."""
+    return 2 * config.num_layers * config.num_kv_heads * page_size * slot_bytes(config.head_dim, dtype)
 
 
 def available_bytes() -> int:
@@ -162,7 +193,9 @@ class KVPool:
         poison: bool = False,
         has_spare: bool = False,
     ) -> None:
-        """poison: fill every page with NaN, so that any read of a key that nobody wrote shows in the logits.
+        """dtype: of the pages, which need not be the model's.
+
+        poison: fill every page with NaN, so that any read of a key that nobody wrote shows in the logits.
 
         has_spare: there is a page more, `spare_page`, that nobody is ever given: what is written there is read by none.
             On a device that has use for one, warm-up reads keys that nobody wrote, so all are 0 to begin with
@@ -180,8 +213,8 @@ class KVPool:
                 v_pages.zero_()
         if poison:
             for k_pages, v_pages in self.layers:
-                k_pages.fill_(float("nan"))
-                v_pages.fill_(float("nan"))
+                fill_with_nan(k_pages)
+                fill_with_nan(v_pages)
 
     @property
     def spare_page(self) -> int:

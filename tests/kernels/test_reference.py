@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import reference_attention
 from kernels.ops import AttentionRows, Ops
 from kernels.reference import INT4_GROUP, ReferenceOps, fake_quantize, gumbel_noise, philox
 from kernels.routing import Router
@@ -91,8 +91,8 @@ def test_attention_equals_its_definition(
 
 @pytest.mark.parametrize("page", [1, 3, 16, 64])
 def test_attention_does_not_depend_on_page_size_or_tiling(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "TILE_ROWS", 5)
-    monkeypatch.setattr(reference, "MAX_SCORES", 600)
+    monkeypatch.setattr(reference_attention, "TILE_ROWS", 5)
+    monkeypatch.setattr(reference_attention, "MAX_SCORES", 600)
     ops = ReferenceOps()
     world = World(ops, MIXED, (6, 2), 16, page, torch.float32)
     actual = ops.paged_attention(world.q, world.k_pages, world.v_pages, world.rows, 0.25)

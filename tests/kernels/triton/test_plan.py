@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kernels.triton.plan import NO_TREE, Launch, StepRows, plan_launch, plan_step, row_masks
+from kernels.triton.plan import (
+    CUT_KEYS,
+    LARGE_CUT_KEYS,
+    NO_TREE,
+    WHOLE,
+    Launch,
+    StepRows,
+    plan_launch,
+    plan_step,
+    row_masks,
+)
 from kernels.triton.tiles import Geometry, large_geometry, small_geometry
 
 PIECE_COST = 1.5
@@ -197,3 +207,27 @@ def test_one_program_does_everything_alone() -> None:
     launch = plan_launch(rows.row_seq, starts, lengths, row_masks(rows, None), 4, 2, geometry)
     assert launch.num_pieces == 1
     assert launch.shared_among(5).budget == -(-launch.total // 5)
+
+
+@pytest.mark.parametrize("window", [None, 5000])
+def test_fixed_cuts_and_tiles_depend_on_a_span_alone(window: int | None) -> None:
+    """A span's units, and the geometry that walks them, are the same beside any others; nothing else cuts them."""
+
+    def units(kv_lens: list[int], rows: list[int], at: int) -> tuple[Geometry, set[tuple[int, ...]]]:
+        found = step(kv_lens, rows)
+        planned = plan_step(found, row_masks(found, window), 4, 8, 128, 2, 132, deterministic=True)
+        first = int(found.span_starts[at])
+        for launch in planned:
+            own = [unit for unit in launch.units.tolist() if unit[0] == at]
+            if own:
+                assert launch.is_whole
+                return launch.geometry, {(unit[1] - first, *unit[2:]) for unit in own}
+        raise AssertionError("the span has no unit")
+
+    for kv_len, num_rows in ((9000, 1), (9000, 7), (2048, 1), (70_000, 300)):
+        alone = units([kv_len], [num_rows], 0)
+        assert units([50, kv_len, 5000, 9000], [1, num_rows, 16, 400], 1) == alone
+        if window is None:
+            cut = CUT_KEYS if num_rows * 4 <= 64 else LARGE_CUT_KEYS
+            assert all(unit[2] % cut == 0 and unit[5] - unit[2] <= cut for unit in alone[1])
+            assert {unit[6] for unit in alone[1]} == ({0} if kv_len > cut else {WHOLE})

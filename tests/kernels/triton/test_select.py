@@ -62,3 +62,19 @@ def test_compilations_are_counted_through_the_hook_that_triton_calls(monkeypatch
 def test_where_no_triton_is_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert compilations()() == 0
+
+
+def test_the_deterministic_flag_reaches_attention_and_plain_torch_says_what_it_cannot_promise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "braid.kernels"):
+        select_ops("xpu", torch.bfloat16, deterministic=True)
+    assert "torch's products may depend on the rows beside a row" in caplog.text
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("pip install triton: shows that a CUDA device gets fixed cuts")
+    from kernels.triton.ops import TritonOps
+
+    for deterministic in (False, True):
+        ops = select_ops("cuda", torch.bfloat16, deterministic=deterministic)
+        assert isinstance(ops, TritonOps)
+        assert ops.deterministic == deterministic

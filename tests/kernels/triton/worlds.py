@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.blocks import PLAIN, AttentionForm
 from kernels.ops import AttentionRows
 from kernels.reference import ReferenceOps
 from kernels.triton.paged import PagedAttention
@@ -39,8 +40,10 @@ class AttentionOps(ReferenceOps):
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        form: AttentionForm = PLAIN,
+        kv_scale_2K: Tensor | None = None,
     ) -> Tensor:
-        return self.attention.run(q_TQD, k_pages, v_pages, rows, scale, window)
+        return self.attention.run(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
 
 
 @contextlib.contextmanager

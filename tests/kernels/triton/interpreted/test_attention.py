@@ -89,8 +89,8 @@ def test_a_nan_query_spoils_its_own_row_only() -> None:
     assert not out[1, [0, 1, 3]].isnan().any()
 
 
-def test_the_number_of_programs_changes_rounding_only() -> None:
-    """Mistake 15 would show here: partial results in one base merged in another."""
+def test_mistake_15_the_number_of_programs_changes_rounding_only() -> None:
+    """Partial results in one base merged in another would show."""
     shape, pieces = Shape(2, 1, 32, 64), [Piece(500, 1), Piece(3, 1), Piece(200, 6), Piece(0, 40)]
     results = [check(pieces, shape, None, num_programs) for num_programs in (1, 2, 5, 16)]
     for result in results[1:]:

@@ -74,7 +74,7 @@ def test_one_fixed_plan_serves_every_mix_of_spans(window: int | None, group: int
         expected, mass = definition(world, window)
         assert errors_in_bounds(actual[:num_rows], expected, mass, 16).max() <= 1
         assert (actual[num_rows:] == 0).all(), "a padding row is not 0"
-    layout = fixed_layout(ROWS, group, 1, 16, 4, window, num_sms=1)
+    layout = fixed_layout(ROWS, group, 1, 16, 4, window, 0, num_sms=1)
     short = padded(worlds[0].rows([0, 1]), ROWS - 1)
     with pytest.raises(ValueError, match="the step has 23 rows, its plan is for 24"):
         layout.write(short, staged)

@@ -11,6 +11,7 @@ from kernels.triton import gpu_checks
 from kernels.triton.gpu_checks import Span, attention_checks, make_world, repeat_checks, twin_checks, worst_error
 from kernels.triton.ops import TritonOps
 
+gpu_checks_forms = gpu_checks.forms
 CPU = torch.device("cpu")
 
 
@@ -18,11 +19,12 @@ def test_right_kernels_pass_every_check(monkeypatch: pytest.MonkeyPatch) -> None
     """A selection: on a GPU all run."""
     monkeypatch.setattr(gpu_checks, "DTYPES", (torch.bfloat16,))
     monkeypatch.setattr(gpu_checks, "SHAPES", [(2, 1, 128, 64, None), (3, 1, 80, 32, 37)])
+    monkeypatch.setattr(gpu_checks, "forms", lambda *args: gpu_checks_forms(*args)[-1:])
     ops = TritonOps(num_programs=3)
     shares = dict(attention_checks(ops, CPU, gpu_checks.SMALL))
     monkeypatch.setattr(gpu_checks, "DTYPES", (torch.bfloat16, torch.float16, torch.float32))
     shares |= dict(twin_checks(ops, CPU, 900, (9,)))
-    assert len(shares) == 2 + 3 * 7 + 6 + 1 + 6 + 3
+    assert len(shares) == 2 + 1 + 2 + 3 * 8 + 6 + 1 + 6 + 3
     assert {what: share for what, share in shares.items() if not share <= 1} == {}
     assert [differing for _, differing in repeat_checks(ops, CPU, [Span(70, 1), Span(9, 9)], 1, 1)] == [0] * 5
 

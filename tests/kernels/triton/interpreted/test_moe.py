@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.reference import ReferenceOps, fake_quantize
 from kernels.routing import Router
 from kernels.triton import moe
-from kernels.triton.gpu_checks import experts_error
+from kernels.triton.gpu_twins import experts_error
 from kernels.triton.moe import ExpertStack, expert_tiles, grouped_product, max_tiles, sort_pairs
 from kernels.triton.ops import TritonOps
 from kernels.triton.tiles import next_power_of_two

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import truncation
 from kernels.triton import truncate as kernels
-from kernels.triton.gpu_checks import filters_of
+from kernels.triton.gpu_twins import filters_of
 from kernels.triton.truncate import truncate
 from tests.kernels.triton.worlds import poisoned
 
