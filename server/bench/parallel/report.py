@@ -17,7 +17,7 @@ MIN_SEQUENTIAL = 0.97
 MIN_TOKENS_PER_FORWARD = 3.5
 MAX_LOSS = 0.01
 SIGMAS = 3.0
-MIN_OWN = 0.8
+MIN_OWN = 0.6
 """A model that is right less often with one token a step has not learnt the task's distribution: what it does with
 several says nothing about the sampler, and being within a band around next to nothing is no achievement."""
 
