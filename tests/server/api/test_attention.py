@@ -13,13 +13,16 @@ from tests.server.api.denoising import DUAL, denoising
 from tests.server.api.running import Server, serving
 
 OFFERS = (AttentionOffer(AttentionMethod.QUEST, 192), AttentionOffer(AttentionMethod.TIDAL, 69))
+DRAFTERS = (("suffix", False), ("sparse_attention", True))
 PATHS = ("/v1/completions", "/v1/chat/completions")
+
+LOSSLESS = {"method": "quest", "lossless": True}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with serving(denoising, diffusion=DUAL) as running:
-        running.engine.info = replace(running.engine.info, attention=OFFERS, attention_budget=256)
+        running.engine.info = replace(running.engine.info, attention=OFFERS, attention_budget=256, drafters=DRAFTERS)
         yield running
 
 
@@ -34,6 +37,7 @@ def ask(server: Server, path: str = "/v1/completions", **fields: Any) -> Any:
     [
         ({"method": "quest"}, Attention(AttentionMethod.QUEST, 256)),
         ({"method": "tidal", "budget": 69}, Attention(AttentionMethod.TIDAL, 69)),
+        ({"method": "tidal", "lossless": True}, Attention(AttentionMethod.TIDAL, 256, True)),
         ({"method": "dense"}, None),
     ],
 )
@@ -43,7 +47,9 @@ def test_what_is_asked_reaches_the_engine_and_is_reported(
     answer = ask(server, path, attention=fields)
     assert answer.status_code == 200, answer.text
     assert server.engine.requests[-1].attention == wanted
-    shown = {"method": "dense"} if wanted is None else {"method": wanted.method, "budget": wanted.budget}
+    shown: dict[str, Any] = {"method": "dense"}
+    if wanted is not None:
+        shown = {"method": wanted.method, "budget": wanted.budget} | ({"lossless": True} if wanted.lossless else {})
     assert answer.json()["usage"]["attention"] == shown
 
 
@@ -76,6 +82,9 @@ def test_who_says_nothing_gets_the_servers_method_and_no_report(server: Server) 
         ({"attention": "quest"}, "attention", ""),
         ({"attention": {"method": "quest"}, "model": "tiny-diffusion"}, "attention", "denoises"),
         ({"attention": {"method": "quest"}, "speculation": {"tree": True}}, "speculation", "cannot verify trees"),
+        ({"attention": {"method": "dense", "lossless": True}}, "attention.lossless", "dense loses nothing"),
+        ({"attention": LOSSLESS, "speculation": {"mode": "off"}}, "speculation", "rules it out"),
+        ({"attention": LOSSLESS, "speculation": {"drafter": "suffix"}}, "speculation", "rules it out"),
     ],
 )
 @pytest.mark.parametrize("path", PATHS)
@@ -97,6 +106,9 @@ def test_a_server_without_sparse_attention_says_so(server: Server) -> None:
         answer = ask(server, attention={"method": "quest"})
         assert answer.status_code == 400
         assert "dense attention alone" in answer.json()["error"]["message"]
+        server.engine.info = replace(info, drafters=(("suffix", False),))
+        answer = ask(server, attention=LOSSLESS)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "attention.lossless")
         assert ask(server, attention={"method": "dense"}).status_code == 200
     finally:
         server.engine.info = info
