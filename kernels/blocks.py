@@ -17,6 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kernels.ops import AttentionRows, Ops, PackedLinear
+    from kernels.sparse import SparseLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,10 @@ PLAIN = AttentionForm()
 
 @dataclass(frozen=True, eq=False)
 class AttentionBlock:
-    """Pre-norm self-attention with its residual: x + out(attend(rope(qkv(norm(x))))). Fields as in `Ops`' methods."""
+    """Pre-norm self-attention with its residual: x + out(attend(rope(qkv(norm(x))))). Fields as in `Ops`' methods.
+
+    layer  its index in the model
+    """
 
     norm_H: Tensor
     qkv: PackedLinear
@@ -58,6 +62,11 @@ class AttentionBlock:
     window: int | None
     form: AttentionForm = PLAIN
     kv_scale_2K: Tensor | None = None
+    layer: int = 0
+
+    def sparse(self, rows: AttentionRows) -> SparseLayer | None:
+        """This layer's part in sparse attention, where the step's KV memory has any."""
+        return None if rows.layers is None else rows.layers[self.layer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +90,14 @@ def composed_attention_block(
     ops: Ops, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
 ) -> Tensor:
     """The attention half of a layer from `Ops`' single operations; writes K and V, returns the new residual stream."""
-    b = block
+    b, layer = block, block.sparse(rows)
     qkv_TX = ops.linear(ops.rms_norm(x_TH, b.norm_H, b.eps), b.qkv)
     q_TQD = ops.qkv_rope_write(
         qkv_TX, b.num_q, b.num_kv, b.head_dim, b.cos_sin_MR, b.q_norm_D, b.k_norm_D, b.eps, k_pages, v_pages, rows,
         b.kv_scale_2K,
+        layer,
     )  # fmt: skip
-    out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window, b.form, b.kv_scale_2K)
+    out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window, b.form, b.kv_scale_2K, layer)
     return ops.linear(out_TQD.flatten(1), b.out, x_TH)
 
 

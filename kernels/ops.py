@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels.blocks import PLAIN, AttentionBlock, AttentionForm, DenseLayers
 from kernels.edits import Edits
 from kernels.routing import Router
+from kernels.sparse import Role, SparseLayer, SparseRows
 from kernels.truncation import Filters
 
 
@@ -57,6 +58,8 @@ class AttentionRows:
                  stands at position tree_start + n)
     tree_starts  int32 [T], there if `tree` is; read where tree is not 0
     host         the same rows on the host, where who made them has them: a back end that plans need not read them back
+    sparse       there in a step with rows that read only some of the keys they see
+    layers       there where the KV memory has metadata for such rows: of each layer of the model, by its index
     """
 
     page_table: Tensor
@@ -68,6 +71,8 @@ class AttentionRows:
     tree: Tensor | None = None
     tree_starts: Tensor | None = None
     host: StepRows | None = None
+    sparse: SparseRows | None = None
+    layers: Sequence[SparseLayer] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ class Ops(Protocol):
         v_pages: Tensor,
         rows: AttentionRows,
         kv_scale_2K: Tensor | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         """Split, normalise, rotate, store: returns the rotated q [T, Q, D]; k and v are in the pages afterwards.
 
@@ -155,6 +161,7 @@ class Ops(Protocol):
         q_norm_D, k_norm_D  per-head RMSNorm weights applied before the rotation (Qwen3), or None
         kv_scale_2K  float32, of fp8 pages: what a stored key (row 0) or value (row 1) of a kv head is multiplied by;
                      None = 1.0, uncalibrated. Other pages take none: int8 pages hold a scale for each token and head
+        layer       whose metadata of the new keys is written, too
         """
         ...
 
@@ -168,12 +175,14 @@ class Ops(Protocol):
         window: int | None = None,
         form: AttentionForm = PLAIN,
         kv_scale_2K: Tensor | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         """softmax(scale q k^T) v over the keys that each row sees of its own sequence; [T, Q, D] in q's dtype.
 
         Query head h reads kv head h // (Q / K). Memory past a sequence's last key may hold anything, NaN included.
         form         a back end that has no such attention raises ValueError
         kv_scale_2K  as in `qkv_rope_write`
+        layer  what it does for the sparse rows of a step that has some (kernels/sparse.py); they read fewer keys
         """
         ...
 
@@ -256,13 +265,20 @@ class Ops(Protocol):
         """
         ...
 
-    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+    def move_kv(
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        from_slots_M: Tensor,
+        to_slots_M: Tensor,
+        layer: SparseLayer | None = None,
+    ) -> None:
         """Copy one layer's K and V of single slots, one after the other in the order of the lists (int64 [M]).
 
         Scales that lie in the pages move along.
 
         A slot that is both a source and a destination is read as the earlier copies left it: a path that moves towards
-        the front of its own sequence, in ascending order, arrives whole.
+        the front of its own sequence, in ascending order, arrives whole. `layer`: its metadata moves along.
         """
         ...
 
@@ -277,6 +293,16 @@ class Ops(Protocol):
 
         int8 pages are [P, K, S, D + 4] bytes, scales included (kernels/kv_format.py).
         A back end may choose another layout and documents it; nobody but its own methods may look inside.
+        """
+        ...
+
+    def allocate_sparse(
+        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+    ) -> SparseLayer:
+        """Metadata memory beside the k_pages that `allocate_kv` made, not initialised; opaque in the same way.
+
+        has_bounds   for `Method.QUEST`; channels_KC (int32, elements of a key) for `Method.DOUBLE_SPARSITY`
+        Raises ValueError if this back end has no sparse attention.
         """
         ...
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import sparse_reference
 from kernels.blocks import (
     PLAIN,
     AttentionBlock,
@@ -26,6 +27,7 @@ from kernels.kv_format import check_scale, page_shape, split_record, stored_dtyp
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics
 from kernels.reference_attention import attend
 from kernels.routing import Router, choose_experts
+from kernels.sparse import Role, SparseLayer
 from kernels.truncation import Filters, truncate
 
 LOGITS_TILE = 8192
@@ -137,6 +139,7 @@ class ReferenceOps:
         v_pages: Tensor,
         rows: AttentionRows,
         kv_scale_2K: Tensor | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         heads = qkv_TX.view(qkv_TX.shape[0], num_q + 2 * num_kv, head_dim)
         q, k, v = torch.split(heads, [num_q, num_kv, num_kv], dim=1)
@@ -149,6 +152,8 @@ class ReferenceOps:
         k_scale_K, v_scale_K = (None, None) if kv_scale_2K is None else kv_scale_2K
         write_slots(k_pages, rows.slots, rotate(k, cos_sin), k_scale_K)
         write_slots(v_pages, rows.slots, v, v_scale_K)
+        if layer is not None:
+            sparse_reference.write(layer, k_pages, rows.slots)
         return rotate(q, cos_sin)
 
     def paged_attention(
@@ -161,8 +166,12 @@ class ReferenceOps:
         window: int | None = None,
         form: AttentionForm = PLAIN,
         kv_scale_2K: Tensor | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
-        return attend(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
+        out_TQD = attend(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
+        if rows.sparse is not None and layer is not None:
+            sparse_reference.attend(out_TQD, q_TQD, k_pages, v_pages, rows, scale, rows.sparse, layer)
+        return out_TQD
 
     def attention_block(
         self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
@@ -228,7 +237,14 @@ class ReferenceOps:
         found = (best, second, logits.logsumexp(-1), entropy, logit)
         return RowStatistics(best_id, *(values.float() for values in found))
 
-    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+    def move_kv(
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        from_slots_M: Tensor,
+        to_slots_M: Tensor,
+        layer: SparseLayer | None = None,
+    ) -> None:
         page_size = k_pages.shape[2]
         parts: list[Tensor] = [k_pages, v_pages]
         if k_pages.dtype == torch.int8:
@@ -236,6 +252,8 @@ class ReferenceOps:
         for source, target in zip(from_slots_M.tolist(), to_slots_M.tolist(), strict=True):
             for part in parts:
                 part[target // page_size, :, target % page_size] = part[source // page_size, :, source % page_size]
+        if layer is not None:
+            sparse_reference.write(layer, k_pages, to_slots_M)
 
     def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         return stored_dtypes(dtype)
@@ -245,6 +263,11 @@ class ReferenceOps:
     ) -> tuple[Tensor, Tensor]:
         shape = page_shape(num_pages, page_size, num_kv, head_dim, dtype)
         return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+
+    def allocate_sparse(
+        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+    ) -> SparseLayer:
+        return sparse_reference.allocate(k_pages, roles, has_bounds, channels_KC)
 
 
 def rotate(x_ThD: Tensor, cos_sin_T1R: Tensor) -> Tensor:

@@ -115,8 +115,9 @@ class DraftingPolicy:
             self._num_rested, self._num_skipped = 0, _REST
 
     def _meet(self, seq: Sequence) -> DraftState:
-        seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._first_gain.seconds)
-        return seq.drafting
+        seq.drafting = state = make_state(seq.request.speculation, self._settings.max_drafts, self._first_gain.seconds)
+        state.takes_trees = state.takes_trees and not seq.request.is_sparse
+        return state
 
     def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:
         offers = []

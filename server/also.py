@@ -11,7 +11,7 @@ from pathlib import Path
 
 from server.engine.config import EngineConfig, SpeculationConfig
 
-OWN_DRAFTERS = ("draft_model", "layer_subset", "diffusion")
+OWN_DRAFTERS = ("draft_model", "layer_subset", "diffusion", "sparse_attention")
 """Drafters that are set for one model, or that not every model has."""
 
 
@@ -75,6 +75,7 @@ def with_others(first: EngineConfig, others: Sequence[AlsoServed], shares: Seque
             max_model_len=None,
             denoise_block_size=None,
             speculation=_speculation(config.speculation),
+            attention=config.attention.without_files(),
         )
         for config, other in zip(sized[1:], others, strict=True)
     )

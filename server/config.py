@@ -15,14 +15,23 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from scheduler.types import MAX_TREE_NODES
 from server.also import AlsoServed, check_models, name_of, read_also, with_others
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
-from server.engine.config import EngineConfig, SpeculationConfig, check_speculation
+from server.engine.config import AttentionConfig, EngineConfig, SpeculationConfig
 from server.values import Auto, AutoCount, Count, Listed, Names, PolicyName, Seconds, Shares, Switch, Table, settings_of
 
 VERSION = "0.1.0"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_GROUPS = ("model", "engine", "speculation", "diffusion", "HTTP", "limits of one request", "life cycle and logs")
-_model, _engine, _drafts, _denoise, _http, _limits, _life = map(settings_of, _GROUPS)
+_GROUPS = (
+    "model",
+    "engine",
+    "speculation",
+    "attention",
+    "diffusion",
+    "HTTP",
+    "limits of one request",
+    "life cycle and logs",
+)
+_model, _engine, _drafts, _sparse, _denoise, _http, _limits, _life = map(settings_of, _GROUPS)
 
 
 class ServerConfig(BaseModel):
@@ -101,6 +110,20 @@ class ServerConfig(BaseModel):
         None, "capacity tests only: repeated requests get drafts that are right this often; the text stays the model's"
     )
 
+    sparse_attention: Listed = _sparse(
+        None, "methods that requests may choose: quest,tidal,double_sparsity; their KV metadata takes memory"
+    )
+    attention_method: Literal["dense", "quest", "double_sparsity", "tidal"] = _sparse(
+        "dense", "of requests that say nothing; not dense: the text is another"
+    )
+    attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")
+    attention_calibration: Names = _sparse(
+        (), "what calibration wrote, repeatable: channels (safetensors), layers (JSON)"
+    )
+    attention_channels: AutoCount = _sparse(
+        None, "label channels of double_sparsity; auto = an eighth of the head size"
+    )
+
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
     denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")
 
@@ -170,14 +193,11 @@ class ServerConfig(BaseModel):
                 raise ValueError(f"{name.replace('_', '-')}: there is no file {str(path)!r}")
         if self.api_key_file is not None and not self.api_keys():
             raise ValueError(f"api-key-file: {str(self.api_key_file)!r} holds no key")
-        check_models(self.model_names(), self.also(), self.kv_shares)
-        return self
-
-    @model_validator(mode="after")
-    def _drafts_can_be_had(self) -> ServerConfig:
-        check_speculation(self.speculation_config())
         if self.draft_store_file is not None and not self.draft_store_file.parent.is_dir():
             raise ValueError(f"draft-store-file: there is no folder {str(self.draft_store_file.parent)!r}")
+        self._speculation().check()
+        self._attention().check()
+        check_models(self.model_names(), self.also(), self.kv_shares)
         return self
 
     def also(self) -> tuple[AlsoServed, ...]:
@@ -202,22 +222,6 @@ class ServerConfig(BaseModel):
         default = LOOPBACK_HOSTS if self.is_loopback() else None
         return None if "*" in self.allowed_hosts else self.allowed_hosts or default
 
-    def speculation_config(self) -> SpeculationConfig:
-        return SpeculationConfig(
-            mode=self.speculation,
-            drafters=self.drafters,
-            max_drafts=self.num_speculative_tokens,
-            policy=self.speculation_policy,
-            table=self.speculation_table,
-            draft_model=self.draft_model,
-            draft_stop=self.draft_stop,
-            draft_tree=self.draft_tree,
-            layer_subset=self.layer_subset,
-            store_bytes=self.draft_store_memory,
-            store_file=None if self.draft_store_file is None else str(self.draft_store_file),
-            synthetic_acceptance=self.synthetic_acceptance,
-        )
-
     def engine_config(self) -> EngineConfig:
         same = {field.name for field in fields(EngineConfig)} & ServerConfig.model_fields.keys() - {"speculation"}
         first = EngineConfig(
@@ -236,33 +240,45 @@ class ServerConfig(BaseModel):
             step_timeout_s=self.step_timeout,
             delta_interval_s=self.delta_interval_ms / 1000,
             progress=not self.quiet,
-            speculation=self.speculation_config(),
+            speculation=self._speculation(),
+            attention=self._attention(),
         )
         return with_others(first, self.also(), self.kv_shares)
 
+    def _speculation(self) -> SpeculationConfig:
+        return SpeculationConfig(
+            mode=self.speculation,
+            drafters=self.drafters,
+            max_drafts=self.num_speculative_tokens,
+            policy=self.speculation_policy,
+            table=self.speculation_table,
+            draft_model=self.draft_model,
+            draft_stop=self.draft_stop,
+            draft_tree=self.draft_tree,
+            layer_subset=self.layer_subset,
+            store_bytes=self.draft_store_memory,
+            store_file=None if self.draft_store_file is None else str(self.draft_store_file),
+            synthetic_acceptance=self.synthetic_acceptance,
+        )
+
+    def _attention(self) -> AttentionConfig:
+        return AttentionConfig(
+            methods=self.sparse_attention or (),
+            default=self.attention_method,
+            budget=self.attention_budget,
+            calibration=self.attention_calibration,
+            num_channels=self.attention_channels,
+        )
+
     def api_settings(self) -> ApiSettings:
+        same = {field.name for field in fields(Limits)} & ServerConfig.model_fields.keys()
         limits = Limits(
+            **{name: getattr(self, name) for name in same},
             max_body_bytes=self.max_body_size,
-            max_headers=self.max_headers,
             max_header_bytes=self.max_header_size,
             max_depth=self.max_json_depth,
             max_items=self.max_json_items,
-            max_prompts=self.max_prompts,
-            max_n=self.max_n,
-            max_choices=self.max_choices,
-            max_output_tokens=self.max_output_tokens,
-            max_logprobs=self.max_logprobs,
-            max_logprob_entries=self.max_logprob_entries,
-            max_stop_strings=self.max_stop_strings,
-            max_stop_chars=self.max_stop_chars,
-            max_stop_token_ids=self.max_stop_token_ids,
-            max_logit_bias=self.max_logit_bias,
-            max_allowed_token_ids=self.max_allowed_token_ids,
-            max_bad_words=self.max_bad_words,
-            max_bad_word_tokens=self.max_bad_word_tokens,
             max_grammar_bytes=self.max_grammar_size,
-            max_grammar_depth=self.max_grammar_depth,
-            max_messages=self.max_messages,
         )
         return ApiSettings(
             served_model_names=self.model_names(),

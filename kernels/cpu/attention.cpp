@@ -4,7 +4,10 @@
 // Dao, "FlashAttention-2" (2023), section 3.1. A row's value depends on its own visible keys only: chunks and keys that
 // other rows of the tile see enter it as exact zeros, so chunking and company cannot change a bit.
 // Unwritten slots may hold NaN: their scores are masked, and they never reach the value product.
-#include "layer.h"
+// A sparse row is a tile of its own (with its group of heads): what it reads becomes all of its sequence, and is walked alike.
+#include "sparse.h"
+
+#include <vector>
 
 namespace braid {
 namespace {
@@ -14,7 +17,8 @@ constexpr long kChunkKeys = 128;
 constexpr float kMinusInf = -__builtin_inff();
 
 struct Tile {
-  long span, first, count, head;  // query tokens [first, first + count) of one span, one kv head
+  long first, count, head;  // query tokens [first, first + count) of one span, one kv head
+  bool chooses;             // of one sparse row that has more keys than it may read
 };
 
 void prefetch_bytes(const void* p, long bytes) {
@@ -46,6 +50,7 @@ class Attend {
     pages = g.page_table + g.row_seq[tile.first] * g.max_pages;
     head = tile.head;
     prepare(tile);
+    if (tile.chooses) choose(tile.first);
     long last_key = 0, first_key = INT64_MAX;
     for (long r = 0; r < rows; r++) {
       last_key = last_key > high[r] ? last_key : high[r];
@@ -57,6 +62,8 @@ class Attend {
       long chunk = page / chunk_pages, chunk_end = (chunk + 1) * chunk_pages;
       chunk_end = chunk_end < end_page ? chunk_end : end_page;
       scores_of(page, chunk_end, chunk * chunk_pages, last_key);
+      if (raw_scores) keep_scores(page, chunk_end, chunk * chunk_pages);
+      if (hidden) hide_keys(page, chunk_end, chunk * chunk_pages);
       if (g.tree)
         for (long r = 0; r < rows; r++) hide_branches(r, page, chunk_end, chunk * chunk_pages);
       for (long r = 0; r < rows; r++) softmax_row(r, page, chunk_end, chunk * chunk_pages);
@@ -64,9 +71,85 @@ class Attend {
       page = chunk_end;
     }
     finish(tile);
+    if (raw_scores) choose_keys(g, tile.first, raw_scores, list_of(tile.first));
   }
 
  private:
+  int32_t* list_of(long token) const {
+    return g.sparse->lists + (g.sparse->index[token] * g.num_kv + head) * g.sparse->most;
+  }
+
+  // Makes what the row reads its whole sequence; a row that lists keys reads all and keeps its scores.
+  void choose(long token) {
+    long at = g.sparse->index[token], budget = g.sparse->budgets[at], visible = g.visible[token];
+    int32_t role = g.layer->roles[g.sparse->methods[at]];
+    long room = (visible + g.page_size - 1) / g.page_size * g.page_size + kLanes;
+    if (role == kList) {
+      raw_scores = scratch_of<float>(1, room);
+      return;
+    }
+    following = nullptr;
+    if (role == kFollow) return read_only(list_of(token), token, budget);
+    if (g.sparse->methods[at] == kQuest) {
+      long count = budget / g.page_size;
+      chosen_pages.resize(count);
+      choose_pages<T>(g, token, head, chosen_pages.data());
+      for (int32_t& page : chosen_pages) page = pages[page];
+      for (long p = 0; p < count && p < chunk_pages; p++)
+        prefetch_bytes(layout.keys(static_cast<const T*>(g.k_pages), chosen_pages[p], head), layout.padded_keys * layout.dim_words * 4);
+      return take_pages(visible);
+    }
+    float* label = scratch_of<float>(1, room + budget);
+    int32_t* keys = reinterpret_cast<int32_t*>(label + room);
+    label_scores<T>(g, token, head, label);
+    choose_keys(g, token, label, keys);
+    read_only(keys, token, budget);
+  }
+
+  // The pages of single keys, in which all others are hidden: a tile of K holds its keys side by side, so that one of them costs
+  // the cache lines of all.
+  void read_only(const int32_t* keys, long token, long count) {
+    hidden = scratch_of<int32_t>(2, (count + 1) * layout.padded_keys);
+    long last = -1;
+    for (long i = 0; i < count; i++) {
+      long page = keys[i] / g.page_size;
+      if (page != last) {
+        int32_t* flags = hidden + long(chosen_pages.size()) * layout.padded_keys;
+        for (long s = 0; s < layout.padded_keys; s++) flags[s] = -1;
+        chosen_pages.push_back(pages[page]);
+        last = page;
+      }
+      hidden[(long(chosen_pages.size()) - 1) * layout.padded_keys + keys[i] % g.page_size] = 0;
+    }
+    take_pages(g.visible[token]);
+  }
+
+  // The row's own page is the last of those chosen: its sequence, for this walk, ends where it ends there.
+  void take_pages(long visible) {
+    pages = chosen_pages.data();
+    for (long r = 0; r < rows; r++) high[r] = (long(chosen_pages.size()) - 1) * g.page_size + (visible - 1) % g.page_size + 1;
+  }
+
+  void hide_keys(long page, long end, long origin) {
+    for (long r = 0; r < rows; r++)
+      for (long p = page; p < end; p++)
+        for (long s = 0; s < layout.padded_keys; s += kLanes) {
+          float* at = scores + r * columns + (p - origin) * layout.padded_keys + s;
+          store(at, load<vi>(hidden + p * layout.padded_keys + s) ? splat(kMinusInf) : load<vf>(at));
+        }
+  }
+
+  // Of each key the highest q.k of the group's heads. What is past a page's end is written over by the next page.
+  void keep_scores(long page, long end, long origin) {
+    for (; page < end; page++)
+      for (long s = 0; s < g.page_size; s += kLanes) {
+        const float* at = scores + (page - origin) * layout.padded_keys + s;
+        vf best = load<vf>(at);
+        for (long r = 1; r < rows; r++) best = vmax(load<vf>(at + r * columns), best);
+        store(raw_scores + page * g.page_size + s, best);
+      }
+  }
+
   void prepare(const Tile& tile) {
     long words = layout.dim_words;
     long need = rows * (words + columns + layout.padded_dims + columns) + 4 * 1024;
@@ -260,6 +343,9 @@ class Attend {
   KvLayout<T> layout;
   long group, chunk_pages, columns;
   long rows = 0, head = 0;
+  float* raw_scores = nullptr;  // there for a row that lists keys
+  int32_t* hidden = nullptr;    // there for a row that reads single keys: -1 for each that it does not
+  std::vector<int32_t> chosen_pages;
   RowBlocks blocks{0};
   const int32_t* pages = nullptr;
   const Tile* following = nullptr;
@@ -279,12 +365,16 @@ void paged_attention(Pool* pool, const AttentionArgs& g) {
   long tokens = kTileRows / group > 1 ? kTileRows / group : 1;
   long tiles = 0;
   for (long s = 0; s < g.num_spans; s++) tiles += (g.span_starts[s + 1] - g.span_starts[s] + tokens - 1) / tokens;
+  if (g.sparse) tiles = g.span_starts[g.num_spans];
   Tile* list = scratch_of<Tile>(3, tiles * g.num_kv + 1);
   long n = 0;
   for (long s = 0; s < g.num_spans; s++)
-    for (long first = g.span_starts[s]; first < g.span_starts[s + 1]; first += tokens) {
-      long left = g.span_starts[s + 1] - first;
-      for (long h = 0; h < g.num_kv; h++) list[n++] = Tile{s, first, left < tokens ? left : tokens, h};
+    for (long first = g.span_starts[s], end = g.span_starts[s + 1], count; first < end; first += count) {
+      bool chooses_keys = chooses(g, first);
+      count = chooses_keys ? 1 : end - first < tokens ? end - first : tokens;
+      for (long i = 1; g.sparse && i < count; i++)
+        if (chooses(g, first + i)) count = i;
+      for (long h = 0; h < g.num_kv; h++) list[n++] = Tile{first, count, h, chooses_keys};
     }
   parallel(pool, n, [&](long t) { Attend<T>(g).run(list[t], t + 1 < n ? &list[t + 1] : nullptr); });
 }

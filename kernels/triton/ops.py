@@ -18,6 +18,7 @@ from kernels.kv_format import FP8, stored_dtypes
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics, StepRows
 from kernels.reference import DenseLinear, ReferenceOps, dense_weight
 from kernels.routing import Router, choose_experts
+from kernels.sparse import Role, SparseLayer
 from kernels.triton.edits import edit_logits
 from kernels.triton.moe import ExpertStack, moe, pack_experts
 from kernels.triton.move import move_kv
@@ -86,6 +87,7 @@ class TritonOps:
         v_pages: Tensor,
         rows: AttentionRows,
         kv_scale_2K: Tensor | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         return qkv_rope_write(
             qkv_TX, num_q, num_kv, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows, kv_scale_2K
@@ -101,6 +103,7 @@ class TritonOps:
         window: int | None = None,
         form: AttentionForm = PLAIN,
         kv_scale_2K: Tensor | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
 
@@ -174,7 +177,14 @@ class TritonOps:
     def write_plans(self, host: StepRows, words: NDArray[np.int32]) -> None:
         self._attention.write_plans(host, words)
 
-    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+    def move_kv(
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        from_slots_M: Tensor,
+        to_slots_M: Tensor,
+        layer: SparseLayer | None = None,
+    ) -> None:
         move_kv(k_pages, v_pages, from_slots_M, to_slots_M)
 
     def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -186,3 +196,8 @@ class TritonOps:
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         return self._torch.allocate_kv(num_pages, page_size, num_kv, head_dim, dtype, device)
+
+    def allocate_sparse(
+        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+    ) -> SparseLayer:
+        raise ValueError("sparse attention is not on the Triton back end yet; serve on a CPU or with dense attention")

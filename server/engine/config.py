@@ -6,11 +6,16 @@ Data only, no torch: the front end builds the one and shows the other. Nothing h
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from scheduler.types import DiffusionModel, Limits, Speculation, SpeculationMode, VerifyMode
+from scheduler.types import (
+    Attention,
+    AttentionMethod,
+    AttentionOffer,
+    DiffusionModel,
+    Limits,
+)
 
 
 class EngineState(StrEnum):
@@ -26,7 +31,7 @@ class EngineState(StrEnum):
 
 DRAFTERS = (
     *("prediction", "grammar", "suffix", "history", "adjacency", "ngram_prob", "trigram"),
-    *("draft_model", "layer_subset", "diffusion"),
+    *("draft_model", "layer_subset", "diffusion", "sparse_attention"),
 )
 """Drafters that can be asked for by name."""
 
@@ -58,6 +63,74 @@ class SpeculationConfig:
     store_bytes: int = 256 << 20
     store_file: str | None = None
     synthetic_acceptance: float | None = None
+
+    def check(self) -> None:
+        """Raises ValueError, in the flags' names, for settings that contradict each other."""
+        if (self.policy == "table") != bool(self.table):
+            raise ValueError("speculation-policy table and speculation-table 1:8,4:4 need each other; one is missing")
+        for most, drafts in self.table:
+            if most < 1 or drafts > self.max_drafts:
+                raise ValueError(
+                    f"speculation-table has {most}:{drafts}, but sequences are at least 1 and drafts at most "
+                    f"num-speculative-tokens {self.max_drafts}"
+                )
+        for name in self.drafters or ():
+            if name not in DRAFTERS:
+                raise ValueError(f"drafters names {name!r}; there are {', '.join(DRAFTERS)}")
+        for name, value in (("draft_model", self.draft_model), ("layer_subset", self.layer_subset)):
+            flag, is_set = name.replace("_", "-"), value is not None
+            if self.drafters is not None and (name in self.drafters) != is_set:
+                missing = (
+                    f"{flag} is set, but drafters leaves {name} out" if is_set else f"drafters has {name}: set {flag}"
+                )
+                raise ValueError(missing)
+        if self.layer_subset is not None and not re.fullmatch(r"uniform:0?\.\d+|search|exit", self.layer_subset):
+            raise ValueError(f"layer-subset is {self.layer_subset!r}: expected uniform:0.5 (a share), search or exit")
+
+
+DENSE = "dense"
+"""The attention method of whoever wants every key read."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Sparse attention of an engine.
+
+    methods      those that requests may choose; the KV memory keeps what they need
+    default      of requests that say nothing: dense, or one of `methods`
+    budget       keys that a row reads where a request does not say
+    calibration, num_channels   as `server/worker/sparse_config.py` has them
+    """
+
+    methods: tuple[str, ...] = ()
+    default: str = DENSE
+    budget: int = 1024
+    calibration: tuple[str, ...] = ()
+    num_channels: int | None = None
+
+    def allowed(self) -> tuple[AttentionMethod, ...]:
+        """The methods, and the default one wherever it is not among them."""
+        extra = () if self.default == DENSE else (AttentionMethod(self.default),)
+        return tuple(dict.fromkeys((*map(AttentionMethod, self.methods), *extra)))
+
+    def check(self) -> None:
+        """Raises ValueError, in the flags' names, for methods that there are not or that lack what they need."""
+        for name in self.methods:
+            if name not in tuple(AttentionMethod):
+                raise ValueError(f"sparse-attention names {name!r}; there are {', '.join(AttentionMethod)}")
+        needs_channels = AttentionMethod.DOUBLE_SPARSITY in self.allowed()
+        if needs_channels and not any(name.endswith(".safetensors") for name in self.calibration):
+            raise ValueError(
+                "double_sparsity needs the model's label channels: set attention-calibration to their file"
+            )
+        if self.calibration and not self.allowed():
+            raise ValueError("attention-calibration is set, but no method is: name some with sparse-attention")
+
+    def without_files(self) -> AttentionConfig:
+        """For another model: what was calibrated is the first one's."""
+        methods = tuple(name for name in self.methods if name != AttentionMethod.DOUBLE_SPARSITY)
+        default = DENSE if self.default == AttentionMethod.DOUBLE_SPARSITY else self.default
+        return replace(self, methods=methods, default=default, calibration=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +187,7 @@ class EngineConfig:
     warm_up: bool = True
     progress: bool = True
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     default_decoding: str | None = None
     denoise_block_size: int | None = None
     also: tuple[EngineConfig, ...] = ()
@@ -129,6 +203,8 @@ class EngineInfo:
     drafters    (name, whether it runs a model step by step), in order of preference; none = nothing is ever drafted
     max_drafts  most drafts of one sequence in one step
     speculation, synthetic_acceptance   as configured (`SpeculationConfig`)
+    attention   the sparse methods that requests may choose
+    default_attention, attention_budget   what requests get that say nothing, or no budget
     name, also  of several models: this one's name in `Request.model`, and what there is besides the first
     """
 
@@ -159,6 +235,9 @@ class EngineInfo:
     max_drafts: int = 8
     speculation: str = "off"
     synthetic_acceptance: float | None = None
+    attention: tuple[AttentionOffer, ...] = ()
+    default_attention: Attention | None = None
+    attention_budget: int = 1024
     name: str = ""
     also: tuple[EngineInfo, ...] = ()
 
@@ -177,50 +256,6 @@ class EngineInfo:
     @property
     def kv_tokens(self) -> int:
         return self.num_pages * self.page_size
-
-
-def refusal(asked: Speculation, drafters: Sequence[str], max_drafts: int, has_prediction: bool = False) -> str | None:
-    """Why an engine with these drafters cannot do what a request asks of speculation; None = it can.
-
-    has_prediction  the request brings one, whether or not its ids are in `asked` yet
-    """
-    if asked.max_tokens is not None and not 1 <= asked.max_tokens <= max_drafts:
-        return f"speculation.max_tokens is {asked.max_tokens}, but must be between 1 and {max_drafts}"
-    if asked.drafter != "auto" and asked.drafter not in drafters:
-        offer = f"this server has {', '.join(drafters)}" if drafters else "this server has none"
-        return f"speculation.drafter is {asked.drafter}, but {offer}"
-    if asked.mode is SpeculationMode.ON and not drafters:
-        return "speculation.mode is on, but this server runs without speculation"
-    if asked.tree and asked.verify is not VerifyMode.COUPLED:
-        return f"speculation.tree is true and speculation.verify is {asked.verify}; trees are verified coupled only"
-    if has_prediction and asked.drafter not in ("auto", "prediction"):
-        return (
-            f"prediction is given and speculation.drafter is {asked.drafter}, which does not read it; "
-            "leave one of them out, or set the drafter to auto or prediction"
-        )
-    return None
-
-
-def check_speculation(config: SpeculationConfig) -> None:
-    """Raises ValueError, naming the flag, for settings that do not go together."""
-    if (config.policy == "table") != bool(config.table):
-        raise ValueError("speculation-policy table and speculation-table 1:8,4:4 need each other; one is missing")
-    for most, drafts in config.table:
-        if most < 1 or drafts > config.max_drafts:
-            raise ValueError(
-                f"speculation-table has {most}:{drafts}, but sequences are at least 1 and drafts at most "
-                f"num-speculative-tokens {config.max_drafts}"
-            )
-    for name in config.drafters or ():
-        if name not in DRAFTERS:
-            raise ValueError(f"drafters names {name!r}; there are {', '.join(DRAFTERS)}")
-    for name, value in (("draft_model", config.draft_model), ("layer_subset", config.layer_subset)):
-        flag = name.replace("_", "-")
-        if config.drafters is not None and (name in config.drafters) != (value is not None):
-            missing = f"{flag} is set, but drafters leaves {name} out" if value else f"drafters has {name}: set {flag}"
-            raise ValueError(missing)
-    if config.layer_subset is not None and not re.fullmatch(r"uniform:0?\.\d+|search|exit", config.layer_subset):
-        raise ValueError(f"layer-subset is {config.layer_subset!r}: expected uniform:0.5 (a share), search or exit")
 
 
 def make_limits(config: EngineConfig, model_len: int, num_pages: int, page_size: int) -> Limits:

@@ -30,6 +30,7 @@ from server.worker.kv_pool import KVPool, pages_for
 from server.worker.memory import MemoryReading, Needs, graph_bytes, peak_of
 from server.worker.profile import ProfileMemory
 from server.worker.sequences import make_sequences
+from server.worker.sparse_memory import SparsePlan
 from server.worker.transfer import Transfer
 from server.worker.warm_up import largest_steps
 from server.worker.worker import Worker
@@ -60,6 +61,7 @@ class Parts:
     learnt: Filter | None
     accelerator: Accelerator | None
     sizes: tuple[int, ...] = ()
+    sparse: SparsePlan | None = None
 
     def assemble(
         self,
@@ -76,8 +78,9 @@ class Parts:
         """
         config, model, ops, device = self.config, self.model, self.ops, self.device
         sizes = self.sizes if sizes is None else sizes
+        has_spare = self.accelerator is not None
         pool = KVPool(
-            ops, model.config, num_pages, self.page_size, self.kv_dtype, device, has_spare=self.accelerator is not None
+            ops, model.config, num_pages, self.page_size, self.kv_dtype, device, has_spare=has_spare, sparse=self.sparse
         )
         info = describe(self, pool, model_len)
         sequences = make_sequences(config.max_seqs, model_len, num_pages, self.page_size)
@@ -185,5 +188,6 @@ def describe(parts: Parts, pool: KVPool, model_len: int) -> WorkerInfo:
         ops=parts.ops.name,
         eos_ids=tuple(model.config.eos_token_ids),
         diffusion=parts.diffusion,
+        attention=() if pool.sparse is None else pool.sparse.offers,
         num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
     )

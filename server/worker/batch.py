@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.ops import AttentionRows, StepRows
+from kernels.sparse import SparseLayer, SparseRows
 from scheduler.types import MASK_ALL, MAX_TREE_NODES, Denoise, Span
 from server.worker.sequences import SequenceState
+from server.worker.sparse_memory import SparseMemory
+from server.worker.sparse_rows import sparse_rows
 from server.worker.transfer import Array, upload
 
 
@@ -59,13 +62,28 @@ def build_batch(
     page_table: NDArray[np.int32],
     page_size: int,
     device: torch.device,
+    sparse: SparseMemory | None = None,
 ) -> Batch:
-    """`host_batch` on `device`."""
-    return place(host_batch(spans, states, page_table, page_size), device)
+    """`host_batch` on `device`.
+
+    sparse  what the KV memory has for sparse rows; None = there are none
+    """
+    host = host_batch(spans, states, page_table, page_size)
+    if sparse is None:
+        return place(host, device)
+    return place(host, device, sparse.layers, sparse_rows(sparse, spans, states, host.first_rows, device))
 
 
-def place(host: HostBatch, device: torch.device) -> Batch:
-    """The batch's tensors: of the same memory on a CPU, on another device after one copy."""
+def place(
+    host: HostBatch,
+    device: torch.device,
+    layers: Sequence[SparseLayer] | None = None,
+    sparse: SparseRows | None = None,
+) -> Batch:
+    """The batch's tensors: of the same memory on a CPU, on another device after one copy.
+
+    layers, sparse  as `AttentionRows` has them
+    """
     rows = host.rows
     arrays: list[Array] = [
         host.tokens,
@@ -80,7 +98,9 @@ def place(host: HostBatch, device: torch.device) -> Batch:
         arrays += [rows.tree, rows.tree_starts]
     tokens, slots, table, row_seq, positions, visible, span_starts, *trees = upload(arrays, device)
     tree, tree_starts = trees or (None, None)
-    on_device = AttentionRows(table, row_seq, positions, visible, slots, span_starts, tree, tree_starts, rows)
+    on_device = AttentionRows(
+        table, row_seq, positions, visible, slots, span_starts, tree, tree_starts, rows, sparse, layers
+    )
     return Batch(tokens, on_device, host.first_rows)
 
 
@@ -107,7 +127,8 @@ def host_batch(
 
     bounds = np.zeros(num_spans + 1, dtype=np.int64)
     np.cumsum(lengths, out=bounds[1:])
-    num_rows = int(bounds[-1])
+    first_rows: list[int] = bounds.tolist()
+    num_rows = first_rows[-1]
     tokens = np.fromiter(chain.from_iterable(span.tokens for span in spans), np.int64, num_rows)
     row_span = np.repeat(np.arange(num_spans), lengths)
     indices = np.arange(num_rows) + (starts - bounds[:-1])[row_span]

@@ -19,16 +19,18 @@ from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
 from server.worker.accelerator import Accelerator, CudaAccelerator
 from server.worker.assembly import Parts, captured_sizes, measure_needs
+from server.worker.attention_calibration import checkpoint_hash
 from server.worker.config import WorkerConfig
 from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.host_memory import keep_step_buffers, return_free_memory
 from server.worker.info import WorkerInfo, diffusion_model
-from server.worker.kv_pool import choose_kv_dtype, choose_page_size, size_pool
+from server.worker.kv_pool import KVPool, choose_kv_dtype, choose_page_size, size_pool
 from server.worker.machine import choose_device, choose_dtype, device_name, usable_cores
 from server.worker.memory import MemoryReading, kv_budget, ledger, show
 from server.worker.profile import SHAPES, ProfileMemory
 from server.worker.profile_memory import DiskMemory, default_folder
+from server.worker.sparse_memory import SparsePlan
 from server.worker.warm_up import run_kernels
 from server.worker.worker import Worker
 
@@ -79,6 +81,7 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
         learnt,
         accelerator,
         captured_sizes(config, ops) if accelerator is not None else (),
+        _sparse_plan(config, model, folder),
     )
     remember = partial(_profile_memory, parts, num_threads)
     if accelerator is None or before is None:
@@ -88,7 +91,11 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
 
 def _size(parts: Parts, device_bytes: int | None = None) -> tuple[int, int]:
     config, draft = parts.config, parts.draft
-    page_bytes = draft.page_bytes(parts.ops, parts.page_size, parts.kv_dtype, parts.device) if draft is not None else 0
+    ops, size, kv_dtype = parts.ops, parts.page_size, parts.kv_dtype
+    more_bytes = draft.page_bytes(ops, size, kv_dtype, parts.device) if draft is not None else 0
+    if parts.sparse is not None:
+        few = KVPool(ops, parts.model.config, 4, size, kv_dtype, parts.device)
+        more_bytes += parts.sparse.page_bytes(ops, few.layers)
     return size_pool(
         parts.model.config,
         parts.kv_dtype,
@@ -96,7 +103,7 @@ def _size(parts: Parts, device_bytes: int | None = None) -> tuple[int, int]:
         config.max_seqs,
         config.max_model_len,
         config.kv_cache_bytes,
-        page_bytes,
+        more_bytes,
         config.kv_share,
         device_bytes,
     )
@@ -107,6 +114,14 @@ def _on_host(parts: Parts, remember: Remember) -> Worker:
     info = worker.info
     worker.info = replace(info, memory=(("weights", info.weight_bytes), ("KV pages", info.kv_bytes)))
     return worker
+
+
+def _sparse_plan(config: WorkerConfig, model: Model, folder: Path | None) -> SparsePlan | None:
+    if config.attention is None:
+        return None
+    # The weights are read once more only where there is something to compare with.
+    is_hashed = bool(config.attention.calibration) and folder is not None and config.random_weights is None
+    return SparsePlan(config.attention, model.config, checkpoint_hash(folder) if is_hashed and folder else None)
 
 
 def _on_accelerator(

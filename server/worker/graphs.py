@@ -139,7 +139,7 @@ class GraphedForward:
         """
         with torch.inference_mode():
             # Once as it is: the back end then knows which kinds of layer there are to plan for.
-            first = place(self._filled(NOBODY, self._sizes[-1]), self._device)
+            first = place(self._filled(NOBODY, self._sizes[-1]), self._device, self._pool.metadata)
             hidden_TH = self._model.forward(first.tokens, first.rows, self._pool.layers)
             self._hidden_TH = torch.empty_like(hidden_TH)
             self._allocate_inputs()
@@ -154,7 +154,7 @@ class GraphedForward:
         at = bisect_left(self._sizes, num_rows)
         graph = self._graphs.get(self._sizes[at]) if at < len(self._sizes) else None
         if graph is None:
-            return place(host, self._device)
+            return place(host, self._device, self._pool.metadata)
         self._num_rows = num_rows
         self._send(graph, self._filled(host, graph.size))
         return Batch(graph.batch.tokens, graph.batch.rows, host.first_rows)
@@ -193,7 +193,10 @@ class GraphedForward:
         tokens, slots, tree, row_seq, positions, visible, tree_starts, span_starts, words = layout.on_device(
             self._inputs
         )
-        rows = AttentionRows(self._page_table, row_seq, positions, visible, slots, span_starts, tree, tree_starts)
+        rows = AttentionRows(
+            self._page_table, row_seq, positions, visible, slots, span_starts, tree, tree_starts,
+            layers=self._pool.metadata,
+        )  # fmt: skip
         if self._plans is not None:
             self._plans.fix_plans(rows, words)
 

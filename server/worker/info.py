@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.types import DiffusionModel, Topology
+from scheduler.types import AttentionOffer, DiffusionModel, Topology
 from server.models.config import ModelConfig
 
 
@@ -16,6 +16,7 @@ class WorkerInfo:
     diffusion             how it denoises; None = it only generates token by token
     drafters              (name, whether it runs a model step by step) of each drafter
     memory                what holds how many bytes: weights and KV pages, on a GPU all of its memory (`memory.ledger`)
+    attention             the sparse methods that requests may choose
     """
 
     model_len: int
@@ -32,6 +33,7 @@ class WorkerInfo:
     diffusion: DiffusionModel | None = None
     drafters: tuple[tuple[str, bool], ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
+    attention: tuple[AttentionOffer, ...] = ()
 
 
 def diffusion_model(config: ModelConfig, asked: int | None) -> DiffusionModel | None:

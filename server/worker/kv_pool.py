@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from kernels.kv_format import fill_with_nan, slot_bytes
 from kernels.ops import Ops
+from kernels.sparse import SparseLayer
 from scheduler.types import DiffusionModel, Topology
+from server.worker.sparse_memory import SparsePlan
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +195,7 @@ class KVPool:
         device: torch.device,
         poison: bool = False,
         has_spare: bool = False,
+        sparse: SparsePlan | None = None,
     ) -> None:
         """dtype: of the pages, which need not be the model's.
 
@@ -199,6 +203,7 @@ class KVPool:
 
         has_spare: there is a page more, `spare_page`, that nobody is ever given: what is written there is read by none.
             On a device that has use for one, warm-up reads keys that nobody wrote, so all are 0 to begin with
+        sparse: what else it keeps, for sparse attention
         """
         self.num_pages = num_pages
         self.page_size = page_size
@@ -215,6 +220,12 @@ class KVPool:
             for k_pages, v_pages in self.layers:
                 fill_with_nan(k_pages)
                 fill_with_nan(v_pages)
+        self.sparse = None if sparse is None else sparse.memory(ops, self.layers, page_size)
+
+    @property
+    def metadata(self) -> Sequence[SparseLayer] | None:
+        """`AttentionRows.layers`."""
+        return None if self.sparse is None else self.sparse.layers
 
     @property
     def spare_page(self) -> int:
@@ -224,4 +235,5 @@ class KVPool:
     @property
     def num_bytes(self) -> int:
         """Memory taken, the back end's padding included."""
-        return sum(pages.untyped_storage().nbytes() for layer in self.layers for pages in layer)
+        pages = sum(pages.untyped_storage().nbytes() for layer in self.layers for pages in layer)
+        return pages + (0 if self.sparse is None else self.sparse.num_bytes)

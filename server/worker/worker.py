@@ -44,6 +44,7 @@ from server.worker.proposals import Proposer, propose
 from server.worker.recipe import make_recipe
 from server.worker.sampling import NOT_FINITE, Reading, outcome_of, read_tokens
 from server.worker.sequences import SequenceState, SequenceTable, TokenCounts
+from server.worker.sparse_rows import sparse_rows
 
 LOGITS_BYTES = 64 << 20
 """Most bytes of float32 logits held at once; sampling and log-probabilities may need four times this while they run."""
@@ -94,7 +95,7 @@ class Worker:
         self._rows_at_once = max(1, logits_bytes // (4 * info.vocab_size))
         self.is_asynchronous = device.type != "cpu"
         diffusion = info.diffusion
-        self._place = place or partial(place_batch, device=device)
+        self._place = place or partial(place_batch, device=device, layers=pool.metadata)
         self._num_compiled = num_compiled or (lambda: 0)
         self._denoiser = None if diffusion is None else DenoiseReader(ops, diffusion, self._rows_at_once, learnt)
 
@@ -187,14 +188,13 @@ class Worker:
         for span, state in zip(spans, states, strict=True):
             state.put(span)
         probes = self._prober.probes(spans, states) if self._prober is not None else ()
-        batch = self._place(
-            host_batch(
-                beside(embedded(spans, self.info.vocab_size), probes),
-                states_of(states, probes),
-                self._sequences.page_table,
-                self.info.page_size,
-            )
-        )
+        all_spans, all_states = beside(embedded(spans, self.info.vocab_size), probes), states_of(states, probes)
+        host = host_batch(all_spans, all_states, self._sequences.page_table, self.info.page_size)
+        memory, sparse = self._pool.sparse, None
+        if memory is not None:
+            sparse = sparse_rows(memory, all_spans, all_states, host.first_rows, self._device)
+        # Which rows are sparse is part of a step's shape: such a one is not captured.
+        batch = self._place(host) if sparse is None else place_batch(host, self._device, self._pool.metadata, sparse)
         watched = self._attention.watch(plan.step, spans, states, batch.first_rows) if self._attention else None
         hidden_TH = (watched or self._model).forward(batch.tokens, batch.rows, self._pool.layers)
         return _Begun(plan, started_at, num_compiled, states, probes, batch, hidden_TH)
@@ -282,8 +282,9 @@ class Worker:
             slots = batch.rows.slots
             from_slots = slots[torch.tensor(sources, device=self._device)]
             to_slots = slots[torch.tensor(targets, device=self._device)]
-            for k_pages, v_pages in self._pool.layers:
-                self._ops.move_kv(k_pages, v_pages, from_slots, to_slots)
+            for at, (k_pages, v_pages) in enumerate(self._pool.layers):
+                layer = None if self._pool.metadata is None else self._pool.metadata[at]
+                self._ops.move_kv(k_pages, v_pages, from_slots, to_slots, layer)
 
     def _propose(
         self,

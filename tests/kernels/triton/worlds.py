@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.blocks import PLAIN, AttentionForm
 from kernels.ops import AttentionRows
 from kernels.reference import ReferenceOps
+from kernels.sparse import SparseLayer
 from kernels.triton.paged import PagedAttention
 from tests.kernels.cpu.worlds import Shape
 from tests.kernels.test_trees import Piece, World
@@ -42,6 +43,7 @@ class AttentionOps(ReferenceOps):
         window: int | None = None,
         form: AttentionForm = PLAIN,
         kv_scale_2K: Tensor | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         return self.attention.run(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_wrong_masks_are_seen(wrong: str) -> None:
     world = make_world(gpu_checks.SMALL, 2, 1, 16, 16, torch.float32, CPU)
     rows = world.rows
     assert rows.tree is not None
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "visible": {"visible": (rows.visible - 1).clamp_min(1)},
         "tree": {"tree": rows.tree & ~1 | (rows.tree >> 1 & 1)},
         "positions": {"positions": rows.positions + 1},
@@ -42,6 +43,6 @@ def test_wrong_masks_are_seen(wrong: str) -> None:
     window = 9 if wrong == "positions" else None
     ops = TritonOps(num_programs=2)
     for change, is_right in (({}, True), (changes[wrong], False)):
-        changed = dataclasses.replace(rows, **change)  # type: ignore[arg-type]
+        changed = dataclasses.replace(rows, **change)
         out = ops.paged_attention(world.q_TQD, world.k_pages, world.v_pages, changed, 0.25, window)
         assert (worst_error(world, out, 0.25, window) <= 1) == is_right
