@@ -54,7 +54,7 @@ def test_top_k_is_its_definition_with_ties_to_the_lowest_index(seed: int) -> Non
     for row in range(3):
         for head in range(2):
             forced = [*range(first[row]), *range(late[row], counts[row])]
-            others = sorted(range(first[row], late[row]), key=lambda i: (-float(scores[row, head, i]), i))  # noqa: B023
+            others = sorted(range(first[row], late[row]), key=lambda i: (-float(scores[row, head, i]), i))
             wanted = sorted(forced + others[: max(0, min(keep[row], counts[row]) - len(forced))])
             here = found[row, head].tolist()
             assert here[: len(wanted)] == wanted
@@ -82,7 +82,7 @@ def test_the_mass_kept_is_the_least_that_reaches_the_threshold(seed: int) -> Non
     threshold = (0.3, 0.9, 0.999)[seed % 3]
     kept = keep_mass(mass, counts, threshold)
     for row, count in enumerate(counts.tolist()):
-        order = sorted(range(count), key=lambda i: (-int(mass[row, i]), i))  # noqa: B023
+        order = sorted(range(count), key=lambda i: (-int(mass[row, i]), i))
         held, wanted = 0, set()
         for unit in order:
             if held >= mass_target(threshold):

@@ -46,7 +46,7 @@ def metadata(
         channel = tl.load(channels + head * C + c, mask=c < C, other=0)
         label = tl.load(k_pages + (page * PAGE + offset) * D + channel, mask=c < C, other=0.0)
         tl.store(labels + (page * PAGE + offset) * C + c, label, mask=c < C)
-    if BOUNDS:
+    if BOUNDS:  # noqa: SIM102 -- this one is the compiler's, the next the program's
         if offset == PAGE - 1:
             n = tl.arange(0, PAGE_P)[:, None]
             d = tl.arange(0, DP)

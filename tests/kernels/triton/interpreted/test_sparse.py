@@ -171,7 +171,7 @@ def test_lists_of_keys_are_those_of_the_twin(values: str, cut: bool, monkeypatch
     visible, budgets = [300, 9, 130, 300, 200], [40, 9, 30, 299, 200]
     scores = torch.randn(5, 2, 310, generator=torch.Generator().manual_seed(2))
     scores = {
-        "normal": scores, "few": scores.round(), "equal": torch.zeros_like(scores), "one exponent": 1 + scores.sigmoid(),
+        "normal": scores, "few": scores.round(), "equal": scores * 0, "one exponent": 1 + scores.sigmoid(),
         "negative": -scores.abs() - 1,
     }[values].half()  # fmt: skip
     for row, keys in enumerate(visible):
