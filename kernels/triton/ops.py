@@ -21,6 +21,8 @@ from kernels.triton.paged import PagedAttention
 from kernels.triton.rope import qkv_rope_write
 from kernels.triton.sample import sample
 from kernels.triton.silu import silu_mul
+from kernels.triton.sparse.attend import SparseAttention
+from kernels.triton.sparse.metadata import write_metadata
 from kernels.triton.statistics import row_statistics
 
 
@@ -35,6 +37,7 @@ class TritonOps:
         self._torch = ReferenceOps(quantization)
         num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
         self._attention = PagedAttention(num_sms, num_programs)
+        self._sparse = SparseAttention(self._attention, num_sms, num_programs)
         self.owns_threads = False
         self.name = "triton" if quantization is None else f"triton-{quantization}"
 
@@ -73,9 +76,12 @@ class TritonOps:
         rows: AttentionRows,
         layer: SparseLayer | None = None,
     ) -> Tensor:
-        return qkv_rope_write(
+        q_TQD = qkv_rope_write(
             qkv_TX, num_q, num_kv, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows
         )
+        if layer is not None:
+            write_metadata(k_pages, rows.slots, layer)
+        return q_TQD
 
     def paged_attention(
         self,
@@ -87,7 +93,9 @@ class TritonOps:
         window: int | None = None,
         layer: SparseLayer | None = None,
     ) -> Tensor:
-        return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window)
+        if rows.sparse is None or layer is None:
+            return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window)
+        return self._sparse.run(q_TQD, k_pages, v_pages, rows, scale, window, layer)
 
     def attention_block(
         self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
@@ -101,12 +109,13 @@ class TritonOps:
         change_TH: Tensor | None = None  # what the last half layer adds to x
         for (attention, mlp), (k_pages, v_pages) in zip(run.layers, kv, strict=True):
             a = attention
+            layer = a.sparse(rows)
             normed_TH, x_TH = self._add_norm(x_TH, change_TH, a.norm_H, a.eps)
             q_TQD = self.qkv_rope_write(
                 self.linear(normed_TH, a.qkv), a.num_q, a.num_kv, a.head_dim, a.cos_sin_MR, a.q_norm_D, a.k_norm_D,
-                a.eps, k_pages, v_pages, rows,
+                a.eps, k_pages, v_pages, rows, layer,
             )  # fmt: skip
-            out_TQD = self.paged_attention(q_TQD, k_pages, v_pages, rows, a.scale, a.window)
+            out_TQD = self.paged_attention(q_TQD, k_pages, v_pages, rows, a.scale, a.window, layer)
             normed_TH, x_TH = self._add_norm(x_TH, self.linear(out_TQD.flatten(1), a.out), mlp.norm_H, mlp.eps)
             change_TH = self.linear(self.silu_mul(self.linear(normed_TH, mlp.gate_up)), mlp.down)
         return x_TH if change_TH is None else x_TH + change_TH
@@ -153,6 +162,8 @@ class TritonOps:
         layer: SparseLayer | None = None,
     ) -> None:
         move_kv(k_pages, v_pages, from_slots_M, to_slots_M)
+        if layer is not None:
+            write_metadata(k_pages, to_slots_M, layer)
 
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -162,4 +173,4 @@ class TritonOps:
     def allocate_sparse(
         self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
     ) -> SparseLayer:
-        raise ValueError("sparse attention is not on the Triton back end yet; serve on a CPU or with dense attention")
+        return self._torch.allocate_sparse(k_pages, roles, has_bounds, channels_KC)

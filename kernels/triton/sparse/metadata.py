@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sparse import SparseLayer
 from kernels.triton.paged import is_interpreted
 from kernels.triton.tiles import next_power_of_two, padded_dim
 
@@ -61,14 +62,13 @@ def metadata(
             tl.store(at + D, most.to(bounds.dtype.element_ty), mask=d < D)
 
 
-def write_metadata(
-    k_pages: Tensor, slots_T: Tensor, bounds: Tensor | None, labels: Tensor | None, channels_KC: Tensor | None
-) -> None:
-    """After the keys of `slots_T` were written: their labels, and bounds [P, K, 2, D] of the pages they complete.
+def write_metadata(k_pages: Tensor, slots_T: Tensor, layer: SparseLayer) -> None:
+    """After the keys of `slots_T` were written: their labels [P, K, S, C], and bounds [P, K, 2, D] of the pages they
+    complete, as `sparse_reference.allocate` lays them out.
 
-    k_pages    [P, K, S, D]; bounds and labels [P, K, S, C] are of its dtype, None where a layer has none
-    slots_T    int64; a sequence's slots of one page are written in ascending order, in this step or in others
+    slots_T  int64; a sequence's slots of one page are written in ascending order, in this step or in others
     """
+    bounds, labels, channels_KC = layer.bounds, layer.labels, layer.channels
     if (labels is None) != (channels_KC is None):
         raise ValueError("labels and channels come together")
     num_kv, page_size, head_dim = k_pages.shape[1:]

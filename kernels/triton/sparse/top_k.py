@@ -76,7 +76,7 @@ def _compact(
         tied += tl.sum(equal.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["table_stride", "width", "list_stride"])
+@triton.jit(do_not_specialize=["table_stride", "width", "list_stride", "index_stride"])
 def select(
     scores,  # float16 [R, K, width]
     page_table,  # int32 [N, table_stride]
@@ -85,10 +85,11 @@ def select(
     budgets,  # int32 [R], in keys
     histograms,  # int32 [2, R, K, SPLITS, 256]; not used in pass 3
     ids,  # int32 [R, K, list_stride]
-    indices,  # as ids; not written without INDICES
+    indices,  # int32 [R, K, index_stride]; not written without INDICES
     table_stride,
     width,
     list_stride,
+    index_stride,
     K: tl.constexpr,
     PAGE: tl.constexpr,  # size of a page where pages are chosen, else 0
     UNIT: tl.constexpr,  # 1 where pages are chosen, else the page size
@@ -163,7 +164,7 @@ def select(
             threshold = tl.where(need > 0, high * 256 + low, 1 << 16)
             table = page_table + tl.load(row_seq + row).to(tl.int64) * table_stride
             ids += list_at * list_stride
-            indices += list_at * list_stride
+            indices += list_at * index_stride
             _compact(
                 scores, table, ids, indices, start, end, count, keep, first, late, threshold, ties, kept, tied, head,
                 K, UNIT, INDICES, BLOCK,
@@ -179,10 +180,11 @@ def select_top_k(
     visible_R, budgets_R  int32, in keys. A row that sees no more than its budget lists everything
     of_pages   pages are chosen: page 0, those that hold one of the last `last` keys, the best of the others, budget //
                page_size in all. Else keys: the first `first`, the last `last`, the best of the others
-    ids_RKB    int32, wide enough for the longest list; what is behind a list is left as it was
+    ids_RKB, indices_RKB  int32, wide enough for the longest list; what is behind a list is left as it was
     """
-    if ids_RKB.stride(1) != ids_RKB.shape[2] or (indices_RKB is not None and indices_RKB.shape != ids_RKB.shape):
-        raise ValueError("ids and indices must be contiguous and of one shape")
+    indices = ids_RKB if indices_RKB is None else indices_RKB
+    if not (ids_RKB.is_contiguous() and indices.is_contiguous()):
+        raise ValueError("ids and indices must be contiguous")
     num_rows, num_kv, width = scores_RKU.shape
     splits = _SPLITS if width > _LONG else 1
     passes = (0, 1, 2) if splits > 1 else (3,)
@@ -191,8 +193,8 @@ def select_top_k(
         histograms = torch.empty((2, num_rows, num_kv, splits, 256), dtype=torch.int32, device=ids_RKB.device)
     for number in passes:
         select[(num_rows, num_kv, splits)](
-            scores_RKU, page_table, row_seq_R, visible_R, budgets_R, histograms, ids_RKB,
-            ids_RKB if indices_RKB is None else indices_RKB, page_table.stride(0), width, ids_RKB.shape[2],
+            scores_RKU, page_table, row_seq_R, visible_R, budgets_R, histograms, ids_RKB, indices,
+            page_table.stride(0), width, ids_RKB.shape[2], indices.shape[2],
             K=num_kv, PAGE=page_size if of_pages else 0, UNIT=1 if of_pages else page_size,
             FIRST=1 if of_pages else first, LAST=last, INDICES=indices_RKB is not None, SPLITS=splits, PASS=number,
             BLOCK=_BLOCK, num_warps=4,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.sparse import Role, SparseLayer
 from kernels.sparse_keep import physical_ids, top_k
 from kernels.triton.sparse import top_k as top_k_kernels
 from kernels.triton.sparse.metadata import write_metadata
@@ -17,7 +18,7 @@ from kernels.triton.sparse.scores import score_keys, score_pages
 from kernels.triton.sparse.top_k import select_top_k
 from tests.kernels.triton.sparse_worlds import Pool, guarded, unharmed
 
-UNIT = {torch.float32: 2.0**-20, torch.float16: 2.0**-18, torch.bfloat16: 2.0**-18}
+DENSE = (Role.DENSE, Role.DENSE, Role.DENSE)
 
 
 def assert_scores(actual: Tensor, wanted: Tensor, mass: Tensor) -> None:
@@ -36,8 +37,10 @@ def score(pool: Pool, keys: Tensor, channels: Tensor | None, budgets: list[int],
     return scores
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("group", "head_dim", "page"), [(1, 16, 16), (3, 40, 7), (4, 64, 64)])
+@pytest.mark.parametrize(
+    ("group", "head_dim", "page", "dtype"),
+    [(1, 16, 16, torch.float16), (3, 40, 7, torch.float32), (4, 64, 64, torch.bfloat16)],
+)
 def test_a_probe_scores_keys_by_the_best_of_their_group(
     group: int, head_dim: int, page: int, dtype: torch.dtype
 ) -> None:
@@ -52,13 +55,16 @@ def test_a_probe_scores_keys_by_the_best_of_their_group(
         assert scores[row, :, length:].isnan().all(), "nothing is written past the row's keys"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_channels", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize(
+    ("num_channels", "dtype"),
+    [(5, torch.float32), (16, torch.bfloat16), (17, torch.bfloat16)]
+    + [pytest.param(count, torch.float32, marks=pytest.mark.slow) for count in (1, 16, 40)],
+)
 def test_labels_are_channels_of_keys_and_score_like_them(num_channels: int, dtype: torch.dtype) -> None:
-    pool = Pool([70, 200], dtype=dtype)
+    pool = Pool([70, 140], dtype=dtype)
     channels = torch.stack([torch.randperm(40)[:num_channels] for _ in range(2)]).int()
     labels = torch.full((*pool.k.shape[:3], num_channels), math.nan, dtype=dtype)
-    write_metadata(pool.k, pool.slots, None, labels, channels)
+    write_metadata(pool.k, pool.slots, SparseLayer(DENSE, None, labels, channels))
     scores = score(pool, labels, channels, [69, 69], splits=3)
     for row, keys in enumerate(pool.keys):
         picked = channels.long().unsqueeze(0)
@@ -82,7 +88,7 @@ def test_rows_that_read_all_their_keys_are_not_scored() -> None:
 def test_bounds_are_made_when_a_page_is_complete_and_from_written_keys_alone(dtype: torch.dtype) -> None:
     pool = Pool([39, 16, 1], dtype=dtype)
     bounds = torch.full((len(pool.k), 2, 2, 40), math.nan, dtype=dtype)
-    write_metadata(pool.k, pool.slots, bounds, None, None)
+    write_metadata(pool.k, pool.slots, SparseLayer(DENSE, bounds))
     complete = {int(pool.table[0, 0]), int(pool.table[0, 1]), int(pool.table[1, 0])}
     for page in range(len(pool.k)):
         if page in complete:
@@ -94,15 +100,15 @@ def test_bounds_are_made_when_a_page_is_complete_and_from_written_keys_alone(dty
     page = int(pool.table[1, 0])
     before = bounds[page].clone()
     pool.k[page, :, 14:] *= 9
-    write_metadata(pool.k, torch.tensor([page * 16 + 14]), bounds, None, None)
+    write_metadata(pool.k, torch.tensor([page * 16 + 14]), SparseLayer(DENSE, bounds))
     assert torch.equal(bounds[page], before)
-    write_metadata(pool.k, torch.tensor([page * 16 + 15]), bounds, None, None)
+    write_metadata(pool.k, torch.tensor([page * 16 + 15]), SparseLayer(DENSE, bounds))
     assert torch.equal(bounds[page, :, 1], pool.k[page].amax(1))
 
 
 def page_score(pool: Pool, budgets: list[int], last: int, splits: int) -> Tensor:
     bounds = torch.full((len(pool.k), pool.num_kv, 2, pool.head_dim), math.nan, dtype=pool.dtype)
-    write_metadata(pool.k, pool.slots, bounds, None, None)
+    write_metadata(pool.k, pool.slots, SparseLayer(DENSE, bounds))
     scores, whole = guarded(len(pool.lengths), pool.num_kv, pool.table.shape[1], dtype=torch.float16)
     score_pages(
         pool.q, bounds, pool.table, pool.row_seq, pool.visible, torch.tensor(budgets).int(), scores, 0.5, pool.page,
@@ -161,13 +167,16 @@ def listed(
     return indices
 
 
-@pytest.mark.parametrize("values", ["normal", "few", "equal", "one exponent", "negative"])
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("values", "cut"),
+    [("few", False), ("negative", False), ("few", True), ("one exponent", True)]
+    + [pytest.param(values, True, marks=pytest.mark.slow) for values in ("normal", "equal", "negative")],
+)
 def test_lists_of_keys_are_those_of_the_twin(values: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if cut:  # as long rows are: three launches, and slices that end inside and outside of the scored range
         monkeypatch.setattr(top_k_kernels, "_LONG", 1)
-        monkeypatch.setattr(top_k_kernels, "_SPLITS", 4)
-    monkeypatch.setattr(top_k_kernels, "_BLOCK", 64)
+        monkeypatch.setattr(top_k_kernels, "_SPLITS", 2)
+    monkeypatch.setattr(top_k_kernels, "_BLOCK", 128)
     visible, budgets = [300, 9, 130, 300, 200], [40, 9, 30, 299, 200]
     scores = torch.randn(5, 2, 310, generator=torch.Generator().manual_seed(2))
     scores = {
@@ -202,10 +211,12 @@ def test_a_list_of_a_row_that_sees_nothing_is_empty() -> None:
     assert bool((ids == -7).all())
 
 
+@pytest.mark.slow
 def test_mistake_2_offsets_of_32_bits_of_labels_and_bounds() -> None:
     """Pools of more than 2^31 elements are virtual memory; an offset that wraps reads outside them and dies."""
     code = """
 import torch
+from kernels.sparse import Role, SparseLayer
 from kernels.triton.sparse.metadata import write_metadata
 from kernels.triton.sparse.scores import score_keys, score_pages
 pages = (2**31 + 2**23) // (64 * 64)
@@ -214,7 +225,7 @@ pool[-1] = 1.0
 bounds = torch.empty((2**31 + 2**23) // (2 * 64), 1, 2, 64, dtype=torch.float16)
 labels = torch.empty((2**31 + 2**23) // (64 * 64), 1, 64, 64, dtype=torch.float16)
 channels = torch.arange(64, dtype=torch.int32)[None]
-write_metadata(pool, torch.tensor([pages * 64 - 1]), bounds, labels, channels)
+write_metadata(pool, torch.tensor([pages * 64 - 1]), SparseLayer((Role.DENSE,) * 3, bounds, labels, channels))
 assert (bounds[pages - 1] == 1).all() and (labels[-1, 0, -1] == 1).all()
 labels[-1] = 1.0
 bounds[-1] = 1.0

@@ -118,7 +118,11 @@ def assert_close(actual: Tensor, expected: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("start", "end", "dtype", "page"),
-    [(0, 70, torch.float32, 16), (50, 102, torch.bfloat16, 4), (129, 130, torch.float16, 8)],
+    [
+        (0, 70, torch.float32, 16),
+        pytest.param(50, 102, torch.bfloat16, 4, marks=pytest.mark.slow),
+        (129, 130, torch.float16, 8),
+    ],
 )
 def test_x_attention_reads_the_listed_tiles(start: int, end: int, dtype: torch.dtype, page: int) -> None:
     q, pool = chunk(start, end, dtype, page)
@@ -140,8 +144,9 @@ def test_x_attention_at_a_threshold_of_one_is_dense() -> None:
 
 @pytest.mark.parametrize(
     ("start", "end", "dtype", "page"),
-    [(0, 70, torch.float32, 16), (75, 110, torch.bfloat16, 7), (3, 31, torch.float32, 16), (96, 97, torch.float16, 16)],
-)
+    [(0, 70, torch.float32, 16), pytest.param(75, 110, torch.bfloat16, 7, marks=pytest.mark.slow),
+     (3, 31, torch.float32, 16), (96, 97, torch.float16, 16)],
+)  # fmt: skip
 def test_permuted_blocks_read_the_sorted_tiles_they_keep_and_their_own_segment(
     start: int, end: int, dtype: torch.dtype, page: int
 ) -> None:
