@@ -93,13 +93,13 @@ def tile_mass(
         q = q_TQD[at + stride - 1 - phase].float().view(len(at), num_kv, -1, head_dim)
         k = k_NKD[phase : num_key_groups * stride : stride].float()
         logits[:, :, whole] += torch.einsum("ikgd,jkd->kgij", q, k)
-    seen = torch.arange(logits.shape[3]) < limits.unsqueeze(1)
+    seen = torch.arange(logits.shape[3], device=limits.device) < limits.unsqueeze(1)
     p = (logits * (scale / stride)).masked_fill(~seen, float("-inf")).softmax(3).nan_to_num(0.0).mean(1)  # [K, I, J]
     p = torch.nn.functional.pad(p, (0, max(0, num_tiles * group_tile - p.shape[2])))[..., : num_tiles * group_tile]
     of_tiles = p.view(num_kv, len(counts), group_tile, num_tiles, group_tile).sum((2, 4))
     whole_groups = (limits > 0).view(len(counts), group_tile).sum(1).clamp_min(1)
     mass = to_mass(of_tiles / whole_groups.view(1, -1, 1))
-    return mass.masked_fill(torch.arange(num_tiles) >= counts.view(1, -1, 1), 0)
+    return mass.masked_fill(torch.arange(num_tiles, device=counts.device) >= counts.view(1, -1, 1), 0)
 
 
 def keep_tiles(mass_KQT: Tensor, counts: Tensor, forced: Tensor, threshold: float) -> Tensor:
@@ -113,11 +113,11 @@ def keep_tiles(mass_KQT: Tensor, counts: Tensor, forced: Tensor, threshold: floa
 
 def x_attention(q_TQD: Tensor, k_NKD: Tensor, start: int, method: XAttention, scale: float) -> Tensor:
     """Which key tiles each query tile reads, bool [K, QT, KT]; the last of a query tile is its own."""
-    end, tiles = start + len(q_TQD), query_tiles(start, start + len(q_TQD), method.tile)
-    counts = torch.tensor(tiles).int() + 1
-    limits = group_limits(start, end, method.stride, method.tile)
+    end, tiles, device = start + len(q_TQD), query_tiles(start, start + len(q_TQD), method.tile), q_TQD.device
+    counts = (torch.tensor(tiles).int() + 1).to(device)
+    limits = group_limits(start, end, method.stride, method.tile).to(device)
     mass = tile_mass(q_TQD, k_NKD, limits, counts, start, method.stride, method.tile // method.stride, scale)
-    return keep_tiles(mass, counts, x_forced(k_NKD.shape[1], tiles), method.threshold)
+    return keep_tiles(mass, counts, x_forced(k_NKD.shape[1], tiles).to(device), method.threshold)
 
 
 def x_forced(num_kv: int, tiles: range) -> Tensor:
@@ -179,10 +179,10 @@ def permuted_blocks(q_TQD: Tensor, k_NKD: Tensor, start: int, method: PermutedBl
     end = start + len(q_TQD)
     num_sorted = (end - 1) // method.segment * method.segment
     num_kv, head_dim = k_NKD.shape[1:]
-    counts = segment_counts(start, end, method)
+    counts = segment_counts(start, end, method).to(q_TQD.device)
     if num_sorted == 0:
         nothing = torch.zeros(num_kv, 0, device=q_TQD.device)
-        return PermutedTiles(nothing.int(), torch.zeros(num_kv, len(counts), 0, dtype=torch.bool))
+        return PermutedTiles(nothing.int(), nothing.bool().unsqueeze(1).expand(-1, len(counts), -1))
     order = segment_order(importance(q_TQD[-method.probe :], k_NKD[:num_sorted], scale), method.segment)
     sorted_keys = k_NKD.transpose(0, 1).gather(1, order.long().unsqueeze(2).expand(-1, -1, head_dim))
     pooled = sorted_keys.view(num_kv, -1, method.tile, head_dim).mean(2, dtype=torch.float32).to(k_NKD.dtype)

@@ -18,7 +18,7 @@ from kernels.reference import ReferenceOps
 from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, SparseLayer, SparseRows, least_budget
 from kernels.triton.ops import TritonOps
 from kernels.triton.paged import PagedAttention
-from kernels.triton.sparse import attend
+from kernels.triton.sparse import attend, scores
 from kernels.triton.sparse.attend import SparseAttention, make_step
 from tests.kernels.cpu.worlds import Shape
 from tests.kernels.test_sparse import SparseWorld, Wish
@@ -82,11 +82,12 @@ def test_a_step_of_all_methods_and_dense_rows_reads_what_the_reference_reads(
         q = world.write(rows, spans)
         for roles in (CHOOSE, FOLLOW):
             outs.append(world.attend(q, rows, dataclasses.replace(world.layer, roles=roles)))
-        assert rows.sparse is not None
-        lists.append(rows.sparse.lists)
+        lists.append(_sparse(rows).lists)
     bound = 2**-6 if dtype == torch.bfloat16 else 1e-5
     for expected, actual in zip(outs[:2], outs[2:], strict=True):
         torch.testing.assert_close(actual.float(), expected.float(), rtol=bound, atol=bound)
+    assert lists[0] is not None
+    assert lists[1] is not None
     assert torch.equal(lists[0], lists[1])
     assert (lists[1][5] == -1).all(), "the row that reads all its keys has no list"
 
@@ -111,7 +112,8 @@ def test_mistake_7_lists_are_of_kv_heads_and_hold_what_any_head_of_the_group_nee
     """Head 0 looks for one key, head 1 for another, head 2 for none; values are one-hot, so what is read shows."""
     shape = Shape(num_q=3, num_kv=1, head_dim=64, page_size=4)
     length, needles = 100, {0: 17, 1: 29}
-    world = SparseWorld(SparseOps(), shape, [length], whole=True)
+    ops = SparseOps()
+    world = SparseWorld(ops, shape, [length], whole=True)
     qkv = world.qkv[0].view(length, 5, 64)
     qkv[:, 3:] = 0.0
     qkv[-1, :3] = 0.0
@@ -130,7 +132,7 @@ def test_mistake_7_lists_are_of_kv_heads_and_hold_what_any_head_of_the_group_nee
     for head in needles:
         assert out[head, head] > 0.999, "the planted key is read"
         assert abs(float(out[2, head]) * num_read - 1) < 1e-4, "and by the group's other heads as one key of the list"
-    step = world.ops.sparse._step
+    step = ops.sparse._step
     assert step is not None
     group = step.groups[method]
     assert len(group.rows.page_table) == shape.num_kv, "one list for a kv head, not one for a query head"
@@ -139,7 +141,7 @@ def test_mistake_7_lists_are_of_kv_heads_and_hold_what_any_head_of_the_group_nee
 
 def test_mistake_8_scores_take_two_bytes_a_key_and_kv_head(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
-    real = attend.score_keys
+    real = scores.score_keys
 
     def spy(*args: object) -> None:
         made.extend(part for part in args if isinstance(part, Tensor) and part.dtype == torch.float16)
@@ -150,13 +152,14 @@ def test_mistake_8_scores_take_two_bytes_a_key_and_kv_head(monkeypatch: pytest.M
     world.sparse_step({0: (149, 150)}, {0: Wish(Method.DOUBLE_SPARSITY, 80)})
     assert world.layer.labels is not None
     label_bytes = 150 * world.layer.labels[0, :, 0].nbytes
-    assert [tuple(scores.shape) for scores in made] == [(1, SHAPE.num_kv, 150)]
+    assert [tuple(part.shape) for part in made] == [(1, SHAPE.num_kv, 150)]
     assert made[0].nbytes < label_bytes
 
 
 def test_mistake_11_a_layer_rewrites_lists_and_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a step's first layers nothing is read back from the device: what follows could be captured."""
-    world = filled(SparseOps(2), SHAPE, [80, 72, 9])
+    ops = SparseOps(2)
+    world = filled(ops, SHAPE, [80, 72, 9])
     spans = {0: (79, 80), 1: (71, 72), 2: (8, 9)}
     rows = world.rows(spans, {0: Wish(Method.QUEST, 76), 1: Wish(Method.TIDAL, 70)})
     q = world.write(rows, spans)
@@ -165,7 +168,7 @@ def test_mistake_11_a_layer_rewrites_lists_and_plans_nothing(monkeypatch: pytest
         for roles in ((Role.DENSE, Role.DENSE, Role.DENSE), CHOOSE, FOLLOW)
     ]
     first = [world.attend(q, rows, layer) for layer in layers]
-    step = world.ops.sparse._step
+    step = ops.sparse._step
     assert step is not None
     tables = {method: group.rows.page_table.data_ptr() for method, group in step.groups.items()}
 
@@ -177,7 +180,7 @@ def test_mistake_11_a_layer_rewrites_lists_and_plans_nothing(monkeypatch: pytest
     monkeypatch.setattr(Tensor, "item", refuse)
     monkeypatch.setattr(Tensor, "tolist", refuse)
     monkeypatch.setattr(Tensor, "cpu", refuse)
-    again = [world.ops.sparse.run(q, world.k, world.v, rows, 0.25, None, layer) for layer in layers]
+    again = [ops.sparse.run(q, world.k, world.v, rows, 0.25, None, layer) for layer in layers]
     assert {method: group.rows.page_table.data_ptr() for method, group in step.groups.items()} == tables
     monkeypatch.undo()
     for one, other in zip(first, again, strict=True):
