@@ -10,7 +10,7 @@ Legend of shapes in `kernels/ops.py`; R rows of one method that read less than t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -61,8 +61,12 @@ class Step:
         if methods not in self.dense:
             at = torch.cat([self.groups[method].at for method in sorted(methods)])
             blind = self.rows.visible.index_fill(0, at, 0)
-            whole = len(at) == len(self.rows.visible)
-            self.dense[methods] = None if whole else replace(self.rows, visible=blind)
+            r, whole = self.rows, len(at) == len(self.rows.visible)
+            # Made anew, field by field: what else the step's rows carry is not true of these.
+            others = AttentionRows(
+                r.page_table, r.row_seq, r.positions, blind, r.slots, r.span_starts, r.tree, r.tree_starts
+            )
+            self.dense[methods] = None if whole else others
         return self.dense[methods]
 
 
