@@ -52,6 +52,8 @@ def row_checks(ops: TritonOps, device: torch.device, lengths: Sequence[int] = LE
                     for back_end, its in calls
                 )
                 yield f"sparse rows {name} {what}", _share(actual, expected, dtype)
+                again = ops.paged_attention(world.q_TQD, world.k_pages, world.v_pages, rows, scale, None, of_layer)
+                yield f"sparse rows {name} again {what}", _equal(again, actual)
             yield f"lists {what}", _equal(_lists(rows), _lists(twin_rows))
 
 
