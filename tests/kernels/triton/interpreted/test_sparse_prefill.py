@@ -144,7 +144,8 @@ def test_x_attention_at_a_threshold_of_one_is_dense() -> None:
 
 @pytest.mark.parametrize(
     ("start", "end", "dtype", "page"),
-    [pytest.param(0, 70, torch.float32, 16, marks=pytest.mark.slow), pytest.param(75, 110, torch.bfloat16, 7, marks=pytest.mark.slow),
+    [pytest.param(0, 70, torch.float32, 16, marks=pytest.mark.slow),
+     pytest.param(75, 110, torch.bfloat16, 7, marks=pytest.mark.slow),
      (3, 31, torch.float32, 16), (96, 97, torch.float16, 16)],
 )  # fmt: skip
 def test_permuted_blocks_read_the_sorted_tiles_they_keep_and_their_own_segment(
