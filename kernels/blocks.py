@@ -41,6 +41,14 @@ class AttentionForm:
 PLAIN = AttentionForm()
 
 
+def check_sparse(form: AttentionForm, k_pages: Tensor, q_TQD: Tensor) -> None:
+    """Raises ValueError for attention that sparse rows do not have: they choose by plain scores of keys as they are."""
+    if form.softcap or form.sinks or form.sink_logits_Q is not None:
+        raise ValueError("sparse rows have no softcap, sink keys or sink logits")
+    if k_pages.dtype != q_TQD.dtype:
+        raise ValueError(f"sparse rows read pages of the model's dtype {q_TQD.dtype}, not of {k_pages.dtype}")
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionBlock:
     """Pre-norm self-attention with its residual: x + out(attend(rope(qkv(norm(x))))). Fields as in `Ops`' methods.

@@ -19,6 +19,7 @@ from kernels.blocks import (
     AttentionBlock,
     AttentionForm,
     DenseLayers,
+    check_sparse,
     composed_attention_block,
     composed_dense_layers,
 )
@@ -170,6 +171,7 @@ class ReferenceOps:
     ) -> Tensor:
         out_TQD = attend(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
         if rows.sparse is not None and layer is not None:
+            check_sparse(form, k_pages, q_TQD)
             sparse_reference.attend(out_TQD, q_TQD, k_pages, v_pages, rows, scale, rows.sparse, layer)
         return out_TQD
 

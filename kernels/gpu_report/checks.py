@@ -19,6 +19,7 @@ from kernels.gpu_report.timing import reason
 from kernels.triton import gpu_checks
 from kernels.triton.gpu_checks import Span
 from kernels.triton.ops import TritonOps
+from kernels.triton.sparse import gpu_checks as sparse_checks
 
 REPEATS = 20
 _WARM_STEPS, _STEPS = 100, 500
@@ -53,6 +54,7 @@ def families(ops: TritonOps, device: torch.device, effort: Effort) -> list[Famil
         ("the same bits", lambda: counted(_repeats(ops, device, effort)), 0.0),
     ]
     if effort.is_gpu:
+        found.append(("sparse attention", lambda: sparse_checks.checks(ops, device), 1.0))
         found.append(("graphs", lambda: _replay_checks(ops, device, effort.spans), 0.0))
         found.append(("no compilation once warm", lambda: _compilation_checks(ops, device), 0.0))
     if effort.most_checks is None:

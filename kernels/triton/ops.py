@@ -12,7 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.blocks import PLAIN, AttentionBlock, AttentionForm, DenseLayers, composed_attention_block
+from kernels.blocks import (
+    PLAIN,
+    AttentionBlock,
+    AttentionForm,
+    DenseLayers,
+    check_sparse,
+    composed_attention_block,
+)
 from kernels.edits import Edits
 from kernels.kv_format import FP8, stored_dtypes
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics, StepRows
@@ -27,6 +34,8 @@ from kernels.triton.paged import PagedAttention
 from kernels.triton.rope import qkv_rope_write
 from kernels.triton.sample import sample
 from kernels.triton.silu import silu_mul
+from kernels.triton.sparse.attend import SparseAttention
+from kernels.triton.sparse.metadata import write_metadata
 from kernels.triton.statistics import row_statistics
 from kernels.triton.truncate import truncate
 from kernels.truncation import Filters
@@ -47,6 +56,7 @@ class TritonOps:
         self._num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
         self._attention = PagedAttention(self._num_sms, num_programs, deterministic)
         self.deterministic = deterministic
+        self._sparse = SparseAttention(self._attention, self._num_sms, num_programs, deterministic)
         self.owns_threads = False
         self.name = "triton" if quantization is None else f"triton-{quantization}"
 
@@ -89,9 +99,12 @@ class TritonOps:
         kv_scale_2K: Tensor | None = None,
         layer: SparseLayer | None = None,
     ) -> Tensor:
-        return qkv_rope_write(
+        q_TQD = qkv_rope_write(
             qkv_TX, num_q, num_kv, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows, kv_scale_2K
         )
+        if layer is not None:
+            write_metadata(k_pages, rows.slots, layer)
+        return q_TQD
 
     def paged_attention(
         self,
@@ -105,7 +118,10 @@ class TritonOps:
         kv_scale_2K: Tensor | None = None,
         layer: SparseLayer | None = None,
     ) -> Tensor:
-        return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
+        if rows.sparse is None or layer is None:
+            return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
+        check_sparse(form, k_pages, q_TQD)
+        return self._sparse.run(q_TQD, k_pages, v_pages, rows, scale, window, layer)
 
     def attention_block(
         self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
@@ -119,12 +135,15 @@ class TritonOps:
         change_TH: Tensor | None = None  # what the last half layer adds to x
         for (attention, mlp), (k_pages, v_pages) in zip(run.layers, kv, strict=True):
             a = attention
+            layer = a.sparse(rows)
             normed_TH, x_TH = self._add_norm(x_TH, change_TH, a.norm_H, a.eps)
             q_TQD = self.qkv_rope_write(
                 self.linear(normed_TH, a.qkv), a.num_q, a.num_kv, a.head_dim, a.cos_sin_MR, a.q_norm_D, a.k_norm_D,
-                a.eps, k_pages, v_pages, rows, a.kv_scale_2K,
+                a.eps, k_pages, v_pages, rows, a.kv_scale_2K, layer,
             )  # fmt: skip
-            out_TQD = self.paged_attention(q_TQD, k_pages, v_pages, rows, a.scale, a.window, a.form, a.kv_scale_2K)
+            out_TQD = self.paged_attention(
+                q_TQD, k_pages, v_pages, rows, a.scale, a.window, a.form, a.kv_scale_2K, layer
+            )
             normed_TH, x_TH = self._add_norm(x_TH, self.linear(out_TQD.flatten(1), a.out), mlp.norm_H, mlp.eps)
             change_TH = self.linear(self.silu_mul(self.linear(normed_TH, mlp.gate_up)), mlp.down)
         return x_TH if change_TH is None else x_TH + change_TH
@@ -186,6 +205,8 @@ class TritonOps:
         layer: SparseLayer | None = None,
     ) -> None:
         move_kv(k_pages, v_pages, from_slots_M, to_slots_M)
+        if layer is not None:
+            write_metadata(k_pages, to_slots_M, layer)
 
     def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         """fp8 e4m3 needs a GPU that converts it: compute capability 8.9 and above."""
@@ -200,4 +221,4 @@ class TritonOps:
     def allocate_sparse(
         self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
     ) -> SparseLayer:
-        raise ValueError("sparse attention is not on the Triton back end yet; serve on a CPU or with dense attention")
+        return self._torch.allocate_sparse(k_pages, roles, has_bounds, channels_KC)

@@ -81,7 +81,7 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
         learnt,
         accelerator,
         captured_sizes(config, ops) if accelerator is not None else (),
-        _sparse_plan(config, model, folder),
+        _sparse_plan(config, model, folder, dtype, kv_dtype),
     )
     remember = partial(_profile_memory, parts, num_threads)
     if accelerator is None or before is None:
@@ -116,9 +116,16 @@ def _on_host(parts: Parts, remember: Remember) -> Worker:
     return worker
 
 
-def _sparse_plan(config: WorkerConfig, model: Model, folder: Path | None) -> SparsePlan | None:
+def _sparse_plan(
+    config: WorkerConfig, model: Model, folder: Path | None, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> SparsePlan | None:
     if config.attention is None:
         return None
+    if kv_dtype != dtype:
+        raise ValueError(
+            f"kv-cache-dtype is {config.kv_cache_dtype}, but sparse attention chooses keys by pages of the model's "
+            "dtype; leave one of them out"
+        )
     # The weights are read once more only where there is something to compare with.
     is_hashed = bool(config.attention.calibration) and folder is not None and config.random_weights is None
     return SparsePlan(config.attention, model.config, checkpoint_hash(folder) if is_hashed and folder else None)

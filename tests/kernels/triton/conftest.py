@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 HERE = [
     *("test_compiled.py", "test_interpreted.py", "test_mistakes.py", "test_plan.py", "test_select.py"),
-    "test_tile_table.py",
+    *("test_sparse_compiled.py", "test_tile_table.py"),
 ]
 collect_ignore = HERE if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 if importlib.util.find_spec("triton") is None:

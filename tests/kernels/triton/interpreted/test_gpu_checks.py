@@ -25,7 +25,7 @@ def test_right_kernels_pass_every_check(monkeypatch: pytest.MonkeyPatch) -> None
     shares = dict(attention_checks(ops, CPU, gpu_checks.SMALL))
     monkeypatch.setattr(gpu_checks, "DTYPES", (torch.bfloat16, torch.float16, torch.float32))
     shares |= dict(twin_checks(ops, CPU, 900, (9,)))
-    assert len(shares) == 2 + 1 + 2 + 3 * 8 + 6 + 1 + 6 + 3
+    assert len(shares) == 2 + 1 + 2 + 3 * 9 + 6 + 1 + 6 + 3
     assert {what: share for what, share in shares.items() if not share <= 1} == {}
     assert [differing for _, differing in repeat_checks(ops, CPU, [Span(70, 1), Span(9, 9)], 1, 1)] == [0] * 5
 

@@ -1,0 +1,84 @@
+"""What sparse rows need to know of keys, kept under the ids of their pages: bounds of pages, labels of keys.
+
+Both are written after the keys of the same rows, in one launch a layer. Nothing here reads a key that is not written:
+a label is of the row's own key, and a page's bounds are made when its last slot is written, from all of its keys, so
+rewritten slots (rejected drafts, denoised blocks) need no memory of what the bounds were.
+
+Legend of shapes in `kernels/ops.py`; C label channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.sparse import SparseLayer
+from kernels.triton.paged import is_interpreted
+from kernels.triton.tiles import next_power_of_two, padded_dim
+
+
+@triton.jit
+def metadata(
+    k_pages,  # [pages, K, PAGE, D]
+    slots,  # int64 [T]
+    bounds,  # [pages, K, 2, D]: smallest, largest; not written without BOUNDS
+    labels,  # [pages, K, PAGE, C]; these two are not used without LABELS
+    channels,  # int32 [K, C]
+    K: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_P: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    LABELS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid (T, K)."""
+    slot = tl.load(slots + tl.program_id(0))
+    head = tl.program_id(1)
+    page = (slot // PAGE) * K + head  # 64 bits from here on
+    offset = slot % PAGE
+    if LABELS:
+        c = tl.arange(0, CP)
+        channel = tl.load(channels + head * C + c, mask=c < C, other=0)
+        label = tl.load(k_pages + (page * PAGE + offset) * D + channel, mask=c < C, other=0.0)
+        tl.store(labels + (page * PAGE + offset) * C + c, label, mask=c < C)
+    if BOUNDS:  # noqa: SIM102 -- this one is the compiler's, the next the program's
+        if offset == PAGE - 1:
+            n = tl.arange(0, PAGE_P)[:, None]
+            d = tl.arange(0, DP)
+            at = k_pages + (page * PAGE + n) * D + d[None, :]
+            keys = tl.load(at, mask=(n < PAGE) & (d < D)[None, :], other=0.0)
+            if UPCAST:
+                keys = keys.to(tl.float32)
+            least = tl.min(tl.where(n < PAGE, keys, float("inf")), 0)
+            most = tl.max(tl.where(n < PAGE, keys, float("-inf")), 0)
+            at = bounds + page * 2 * D + d
+            tl.store(at, least.to(bounds.dtype.element_ty), mask=d < D)
+            tl.store(at + D, most.to(bounds.dtype.element_ty), mask=d < D)
+
+
+def write_metadata(k_pages: Tensor, slots_T: Tensor, layer: SparseLayer) -> None:
+    """After the keys of `slots_T` were written: their labels [P, K, S, C], and bounds [P, K, 2, D] of the pages they
+    complete, as `sparse_reference.allocate` lays them out.
+
+    slots_T  int64; a sequence's slots of one page are written in ascending order, in this step or in others
+    """
+    bounds, labels, channels_KC = layer.bounds, layer.labels, layer.channels
+    if (labels is None) != (channels_KC is None):
+        raise ValueError("labels and channels come together")
+    num_kv, page_size, head_dim = k_pages.shape[1:]
+    num_channels = 1 if labels is None else labels.shape[3]
+    if len(slots_T) == 0 or (bounds is None and labels is None):
+        return
+    metadata[(len(slots_T), num_kv)](
+        k_pages, slots_T, k_pages if bounds is None else bounds, k_pages if labels is None else labels,
+        slots_T if channels_KC is None else channels_KC,
+        K=num_kv, D=head_dim, DP=padded_dim(head_dim), PAGE=page_size, PAGE_P=next_power_of_two(page_size),
+        C=num_channels, CP=next_power_of_two(num_channels), BOUNDS=bounds is not None, LABELS=labels is not None,
+        UPCAST=is_interpreted() and k_pages.dtype == torch.bfloat16, num_warps=4,
+    )  # fmt: skip
