@@ -17,11 +17,15 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kernels.ops import AttentionRows, Ops, PackedLinear
+    from kernels.sparse import SparseLayer
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionBlock:
-    """Pre-norm self-attention with its residual: x + out(attend(rope(qkv(norm(x))))). Fields as in `Ops`' methods."""
+    """Pre-norm self-attention with its residual: x + out(attend(rope(qkv(norm(x))))). Fields as in `Ops`' methods.
+
+    layer  its index in the model
+    """
 
     norm_H: Tensor
     qkv: PackedLinear
@@ -35,6 +39,11 @@ class AttentionBlock:
     eps: float
     scale: float
     window: int | None
+    layer: int = 0
+
+    def sparse(self, rows: AttentionRows) -> SparseLayer | None:
+        """This layer's part in sparse attention, where the step's KV memory has any."""
+        return None if rows.layers is None else rows.layers[self.layer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +67,13 @@ def composed_attention_block(
     ops: Ops, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
 ) -> Tensor:
     """The attention half of a layer from `Ops`' single operations; writes K and V, returns the new residual stream."""
-    b = block
+    b, layer = block, block.sparse(rows)
     qkv_TX = ops.linear(ops.rms_norm(x_TH, b.norm_H, b.eps), b.qkv)
     q_TQD = ops.qkv_rope_write(
-        qkv_TX, b.num_q, b.num_kv, b.head_dim, b.cos_sin_MR, b.q_norm_D, b.k_norm_D, b.eps, k_pages, v_pages, rows
-    )
-    out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window)
+        qkv_TX, b.num_q, b.num_kv, b.head_dim, b.cos_sin_MR, b.q_norm_D, b.k_norm_D, b.eps, k_pages, v_pages, rows,
+        layer,
+    )  # fmt: skip
+    out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window, layer)
     return ops.linear(out_TQD.flatten(1), b.out, x_TH)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.blocks import AttentionBlock, DenseLayers
 from kernels.routing import Router
+from kernels.sparse import Role, SparseLayer, SparseRows
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class AttentionRows:
                  it sees the keys before tree_start from `low` on and its last `window` bits (the n-th bit of a path
                  stands at position tree_start + n)
     tree_starts  int32 [T], there if `tree` is; read where tree is not 0
+    sparse       there in a step with rows that read only some of the keys they see
+    layers       there where the KV memory has metadata for such rows: of each layer of the model, by its index
     """
 
     page_table: Tensor
@@ -48,6 +51,8 @@ class AttentionRows:
     span_starts: Tensor
     tree: Tensor | None = None
     tree_starts: Tensor | None = None
+    sparse: SparseRows | None = None
+    layers: Sequence[SparseLayer] | None = None
 
 
 class PackedLinear(Protocol):
@@ -105,6 +110,7 @@ class Ops(Protocol):
         k_pages: Tensor,
         v_pages: Tensor,
         rows: AttentionRows,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         """Split, normalise, rotate, store: returns the rotated q [T, Q, D]; k and v are in the pages afterwards.
 
@@ -112,6 +118,7 @@ class Ops(Protocol):
         cos_sin_MR  float32, row = position: R/2 cosines, then R/2 sines; R <= D, elements past R are not rotated.
                     Halves convention: element i turns with element i + R/2
         q_norm_D, k_norm_D  per-head RMSNorm weights applied before the rotation (Qwen3), or None
+        layer       whose metadata of the new keys is written, too
         """
         ...
 
@@ -123,10 +130,12 @@ class Ops(Protocol):
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         """softmax(scale q k^T) v over the keys that each row sees of its own sequence; [T, Q, D] in q's dtype.
 
         Query head h reads kv head h // (Q / K). Memory past a sequence's last key may hold anything, NaN included.
+        layer  what it does for the sparse rows of a step that has some (kernels/sparse.py); they read fewer keys
         """
         ...
 
@@ -185,11 +194,18 @@ class Ops(Protocol):
         """
         ...
 
-    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+    def move_kv(
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        from_slots_M: Tensor,
+        to_slots_M: Tensor,
+        layer: SparseLayer | None = None,
+    ) -> None:
         """Copy one layer's K and V of single slots, one after the other in the order of the lists (int64 [M]).
 
         A slot that is both a source and a destination is read as the earlier copies left it: a path that moves towards
-        the front of its own sequence, in ascending order, arrives whole.
+        the front of its own sequence, in ascending order, arrives whole. `layer`: its metadata moves along.
         """
         ...
 
@@ -199,5 +215,15 @@ class Ops(Protocol):
         """One layer's k_pages and v_pages, each [P, K, S, D] and not initialised.
 
         A back end may choose another layout and documents it; nobody but its own methods may look inside.
+        """
+        ...
+
+    def allocate_sparse(
+        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+    ) -> SparseLayer:
+        """Metadata memory beside the k_pages that `allocate_kv` made, not initialised; opaque in the same way.
+
+        has_bounds   for `Method.QUEST`; channels_KC (int32, elements of a key) for `Method.DOUBLE_SPARSITY`
+        Raises ValueError if this back end has no sparse attention.
         """
         ...

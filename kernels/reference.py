@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import sparse_reference
 from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block, composed_dense_layers
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.routing import Router, choose_experts
+from kernels.sparse import Role, SparseLayer
 
 TILE_ROWS = 256
 """Longer spans are attended in tiles of this many rows, which bounds the score matrix."""
@@ -127,6 +129,7 @@ class ReferenceOps:
         k_pages: Tensor,
         v_pages: Tensor,
         rows: AttentionRows,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         heads = qkv_TX.view(qkv_TX.shape[0], num_q + 2 * num_kv, head_dim)
         q, k, v = torch.split(heads, [num_q, num_kv, num_kv], dim=1)
@@ -139,6 +142,8 @@ class ReferenceOps:
         pages, offsets = rows.slots // page_size, rows.slots % page_size
         k_pages[pages, :, offsets] = rotate(k, cos_sin)
         v_pages[pages, :, offsets] = v
+        if layer is not None:
+            sparse_reference.write(layer, k_pages, rows.slots)
         return rotate(q, cos_sin)
 
     def paged_attention(
@@ -149,10 +154,13 @@ class ReferenceOps:
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         out_TQD = torch.empty_like(q_TQD)
         for tiles in _equal_tiles(rows.span_starts, q_TQD.shape[1], k_pages.shape[2] * rows.page_table.shape[1]):
             out_TQD[tiles] = _attend(q_TQD, k_pages, v_pages, rows, tiles, scale, window)
+        if rows.sparse is not None and layer is not None:
+            sparse_reference.attend(out_TQD, q_TQD, k_pages, v_pages, rows, scale, rows.sparse, layer)
         return out_TQD
 
     def attention_block(
@@ -202,17 +210,31 @@ class ReferenceOps:
         )
         return logits_JV.index_add(0, noisy, noise).argmax(dim=-1)
 
-    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+    def move_kv(
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        from_slots_M: Tensor,
+        to_slots_M: Tensor,
+        layer: SparseLayer | None = None,
+    ) -> None:
         page_size = k_pages.shape[2]
         for source, target in zip(from_slots_M.tolist(), to_slots_M.tolist(), strict=True):
             for pages in (k_pages, v_pages):
                 pages[target // page_size, :, target % page_size] = pages[source // page_size, :, source % page_size]
+        if layer is not None:
+            sparse_reference.write(layer, k_pages, to_slots_M)
 
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         shape = (num_pages, num_kv, page_size, head_dim)
         return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+
+    def allocate_sparse(
+        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+    ) -> SparseLayer:
+        return sparse_reference.allocate(k_pages, roles, has_bounds, channels_KC)
 
 
 def rotate(x_ThD: Tensor, cos_sin_T1R: Tensor) -> Tensor:

@@ -5,11 +5,16 @@ What a way of decoding cannot do is refused by `decoding/factory.py`.
 
 from __future__ import annotations
 
-from scheduler.types import DiffusionModel, Fault, Limits, Request, Topology
+from collections.abc import Sequence
+
+from scheduler.types import AttentionOffer, DiffusionModel, Fault, Limits, Request, Topology
 
 
-def refuse_impossible(request: Request, limits: Limits) -> Fault | None:
-    """A 400 for a request that no empty machine could serve; it would wait for ever (R1, forward progress)."""
+def refuse_impossible(request: Request, limits: Limits, attention: Sequence[AttentionOffer] = ()) -> Fault | None:
+    """A 400 for a request that no empty machine could serve; it would wait for ever (R1, forward progress).
+
+    attention  the sparse methods that it may choose
+    """
     num_prompt, num_output = len(request.prompt), len(request.output)
     if num_prompt == 0:
         return Fault(400, "prompt has no tokens; at least 1 is needed", "prompt")
@@ -28,6 +33,8 @@ def refuse_impossible(request: Request, limits: Limits) -> Fault | None:
             "completion). Please reduce the length of the prompt.",
             "prompt",
         )
+    if (fault := _refuse_attention(request, attention)) is not None:
+        return fault
     total = min(limits.max_model_len, num_prompt + request.max_tokens)
     # The last output token is never fed back, so its KV is never needed.
     pages = -(-(total - min(1, request.max_tokens)) // limits.page_size)
@@ -40,6 +47,19 @@ def refuse_impossible(request: Request, limits: Limits) -> Fault | None:
             "max_tokens" if num_prompt < room else "prompt",
         )
     return None
+
+
+def _refuse_attention(request: Request, offers: Sequence[AttentionOffer]) -> Fault | None:
+    if request.attention is None:
+        return None
+    if request.decoding is not None:
+        return Fault(
+            400, "attention is sparse for tokens that are decoded one by one, but this text is denoised", "attention"
+        )
+    if request.speculation.tree:
+        return Fault(400, "speculation.tree is true, but a row of sparse attention cannot be of a tree", "speculation")
+    problem = request.attention.misfit(offers)
+    return None if problem is None else Fault(400, f"attention.{problem[0]} {problem[1]}", f"attention.{problem[0]}")
 
 
 def refuse_overload(

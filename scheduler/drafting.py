@@ -91,8 +91,9 @@ class DraftingPolicy:
         self._budget.fill(draft, backlog, bound_s)
 
     def _meet(self, seq: Sequence) -> DraftState:
-        seq.drafting = make_state(seq.request.speculation, self._settings.max_drafts, self._gain_s)
-        return seq.drafting
+        seq.drafting = state = make_state(seq.request.speculation, self._settings.max_drafts, self._gain_s)
+        state.takes_trees = state.takes_trees and seq.request.attention is None
+        return state
 
     def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:
         offers = []

@@ -30,6 +30,15 @@ class KVMemory:
         """False for a request whose prompt is to be judged: it needs every row."""
         return self.is_caching and not seq.decoding.judges_prompt
 
+    def num_shareable(self, seq: Sequence, num_tokens: int) -> int:
+        """Full pages of the first `num_tokens` tokens whose KV is what any other request would compute.
+
+        Behind a sparse row's first sparse layer, keys and values are approximations: such pages are the request's own.
+        """
+        if seq.request.attention is not None:
+            num_tokens = min(num_tokens, len(seq.request.prompt))
+        return num_tokens // self.page_size
+
     def num_missing(self, seq: Sequence) -> int:
         """Pages that a running sequence lacks for its next span."""
         return max(0, self.num_pages_for(seq.decoding.reach) - len(seq.pages))
@@ -48,7 +57,7 @@ class KVMemory:
             return []
         if seq.deferred_on is not None and self._is_computed_elsewhere(seq, seq.deferred_on):
             return None
-        usable = seq.decoding.most_cached // self.page_size
+        usable = self.num_shareable(seq, seq.decoding.most_cached)
         self.name_pages(seq, seq.page_names, seq.tokens)
         hits = self.index.lookup(seq.page_names[:usable])
         seq.deferred_on = None
@@ -75,7 +84,7 @@ class KVMemory:
         seq.num_entered = len(hits)
         if self.is_caching:
             self.name_pages(seq, seq.page_names, seq.tokens)
-            seq.num_announced = len(seq.tokens) // self.page_size
+            seq.num_announced = self.num_shareable(seq, len(seq.tokens))
             self.index.announce(seq.page_names[len(hits) : seq.num_announced], seq.order)
 
     def grow(self, seq: Sequence) -> int:
@@ -86,7 +95,7 @@ class KVMemory:
 
     def publish(self, seq: Sequence) -> None:
         """Enter the pages that are full of committed tokens now (R3)."""
-        full = seq.num_committed // self.page_size
+        full = self.num_shareable(seq, seq.num_committed)
         first = seq.num_entered
         if not self.is_caching or full <= first:
             return

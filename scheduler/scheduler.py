@@ -23,6 +23,7 @@ from scheduler.reports import make_delta, step_stats
 from scheduler.sequence import Sequence, Status
 from scheduler.step_cost import StepCost
 from scheduler.types import (
+    AttentionOffer,
     Delta,
     DiffusionModel,
     Fault,
@@ -45,6 +46,7 @@ class Scheduler:
     root         root of the prefix names; tests only
     speculation  how drafts are bought; None = no drafter is ever asked
     diffusion    how the model denoises; None = it cannot
+    attention    the sparse methods that requests may choose
     Raises ValueError for limits under which the rules cannot be kept, and for settings that contradict themselves.
     """
 
@@ -55,10 +57,11 @@ class Scheduler:
         root: bytes | None = None,
         speculation: SpeculationSettings | None = None,
         diffusion: DiffusionModel | None = None,
+        attention: tuple[AttentionOffer, ...] = (),
     ) -> None:
         check_limits(limits, diffusion)
         self.limits = limits
-        self._diffusion = diffusion
+        self._diffusion, self._attention = diffusion, attention
         self._memory = KVMemory(limits.num_pages, limits.page_size, limits.enable_prefix_caching, root)
         self._queues = Queues(self._memory)
         budget = BudgetPolicy(limits, StepCost() if cost is None else cost)
@@ -85,7 +88,8 @@ class Scheduler:
         if request.id in queues.by_id:
             return Fault(400, f"request id {request.id!r} is in use", "id")
         seats = max(0, self.limits.max_seqs - queues.num_running)
-        fault = refuse_impossible(request, self.limits) or refuse_decoding(request, self.limits, self._diffusion)
+        fault = refuse_impossible(request, self.limits, self._attention)
+        fault = fault or refuse_decoding(request, self.limits, self._diffusion)
         if fault is None and not is_resubmission:
             fault = refuse_overload(request, self.limits, len(queues.waiting), seats, queues.num_queued_tokens)
         if fault is not None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
+from scheduler.attention import Attention as Attention
+from scheduler.attention import AttentionMethod as AttentionMethod
+from scheduler.attention import AttentionOffer as AttentionOffer
 from scheduler.diffusion import Choice as Choice
 from scheduler.diffusion import DecodingUsage as DecodingUsage
 from scheduler.diffusion import Denoise as Denoise
@@ -69,6 +72,7 @@ class Request:
     cache_salt  prefix pages, and what drafters learn, are shared only between equal salts
     decoding    how it is denoised; None = autoregressive
     model       the engine's name of the model; "" = its first
+    attention   how the rows of its output read fewer keys than they see; None = they read all
     """
 
     id: str
@@ -82,6 +86,7 @@ class Request:
     speculation: Speculation = field(default_factory=Speculation)
     decoding: Diffusion | None = None
     model: str = ""
+    attention: Attention | None = None
 
 
 class Span(NamedTuple):

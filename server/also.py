@@ -75,6 +75,7 @@ def with_others(first: EngineConfig, others: Sequence[AlsoServed], shares: Seque
             max_model_len=None,
             denoise_block_size=None,
             speculation=_speculation(config.speculation),
+            attention=config.attention.without_files(),
         )
         for config, other in zip(sized[1:], others, strict=True)
     )

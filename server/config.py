@@ -6,7 +6,7 @@ No environment variable is read. The command line and files are parsed in flags.
 
 from __future__ import annotations
 
-import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,14 +15,23 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from scheduler.types import MAX_TREE_NODES
 from server.also import AlsoServed, check_models, name_of, read_also, with_others
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
-from server.engine.config import DRAFTERS, EngineConfig, SpeculationConfig
+from server.engine.config import AttentionConfig, EngineConfig, SpeculationConfig
 from server.values import Auto, AutoCount, Count, Listed, Names, PolicyName, Seconds, Shares, Switch, Table, settings_of
 
 VERSION = "0.1.0"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_GROUPS = ("model", "engine", "speculation", "diffusion", "HTTP", "limits of one request", "life cycle and logs")
-_model, _engine, _drafts, _denoise, _http, _limits, _life = map(settings_of, _GROUPS)
+_GROUPS = (
+    "model",
+    "engine",
+    "speculation",
+    "attention",
+    "diffusion",
+    "HTTP",
+    "limits of one request",
+    "life cycle and logs",
+)
+_model, _engine, _drafts, _sparse, _denoise, _http, _limits, _life = map(settings_of, _GROUPS)
 
 
 class ServerConfig(BaseModel):
@@ -88,6 +97,20 @@ class ServerConfig(BaseModel):
     draft_store_file: Path | None = _drafts(None, "file that keeps it over a restart")
     synthetic_acceptance: Annotated[float, Field(gt=0, le=1)] | None = _drafts(
         None, "capacity tests only: repeated requests get drafts that are right this often; the text stays the model's"
+    )
+
+    sparse_attention: Listed = _sparse(
+        None, "methods that requests may choose: quest,tidal,double_sparsity; their KV metadata takes memory"
+    )
+    attention_method: Literal["dense", "quest", "double_sparsity", "tidal"] = _sparse(
+        "dense", "of requests that say nothing; not dense: the text is another"
+    )
+    attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")
+    attention_calibration: Names = _sparse(
+        (), "what calibration wrote, repeatable: channels (safetensors), layers (JSON)"
+    )
+    attention_channels: AutoCount = _sparse(
+        None, "label channels of double_sparsity; auto = an eighth of the head size"
     )
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
@@ -159,33 +182,11 @@ class ServerConfig(BaseModel):
                 raise ValueError(f"{name.replace('_', '-')}: there is no file {str(path)!r}")
         if self.api_key_file is not None and not self.api_keys():
             raise ValueError(f"api-key-file: {str(self.api_key_file)!r} holds no key")
-        check_models(self.model_names(), self.also(), self.kv_shares)
-        return self
-
-    @model_validator(mode="after")
-    def _drafts_can_be_had(self) -> ServerConfig:
-        if (self.speculation_policy == "table") != bool(self.speculation_table):
-            raise ValueError("speculation-policy table and speculation-table 1:8,4:4 need each other; one is missing")
-        for most, drafts in self.speculation_table:
-            if most < 1 or drafts > self.num_speculative_tokens:
-                raise ValueError(
-                    f"speculation-table has {most}:{drafts}, but sequences are at least 1 and drafts at most "
-                    f"num-speculative-tokens {self.num_speculative_tokens}"
-                )
-        for name in self.drafters or ():
-            if name not in DRAFTERS:
-                raise ValueError(f"drafters names {name!r}; there are {', '.join(DRAFTERS)}")
-        for name in ("draft_model", "layer_subset"):
-            flag, is_set = name.replace("_", "-"), getattr(self, name) is not None
-            if self.drafters is not None and (name in self.drafters) != is_set:
-                missing = (
-                    f"{flag} is set, but drafters leaves {name} out" if is_set else f"drafters has {name}: set {flag}"
-                )
-                raise ValueError(missing)
-        if self.layer_subset is not None and not re.fullmatch(r"uniform:0?\.\d+|search|exit", self.layer_subset):
-            raise ValueError(f"layer-subset is {self.layer_subset!r}: expected uniform:0.5 (a share), search or exit")
         if self.draft_store_file is not None and not self.draft_store_file.parent.is_dir():
             raise ValueError(f"draft-store-file: there is no folder {str(self.draft_store_file.parent)!r}")
+        self._speculation().check()
+        self._attention().check()
+        check_models(self.model_names(), self.also(), self.kv_shares)
         return self
 
     def also(self) -> tuple[AlsoServed, ...]:
@@ -239,46 +240,45 @@ class ServerConfig(BaseModel):
             progress=not self.quiet,
             default_decoding=self.default_decoding,
             denoise_block_size=self.denoise_block_size,
-            speculation=SpeculationConfig(
-                mode=self.speculation,
-                drafters=self.drafters,
-                max_drafts=self.num_speculative_tokens,
-                policy=self.speculation_policy,
-                table=self.speculation_table,
-                draft_model=self.draft_model,
-                draft_stop=self.draft_stop,
-                draft_tree=self.draft_tree,
-                layer_subset=self.layer_subset,
-                store_bytes=self.draft_store_memory,
-                store_file=None if self.draft_store_file is None else str(self.draft_store_file),
-                synthetic_acceptance=self.synthetic_acceptance,
-            ),
+            speculation=self._speculation(),
+            attention=self._attention(),
         )
         return with_others(first, self.also(), self.kv_shares)
 
+    def _speculation(self) -> SpeculationConfig:
+        return SpeculationConfig(
+            mode=self.speculation,
+            drafters=self.drafters,
+            max_drafts=self.num_speculative_tokens,
+            policy=self.speculation_policy,
+            table=self.speculation_table,
+            draft_model=self.draft_model,
+            draft_stop=self.draft_stop,
+            draft_tree=self.draft_tree,
+            layer_subset=self.layer_subset,
+            store_bytes=self.draft_store_memory,
+            store_file=None if self.draft_store_file is None else str(self.draft_store_file),
+            synthetic_acceptance=self.synthetic_acceptance,
+        )
+
+    def _attention(self) -> AttentionConfig:
+        return AttentionConfig(
+            methods=self.sparse_attention or (),
+            default=self.attention_method,
+            budget=self.attention_budget,
+            calibration=self.attention_calibration,
+            num_channels=self.attention_channels,
+        )
+
     def api_settings(self) -> ApiSettings:
+        same = {field.name for field in fields(Limits)} & ServerConfig.model_fields.keys()
         limits = Limits(
+            **{name: getattr(self, name) for name in same},
             max_body_bytes=self.max_body_size,
-            max_headers=self.max_headers,
             max_header_bytes=self.max_header_size,
             max_depth=self.max_json_depth,
             max_items=self.max_json_items,
-            max_prompts=self.max_prompts,
-            max_n=self.max_n,
-            max_choices=self.max_choices,
-            max_output_tokens=self.max_output_tokens,
-            max_logprobs=self.max_logprobs,
-            max_logprob_entries=self.max_logprob_entries,
-            max_stop_strings=self.max_stop_strings,
-            max_stop_chars=self.max_stop_chars,
-            max_stop_token_ids=self.max_stop_token_ids,
-            max_logit_bias=self.max_logit_bias,
-            max_allowed_token_ids=self.max_allowed_token_ids,
-            max_bad_words=self.max_bad_words,
-            max_bad_word_tokens=self.max_bad_word_tokens,
             max_grammar_bytes=self.max_grammar_size,
-            max_grammar_depth=self.max_grammar_depth,
-            max_messages=self.max_messages,
         )
         return ApiSettings(
             served_model_names=self.model_names(),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import library
+from kernels.cpu.sparse import check_sparse, layer_struct, rows_struct
 from kernels.ops import AttentionRows
+from kernels.sparse import SparseLayer
 
 
 class RowsCheck:
@@ -25,7 +27,7 @@ class RowsCheck:
             return
         if self._seen is None or self._seen[0] is not rows:
             self._seen = (rows, [])
-        num_pages, _, page_size, _ = k_pages.shape
+        num_pages, num_kv, page_size, _ = k_pages.shape
         for name in ("page_table", "row_seq", "positions", "visible", "span_starts"):
             tensor = getattr(rows, name)
             if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
@@ -48,6 +50,8 @@ class RowsCheck:
             raise ValueError(f"position {int(rows.positions.max())} is past the {cos_sin_MR.shape[0]} rotary positions")
         if rows.tree is not None or rows.tree_starts is not None:
             _check_trees(rows, rows.page_table.shape[1] * page_size)
+        if rows.sparse is not None:
+            check_sparse(rows, num_kv, page_size)
         self._seen[1].append(seen[1:])
 
 
@@ -67,7 +71,9 @@ def _check_trees(rows: AttentionRows, capacity: int) -> None:
             raise ValueError(f"a tree at key {start} reaches outside the {capacity} keys of its page table")
 
 
-def move_args(k_pages: Tensor, v_pages: Tensor, from_slots: Tensor, to_slots: Tensor) -> library.MoveArgs:
+def move_args(
+    k_pages: Tensor, v_pages: Tensor, from_slots: Tensor, to_slots: Tensor, layer: SparseLayer | None
+) -> library.MoveArgs:
     """Checked: both lists are int64, equally long, and inside the pages."""
     num_pages, num_kv, page_size, head_dim = k_pages.shape
     for name, slots in (("from_slots", from_slots), ("to_slots", to_slots)):
@@ -78,8 +84,8 @@ def move_args(k_pages: Tensor, v_pages: Tensor, from_slots: Tensor, to_slots: Te
     if from_slots.shape != to_slots.shape:
         raise ValueError(f"{from_slots.shape[0]} slots cannot move to {to_slots.shape[0]}")
     return library.MoveArgs(
-        k_pages.data_ptr(), v_pages.data_ptr(), from_slots.data_ptr(), to_slots.data_ptr(), from_slots.shape[0],
-        num_kv, head_dim, page_size, k_pages.dtype == torch.bfloat16,
+        k_pages.data_ptr(), v_pages.data_ptr(), from_slots.data_ptr(), to_slots.data_ptr(),
+        layer_struct(layer), from_slots.shape[0], num_kv, head_dim, page_size, k_pages.dtype == torch.bfloat16,
     )  # fmt: skip
 
 
@@ -94,6 +100,7 @@ def qkv_args(
     v_pages: Tensor,
     rows: AttentionRows,
     dtype: torch.dtype,
+    layer: SparseLayer | None,
 ) -> library.QkvArgs:
     """All but the qkv and q_out pointers."""
     if k_pages.dtype != dtype or cos_sin_MR.dtype != torch.float32 or not cos_sin_MR.is_contiguous():
@@ -101,8 +108,8 @@ def qkv_args(
     return library.QkvArgs(
         None, None, k_pages.data_ptr(), v_pages.data_ptr(), cos_sin_MR.data_ptr(),
         None if q_norm_D is None else q_norm_D.data_ptr(), None if k_norm_D is None else k_norm_D.data_ptr(),
-        rows.positions.data_ptr(), rows.slots.data_ptr(), rows.slots.shape[0], num_q, k_pages.shape[1], head_dim,
-        cos_sin_MR.shape[1], k_pages.shape[2], eps, dtype == torch.bfloat16,
+        rows.positions.data_ptr(), rows.slots.data_ptr(), layer_struct(layer), rows.slots.shape[0], num_q,
+        k_pages.shape[1], head_dim, cos_sin_MR.shape[1], k_pages.shape[2], eps, dtype == torch.bfloat16,
     )  # fmt: skip
 
 
@@ -115,6 +122,7 @@ def attention_args(
     scale: float,
     window: int | None,
     dtype: torch.dtype,
+    layer: SparseLayer | None,
 ) -> library.AttentionArgs:
     """All but the q and out pointers."""
     num_kv, page_size = k_pages.shape[1:3]
@@ -122,10 +130,13 @@ def attention_args(
         raise ValueError(f"{num_q} query heads of {dtype} cannot read {num_kv} kv heads of {k_pages.dtype}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1, or None")
+    if window is not None and layer is not None and rows.sparse is not None:
+        raise ValueError("a layer with a window has no sparse attention")
     return library.AttentionArgs(
         None, k_pages.data_ptr(), v_pages.data_ptr(), None, rows.page_table.data_ptr(), rows.row_seq.data_ptr(),
         rows.positions.data_ptr(), rows.visible.data_ptr(), rows.span_starts.data_ptr(),
         None if rows.tree is None else rows.tree.data_ptr(),
-        None if rows.tree_starts is None else rows.tree_starts.data_ptr(), rows.page_table.stride(0),
-        rows.span_starts.shape[0] - 1, num_q, num_kv, head_dim, page_size, window or 0, scale, dtype == torch.bfloat16,
+        None if rows.tree_starts is None else rows.tree_starts.data_ptr(), rows_struct(rows.sparse),
+        layer_struct(layer), rows.page_table.stride(0), rows.span_starts.shape[0] - 1, num_q,
+        num_kv, head_dim, page_size, window or 0, scale, dtype == torch.bfloat16,
     )  # fmt: skip

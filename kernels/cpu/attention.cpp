@@ -4,7 +4,10 @@
 // Dao, "FlashAttention-2" (2023), section 3.1. A row's value depends on its own visible keys only: chunks and keys that
 // other rows of the tile see enter it as exact zeros, so chunking and company cannot change a bit.
 // Unwritten slots may hold NaN: their scores are masked, and they never reach the value product.
-#include "layer.h"
+// A sparse row is a tile of its own (with its group of heads): what it reads becomes all of its sequence, and is walked alike.
+#include "sparse.h"
+
+#include <vector>
 
 namespace braid {
 namespace {
@@ -14,7 +17,8 @@ constexpr long kChunkKeys = 128;
 constexpr float kMinusInf = -__builtin_inff();
 
 struct Tile {
-  long span, first, count, head;  // query tokens [first, first + count) of one span, one kv head
+  long first, count, head;  // query tokens [first, first + count) of one span, one kv head
+  bool chooses;             // of one sparse row that has more keys than it may read
 };
 
 void prefetch_bytes(const void* p, long bytes) {
@@ -44,8 +48,11 @@ class Attend {
     rows = tile.count * group;
     blocks = RowBlocks(rows);
     pages = g.page_table + g.row_seq[tile.first] * g.max_pages;
-    head = tile.head;
+    head = kv_head = tile.head;
+    k_pages = static_cast<const T*>(g.k_pages);
+    v_pages = static_cast<const T*>(g.v_pages);
     prepare(tile);
+    if (tile.chooses) choose(tile.first);
     long last_key = 0, first_key = INT64_MAX;
     for (long r = 0; r < rows; r++) {
       last_key = last_key > high[r] ? last_key : high[r];
@@ -57,6 +64,7 @@ class Attend {
       long chunk = page / chunk_pages, chunk_end = (chunk + 1) * chunk_pages;
       chunk_end = chunk_end < end_page ? chunk_end : end_page;
       scores_of(page, chunk_end, chunk * chunk_pages, last_key);
+      if (raw_scores) keep_scores(page, chunk_end, chunk * chunk_pages);
       if (g.tree)
         for (long r = 0; r < rows; r++) hide_branches(r, page, chunk_end, chunk * chunk_pages);
       for (long r = 0; r < rows; r++) softmax_row(r, page, chunk_end, chunk * chunk_pages);
@@ -64,9 +72,78 @@ class Attend {
       page = chunk_end;
     }
     finish(tile);
+    if (raw_scores) choose_keys(g, tile.first, raw_scores, list_of(tile.first));
   }
 
  private:
+  int32_t* list_of(long token) const {
+    return g.sparse->lists + (g.sparse->index[token] * g.num_kv + head) * g.sparse->most;
+  }
+
+  // Makes what the row reads its whole sequence; a row that lists keys reads all and keeps its scores.
+  void choose(long token) {
+    long at = g.sparse->index[token], budget = g.sparse->budgets[at], visible = g.visible[token];
+    int32_t role = g.layer->roles[g.sparse->methods[at]];
+    long room = (visible + g.page_size - 1) / g.page_size * g.page_size + kLanes;
+    if (role == kList) {
+      raw_scores = scratch_of<float>(1, room);
+      return;
+    }
+    following = nullptr;
+    if (role == kFollow) return gather(list_of(token), token, budget);
+    if (g.sparse->methods[at] == kQuest) {
+      long count = budget / g.page_size;
+      chosen_pages.resize(count);
+      choose_pages<T>(g, token, head, chosen_pages.data());
+      for (int32_t& page : chosen_pages) page = pages[page];
+      pages = chosen_pages.data();
+      for (long r = 0; r < rows; r++) high[r] = (count - 1) * g.page_size + (visible - 1) % g.page_size + 1;
+      return;
+    }
+    float* scores = scratch_of<float>(1, room + budget);
+    int32_t* keys = reinterpret_cast<int32_t*>(scores + room);
+    label_scores<T>(g, token, head, scores);
+    choose_keys(g, token, scores, keys);
+    gather(keys, token, budget);
+  }
+
+  // Copies single keys and their values into pages of this thread's own, one kv head wide.
+  void gather(const int32_t* keys, long token, long count) {
+    KvLayout<T> own(g.page_size, 1, g.head_dim);
+    long num = (count + g.page_size - 1) / g.page_size;
+    long k_words = own.padded_keys * own.dim_words, v_words = own.padded_dims * own.key_words;
+    uint32_t* memory = scratch_of<uint32_t>(2, num * (k_words + v_words));
+    T *to_k = reinterpret_cast<T*>(memory), *to_v = reinterpret_cast<T*>(memory + num * k_words);
+    for (long i = 0; i < count; i++) {
+      long slot = long(pages[keys[i] / g.page_size]) * g.page_size + keys[i] % g.page_size;
+      const T *k = layout.key_at(const_cast<T*>(k_pages), slot, head), *v = layout.value_at(const_cast<T*>(v_pages), slot, head);
+      auto* from_words = reinterpret_cast<const uint32_t*>(k);
+      auto* to_words = reinterpret_cast<uint32_t*>(own.key_at(to_k, i, 0));
+      for (long w = 0; w < own.dim_words; w++) to_words[w * own.key_tile] = from_words[w * own.key_tile];
+      T* to = own.value_at(to_v, i, 0);
+      for (long d = 0; d < g.head_dim; d++) to[own.value_step(d)] = v[own.value_step(d)];
+    }
+    chosen_pages.resize(num);
+    for (long p = 0; p < num; p++) chosen_pages[p] = int32_t(p);
+    layout = own;
+    k_pages = to_k;
+    v_pages = to_v;
+    pages = chosen_pages.data();
+    kv_head = 0;
+    for (long r = 0; r < rows; r++) high[r] = count;
+  }
+
+  // Of each key the highest q.k of the group's heads. What is past a page's end is written over by the next page.
+  void keep_scores(long page, long end, long origin) {
+    for (; page < end; page++)
+      for (long s = 0; s < g.page_size; s += kLanes) {
+        const float* at = scores + (page - origin) * layout.padded_keys + s;
+        vf best = load<vf>(at);
+        for (long r = 1; r < rows; r++) best = vmax(load<vf>(at + r * columns), best);
+        store(raw_scores + page * g.page_size + s, best);
+      }
+  }
+
   void prepare(const Tile& tile) {
     long words = layout.dim_words;
     long need = rows * (words + columns + layout.padded_dims + columns) + 4 * 1024;
@@ -133,8 +210,8 @@ class Attend {
   // Fetches the values of these pages on the way: all of a full page, what is needed of the last one.
   void scores_of(long page, long end, long origin, long last_key) {
     for (; page < end; page++) {
-      const uint32_t* keys = layout.keys(static_cast<const T*>(g.k_pages), pages[page], head);
-      const uint32_t* values = layout.values(static_cast<const T*>(g.v_pages), pages[page], head);
+      const uint32_t* keys = layout.keys(k_pages, pages[page], kv_head);
+      const uint32_t* values = layout.values(v_pages, pages[page], kv_head);
       long filled = last_key - page * g.page_size, words = (filled + Word<T>::k - 1) / Word<T>::k;
       bool full = filled >= g.page_size;
       for (long d = 0; d < layout.padded_dims && !full; d += layout.dim_panel)
@@ -203,7 +280,7 @@ class Attend {
   // Keys of the page a chunk further on, in this tile or the one that this thread most likely takes next; null past its end.
   const uint32_t* keys_ahead(long page, long end_page) const {
     page += chunk_pages;
-    if (page < end_page) return layout.keys(static_cast<const T*>(g.k_pages), pages[page], head);
+    if (page < end_page) return layout.keys(k_pages, pages[page], kv_head);
     if (!following) return nullptr;
     long token = following->first;
     long start = g.window > 0 ? long(g.positions[token]) - g.window + 1 : 0;
@@ -217,7 +294,7 @@ class Attend {
   void values_of(long page, long end, long origin, long last_key, long end_page) {
     constexpr int per_word = Word<T>::k;
     for (; page < end; page++) {
-      const uint32_t* values = layout.values(static_cast<const T*>(g.v_pages), pages[page], head);
+      const uint32_t* values = layout.values(v_pages, pages[page], kv_head);
       const uint32_t* ahead = keys_ahead(page, end_page);
       long keys = last_key - page * g.page_size;
       if (keys < g.page_size) {
@@ -259,7 +336,10 @@ class Attend {
   const AttentionArgs& g;
   KvLayout<T> layout;
   long group, chunk_pages, columns;
-  long rows = 0, head = 0;
+  long rows = 0, head = 0, kv_head = 0;  // kv_head: of k_pages and v_pages, which may be this thread's own
+  const T *k_pages = nullptr, *v_pages = nullptr;
+  float* raw_scores = nullptr;  // there for a row that lists keys
+  std::vector<int32_t> chosen_pages;
   RowBlocks blocks{0};
   const int32_t* pages = nullptr;
   const Tile* following = nullptr;
@@ -279,12 +359,16 @@ void paged_attention(Pool* pool, const AttentionArgs& g) {
   long tokens = kTileRows / group > 1 ? kTileRows / group : 1;
   long tiles = 0;
   for (long s = 0; s < g.num_spans; s++) tiles += (g.span_starts[s + 1] - g.span_starts[s] + tokens - 1) / tokens;
+  if (g.sparse) tiles = g.span_starts[g.num_spans];
   Tile* list = scratch_of<Tile>(3, tiles * g.num_kv + 1);
   long n = 0;
   for (long s = 0; s < g.num_spans; s++)
-    for (long first = g.span_starts[s]; first < g.span_starts[s + 1]; first += tokens) {
-      long left = g.span_starts[s + 1] - first;
-      for (long h = 0; h < g.num_kv; h++) list[n++] = Tile{s, first, left < tokens ? left : tokens, h};
+    for (long first = g.span_starts[s], end = g.span_starts[s + 1], count; first < end; first += count) {
+      bool chooses_keys = chooses(g, first);
+      count = chooses_keys ? 1 : end - first < tokens ? end - first : tokens;
+      for (long i = 1; g.sparse && i < count; i++)
+        if (chooses(g, first + i)) count = i;
+      for (long h = 0; h < g.num_kv; h++) list[n++] = Tile{first, count, h, chooses_keys};
     }
   parallel(pool, n, [&](long t) { Attend<T>(g).run(list[t], t + 1 < n ? &list[t + 1] : nullptr); });
 }

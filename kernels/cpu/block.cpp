@@ -44,6 +44,8 @@ AttentionBlockArgs of_layer(AttentionBlockArgs step, const DenseLayer& layer) {
   step.qkv.eps = layer.eps;
   step.qkv.k_pages = layer.k_pages;
   step.qkv.v_pages = layer.v_pages;
+  step.qkv.layer = layer.sparse;
+  step.attention.layer = layer.sparse;
   step.attention.k_pages = layer.k_pages;
   step.attention.v_pages = layer.v_pages;
   step.attention.window = layer.window;

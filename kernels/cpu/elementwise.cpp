@@ -4,7 +4,7 @@
 // calling thread: waking a worker costs more than a few rows of these.
 #include <cmath>
 
-#include "layer.h"
+#include "sparse.h"
 
 namespace braid {
 namespace {
@@ -92,10 +92,17 @@ void qkv_rope_write(Pool* pool, const QkvArgs& g) {
       else
         std::memcpy(at, row + h * d, size_t(d) * sizeof(T));
       rotate(at, cos_sin, g.rotary_dim);
-      if (!is_q) layout.write_key(static_cast<T*>(g.k_pages), g.slots[r], h - g.num_q, key);
+      if (is_q) continue;
+      layout.write_key(static_cast<T*>(g.k_pages), g.slots[r], h - g.num_q, key);
+      if (g.layer && g.layer->labels) write_label(*g.layer, layout, static_cast<const T*>(g.k_pages), g.slots[r], h - g.num_q);
     }
     for (long h = 0; h < g.num_kv; h++)
       layout.write_value(static_cast<T*>(g.v_pages), g.slots[r], h, row + (g.num_q + g.num_kv + h) * d);
+  });
+  if (!g.layer || !g.layer->bounds) return;
+  rows_in_parallel(pool, g.rows, g.num_kv * d, [&](long r) {  // all keys are written now
+    for (long h = 0; h < g.num_kv && g.slots[r] % g.page_size == g.page_size - 1; h++)
+      write_bounds(*g.layer, layout, static_cast<const T*>(g.k_pages), g.slots[r], h);
   });
 }
 
@@ -104,8 +111,12 @@ template <class T>
 static void move_kv(const MoveArgs& g) {
   KvLayout<T> layout(g.page_size, g.num_kv, g.head_dim);
   for (long m = 0; m < g.count; m++)
-    for (long h = 0; h < g.num_kv; h++)
+    for (long h = 0; h < g.num_kv; h++) {
+      const T* k_pages = static_cast<const T*>(g.k_pages);
       layout.move(static_cast<T*>(g.k_pages), static_cast<T*>(g.v_pages), g.from[m], g.to[m], h);
+      if (g.layer && g.layer->labels) write_label(*g.layer, layout, k_pages, g.to[m], h);
+      if (g.layer && g.layer->bounds && g.to[m] % g.page_size == g.page_size - 1) write_bounds(*g.layer, layout, k_pages, g.to[m], h);
+    }
 }
 
 template void rms_norm(Pool*, const bf16*, const bf16*, long, long, float, bf16*);

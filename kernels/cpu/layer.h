@@ -55,6 +55,26 @@ struct KvLayout {
   }
 };
 
+enum Method : int32_t { kQuest = 0, kDoubleSparsity = 1, kTidal = 2 };      // sparse.py Method
+enum Role : int32_t { kDense = 0, kChoose = 1, kList = 2, kFollow = 3 };  // sparse.py Role
+
+// What one layer does for sparse rows, and its metadata of keys under the page ids of K and V. Null in its place: none.
+//   bounds of (page, head): [smallest, largest][head_dim]
+//   labels of (page, head): [channels][padded keys]    a lane is a key, no horizontal sums
+struct SparseLayer {
+  void *bounds, *labels;    // null: not kept
+  const int32_t* channels;  // [num_kv][num_channels]
+  int64_t num_channels;
+  int32_t roles[3], unused;
+};
+
+// The sparse rows of a step. Null in its place: there are none.
+struct SparseRows {
+  const int32_t *index, *methods, *budgets;
+  int32_t* lists;  // [sparse rows][num_kv][most]
+  int64_t most;
+};
+
 struct QkvArgs {
   const void* qkv;
   void *q_out, *k_pages, *v_pages;
@@ -62,6 +82,7 @@ struct QkvArgs {
   const void *q_norm, *k_norm;
   const int32_t* positions;
   const int64_t* slots;
+  const SparseLayer* layer;
   int64_t rows, num_q, num_kv, head_dim, rotary_dim, page_size;
   float eps;
   int32_t is_bf16;
@@ -73,6 +94,8 @@ struct AttentionArgs {
   const int32_t *page_table, *row_seq, *positions, *visible, *span_starts;
   const int64_t* tree;          // null in a step without draft trees
   const int32_t* tree_starts;
+  const SparseRows* sparse;
+  const SparseLayer* layer;
   int64_t max_pages, num_spans, num_q, num_kv, head_dim, page_size, window;  // window 0: none
   float scale;
   int32_t is_bf16;
@@ -82,6 +105,7 @@ struct AttentionArgs {
 struct MoveArgs {
   void *k_pages, *v_pages;
   const int64_t *from, *to;
+  const SparseLayer* layer;
   int64_t count, num_kv, head_dim, page_size;
   int32_t is_bf16;
 };
@@ -105,6 +129,7 @@ struct DenseLayer {
   void *k_pages, *v_pages;
   const void* mlp_norm;
   const Weight *gate_up, *down;
+  const SparseLayer* sparse;
   int64_t window;
   float scale, eps, mlp_eps;
   int32_t unused;

@@ -33,12 +33,33 @@ class Weight(ctypes.Structure):
     )
 
 
+class SparseLayer(ctypes.Structure):
+    """layer.h SparseLayer."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("bounds", "labels", "channels")),
+        ("num_channels", c_int64),
+        ("roles", c_int32 * 3),
+        ("unused", c_int32),
+    )
+
+
+class SparseRows(ctypes.Structure):
+    """layer.h SparseRows."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("index", "methods", "budgets", "lists")),
+        ("most", c_int64),
+    )
+
+
 class QkvArgs(ctypes.Structure):
     """layer.h QkvArgs."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("qkv", "q_out", "k_pages", "v_pages", "cos_sin", "q_norm", "k_norm")),
         *((name, c_void_p) for name in ("positions", "slots")),
+        ("layer", POINTER(SparseLayer)),
         *((name, c_int64) for name in ("rows", "num_q", "num_kv", "head_dim", "rotary_dim", "page_size")),
         ("eps", c_float),
         ("is_bf16", c_int32),
@@ -52,6 +73,8 @@ class AttentionArgs(ctypes.Structure):
         *((name, c_void_p) for name in ("q", "k_pages", "v_pages", "out")),
         *((name, c_void_p) for name in ("page_table", "row_seq", "positions", "visible", "span_starts")),
         *((name, c_void_p) for name in ("tree", "tree_starts")),
+        ("sparse", POINTER(SparseRows)),
+        ("layer", POINTER(SparseLayer)),
         *((name, c_int64) for name in ("max_pages", "num_spans", "num_q", "num_kv", "head_dim", "page_size", "window")),
         ("scale", c_float),
         ("is_bf16", c_int32),
@@ -63,6 +86,7 @@ class MoveArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("k_pages", "v_pages", "from_slots", "to_slots")),
+        ("layer", POINTER(SparseLayer)),
         *((name, c_int64) for name in ("count", "num_kv", "head_dim", "page_size")),
         ("is_bf16", c_int32),
     )
@@ -90,6 +114,7 @@ class DenseLayer(ctypes.Structure):
         *((name, c_void_p) for name in ("q_norm", "k_norm", "cos_sin", "k_pages", "v_pages", "mlp_norm")),
         ("gate_up", POINTER(Weight)),
         ("down", POINTER(Weight)),
+        ("sparse", POINTER(SparseLayer)),
         ("window", c_int64),
         *((name, c_float) for name in ("scale", "eps", "mlp_eps")),
         ("unused", c_int32),

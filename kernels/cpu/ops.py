@@ -22,9 +22,11 @@ from kernels.cpu import library
 from kernels.cpu.arguments import RowsCheck, attention_args, move_args, qkv_args
 from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.layers import LayerTables
+from kernels.cpu.sparse import allocate
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.routing import Router, choose_experts
+from kernels.sparse import Role, SparseLayer
 
 AMX_ROWS = 16
 """A tile of the AMX unit has 16 rows; below, memory bandwidth bounds the product and nothing is gained."""
@@ -177,13 +179,16 @@ class CpuOps:
         k_pages: Tensor,
         v_pages: Tensor,
         rows: AttentionRows,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         qkv = qkv_TX.contiguous()
         if qkv.shape[1] != (num_q + 2 * num_kv) * head_dim:
             raise ValueError(f"qkv rows have {qkv.shape[1]} features, not ({num_q} + 2 * {num_kv}) * {head_dim}")
         self._check_rows(rows, qkv.shape[0], k_pages, cos_sin_MR)
         q_TQD = torch.empty((qkv.shape[0], num_q, head_dim), dtype=qkv.dtype)
-        struct = qkv_args(num_q, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows, qkv.dtype)
+        struct = qkv_args(
+            num_q, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows, qkv.dtype, layer
+        )
         struct.qkv, struct.q_out = qkv.data_ptr(), q_TQD.data_ptr()
         self._lib.braid_qkv_rope_write(self._pool, byref(struct))
         return q_TQD
@@ -196,11 +201,12 @@ class CpuOps:
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         q = q_TQD.contiguous()
         self._check_rows(rows, q.shape[0], k_pages, None)
         out_TQD = torch.empty_like(q)
-        struct = attention_args(q.shape[1], q.shape[2], k_pages, v_pages, rows, scale, window, q.dtype)
+        struct = attention_args(q.shape[1], q.shape[2], k_pages, v_pages, rows, scale, window, q.dtype, layer)
         struct.q, struct.out = q.data_ptr(), out_TQD.data_ptr()
         self._lib.braid_paged_attention(self._pool, byref(struct))
         return out_TQD
@@ -220,12 +226,14 @@ class CpuOps:
     def _attention_struct(
         self, x: Tensor, out_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
     ) -> library.AttentionBlockArgs:
+        layer = block.sparse(rows)
         qkv, out = packed_here(block.qkv, x.shape[1]), packed_here(block.out, block.num_q * block.head_dim)
         return library.AttentionBlockArgs(
             x.data_ptr(), block.norm_H.data_ptr(), out_TH.data_ptr(), pointer(qkv.struct), pointer(out.struct),
             qkv_args(block.num_q, block.head_dim, block.cos_sin_MR, block.q_norm_D, block.k_norm_D, block.eps,
-                      k_pages, v_pages, rows, x.dtype),
-            attention_args(block.num_q, block.head_dim, k_pages, v_pages, rows, block.scale, block.window, x.dtype),
+                      k_pages, v_pages, rows, x.dtype, layer),
+            attention_args(block.num_q, block.head_dim, k_pages, v_pages, rows, block.scale, block.window, x.dtype,
+                           layer),
         )  # fmt: skip
 
     def dense_layers(
@@ -235,7 +243,7 @@ class CpuOps:
             return composed_dense_layers(self, x_TH, run, kv, rows)
         (block, _), (k_pages, v_pages) = run.layers[0], kv[0]
         x = _activations(x_TH, packed_here(block.qkv, x_TH.shape[1]))
-        layers, out_TH = self._layer_tables(run, kv, x), torch.empty_like(x)
+        layers, out_TH = self._layer_tables(run, kv, x, rows.layers), torch.empty_like(x)
         self._check_rows(rows, x.shape[0], k_pages, block.cos_sin_MR)
         struct = library.DenseLayersArgs(
             self._attention_struct(x, out_TH, block, k_pages, v_pages, rows), layers, len(layers)
@@ -290,8 +298,15 @@ class CpuOps:
         )  # fmt: skip
         return out_J
 
-    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
-        self._lib.braid_move_kv(byref(move_args(k_pages, v_pages, from_slots_M, to_slots_M)))
+    def move_kv(
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        from_slots_M: Tensor,
+        to_slots_M: Tensor,
+        layer: SparseLayer | None = None,
+    ) -> None:
+        self._lib.braid_move_kv(byref(move_args(k_pages, v_pages, from_slots_M, to_slots_M, layer)))
 
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -311,6 +326,11 @@ class CpuOps:
         for pages in (k_pages, v_pages):
             self._lib.braid_prefer_huge_pages(pages.data_ptr(), pages.nbytes)
         return k_pages[:, :, :page_size, :head_dim], v_pages[:, :, :page_size, :head_dim]
+
+    def allocate_sparse(
+        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+    ) -> SparseLayer:
+        return allocate(k_pages, roles, has_bounds, channels_KC)
 
 
 def _is_bf16(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from kernels.blocks import AttentionBlock, DenseLayers, composed_attention_block
 from kernels.ops import AttentionRows, PackedLinear
 from kernels.reference import DenseLinear, ReferenceOps, RowStatistics, dense_weight
 from kernels.routing import Router
+from kernels.sparse import Role, SparseLayer
 from kernels.triton.move import move_kv
 from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.paged import PagedAttention
@@ -70,6 +71,7 @@ class TritonOps:
         k_pages: Tensor,
         v_pages: Tensor,
         rows: AttentionRows,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         return qkv_rope_write(
             qkv_TX, num_q, num_kv, head_dim, cos_sin_MR, q_norm_D, k_norm_D, eps, k_pages, v_pages, rows
@@ -83,6 +85,7 @@ class TritonOps:
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window)
 
@@ -141,10 +144,22 @@ class TritonOps:
     ) -> Tensor:
         return sample(logits_JV, seeds_J, sample_index_J, positions_J, greedy_J, stream)
 
-    def move_kv(self, k_pages: Tensor, v_pages: Tensor, from_slots_M: Tensor, to_slots_M: Tensor) -> None:
+    def move_kv(
+        self,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        from_slots_M: Tensor,
+        to_slots_M: Tensor,
+        layer: SparseLayer | None = None,
+    ) -> None:
         move_kv(k_pages, v_pages, from_slots_M, to_slots_M)
 
     def allocate_kv(
         self, num_pages: int, page_size: int, num_kv: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         return self._torch.allocate_kv(num_pages, page_size, num_kv, head_dim, dtype, device)
+
+    def allocate_sparse(
+        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+    ) -> SparseLayer:
+        raise ValueError("sparse attention is not on the Triton back end yet; serve on a CPU or with dense attention")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from scheduler.types import DiffusionModel
+from server.api.attention import AttentionFacts
 from server.api.errors import ApiError, shown
 from server.api.speculation import SpeculationFacts
 from server.engine.decoding import DIFFUSION_SUFFIX
@@ -30,6 +31,7 @@ class ModelFacts:
     max_choices: int
     max_queued_tokens: int
     speculation: SpeculationFacts = field(default_factory=SpeculationFacts)
+    attention: AttentionFacts = field(default_factory=AttentionFacts)
     diffusion: DiffusionModel | None = None
     delimiters: tuple[int, ...] = ()
     max_step: int = 1024

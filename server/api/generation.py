@@ -16,6 +16,7 @@ from starlette.types import Receive
 
 from scheduler.types import DecodingUsage, Delta, Fault, FinishReason, SpeculationMode, SpeculationUsage
 from server.api.admission import Permit
+from server.api.attention import attention_usage
 from server.api.body import ClientGone
 from server.api.choice import Choice, Piece
 from server.api.decoding import decoding_usage, show_snapshot
@@ -62,7 +63,10 @@ class Generation:
             raise
         loop = asyncio.get_running_loop()
         self._metrics.observe_admitted(
-            self.call.num_prompt_tokens, self.call.checked.body.n, self._services.admission.num_requests
+            self.call.num_prompt_tokens,
+            self.call.checked.body.n,
+            self._services.admission.num_requests,
+            self.call.checked.attention,
         )
         self._note_undrafted()
         self._tasks = [loop.create_task(self._pump(*pair)) for pair in zip(self.choices, self._streams, strict=True)]
@@ -132,6 +136,7 @@ class Generation:
                 sum((choice.speculation for choice in self.choices), start=SpeculationUsage()),
             ),
             **(decoding_usage(self._denoising(), num_output) if self.is_denoised else {}),
+            **attention_usage(self.call.checked.body, self.call.checked.attention),
         }
 
     def _denoising(self) -> DecodingUsage:

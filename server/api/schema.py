@@ -63,7 +63,7 @@ NAMED_STEPS = frozenset(
         *("role", "content", "type", "text", "include_usage", "continuous_usage_stats", "include_obfuscation"),
         *("mode", "max_tokens", "drafter", "verify", "tree", "quality", "include_snapshots"),
         *("policy", "selector", "planner", "cache", "stopper", "steps", "block_size", "gen_length"),
-        *("confidence", "eos"),
+        *("confidence", "eos", "method", "budget"),
     }
 )
 """Inner names that an error message may show; others could be the client's own text."""
@@ -135,6 +135,15 @@ class DecodingFields(BaseModel):
     eos: Literal["free", "never", "last"] | None = None
 
 
+class AttentionFields(BaseModel):
+    """`attention`: how many keys the tokens of the answer read. `budget` None = the server's."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    method: str
+    budget: int | None = None
+
+
 class GenerationBody(BaseModel):
     """What completions and chat completions share."""
 
@@ -177,6 +186,7 @@ class GenerationBody(BaseModel):
     speculation: SpeculationFields | None = None
     prediction: Prediction | None = None
     decoding: DecodingFields | None = None
+    attention: AttentionFields | None = None
     user: str | None = None
 
 

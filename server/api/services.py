@@ -9,6 +9,7 @@ from typing import Protocol
 
 from scheduler.types import Delta, Request, SpeculationMode, StepStats
 from server.api.admission import Admission
+from server.api.attention import AttentionFacts
 from server.api.body import BodyMemory
 from server.api.errors import ApiError, shown
 from server.api.facts import ModelFacts
@@ -103,6 +104,7 @@ class Services:
                 info.model_len,
                 max(self.admission.max_tokens, info.model_len),
             ),
+            attention=AttentionFacts(info.attention, info.default_attention, info.attention_budget),
             diffusion=info.diffusion,
             delimiters=self.delimiters,
             max_step=info.max_batched_tokens,

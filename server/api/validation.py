@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from scheduler.types import Diffusion, Grammar, Request, Speculation, SpeculationMode
+from scheduler.types import Attention, Diffusion, Grammar, Request, Speculation, SpeculationMode
+from server.api.attention import read_attention
 from server.api.decoding import read_decoding
 from server.api.errors import invalid
 from server.api.facts import ModelFacts, check_model
@@ -29,7 +30,8 @@ FORBIDDEN_IN_SALT = frozenset("@/\\\0")
 @dataclass(frozen=True, slots=True)
 class Checked:
     """A body that passed the cheap checks. `cost_tokens` estimates its prompt tokens, for admission; `prediction` is
-    the text of that field, `decoding` how the answer is denoised (None = it is generated token by token)."""
+    the text of that field, `decoding` how the answer is denoised (None = it is generated token by token), `attention`
+    how its rows read fewer keys (None = they read all)."""
 
     body: CompletionBody | ChatBody
     prompts: tuple[RawPrompt, ...]
@@ -42,6 +44,7 @@ class Checked:
     prediction: str = ""
     grammar: Grammar | None = None
     decoding: Diffusion | None = None
+    attention: Attention | None = None
 
     @property
     def num_choices(self) -> int:
@@ -144,8 +147,20 @@ def _check(
     stop = check_stop(body, limits)
     grammar = read_grammar(body, limits)
     decoding = read_decoding(body, facts, max_tokens, grammar is not None)
+    attention = read_attention(body, facts.attention, decoding)
     return Checked(
-        body, prompts, stop, max_tokens, logprobs, prompt_logprobs, echo, cost, prediction, grammar, decoding
+        body,
+        prompts,
+        stop,
+        max_tokens,
+        logprobs,
+        prompt_logprobs,
+        echo,
+        cost,
+        prediction,
+        grammar,
+        decoding,
+        attention,
     )
 
 
@@ -206,6 +221,7 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
                     speculation=speculation,
                     model=facts.model,
                     decoding=decoding,
+                    attention=checked.attention,
                 )
             )
     total = sum(len(prompt.ids) for prompt in prompts)

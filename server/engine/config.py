@@ -5,11 +5,21 @@ Data only, no torch: the front end builds the one and shows the other. Nothing h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from scheduler.types import DiffusionModel, Limits, Speculation, SpeculationMode, VerifyMode
+from scheduler.types import (
+    Attention,
+    AttentionMethod,
+    AttentionOffer,
+    DiffusionModel,
+    Limits,
+    Speculation,
+    SpeculationMode,
+    VerifyMode,
+)
 
 
 class EngineState(StrEnum):
@@ -57,6 +67,74 @@ class SpeculationConfig:
     store_bytes: int = 256 << 20
     store_file: str | None = None
     synthetic_acceptance: float | None = None
+
+    def check(self) -> None:
+        """Raises ValueError, in the flags' names, for settings that contradict each other."""
+        if (self.policy == "table") != bool(self.table):
+            raise ValueError("speculation-policy table and speculation-table 1:8,4:4 need each other; one is missing")
+        for most, drafts in self.table:
+            if most < 1 or drafts > self.max_drafts:
+                raise ValueError(
+                    f"speculation-table has {most}:{drafts}, but sequences are at least 1 and drafts at most "
+                    f"num-speculative-tokens {self.max_drafts}"
+                )
+        for name in self.drafters or ():
+            if name not in DRAFTERS:
+                raise ValueError(f"drafters names {name!r}; there are {', '.join(DRAFTERS)}")
+        for name, value in (("draft_model", self.draft_model), ("layer_subset", self.layer_subset)):
+            flag, is_set = name.replace("_", "-"), value is not None
+            if self.drafters is not None and (name in self.drafters) != is_set:
+                missing = (
+                    f"{flag} is set, but drafters leaves {name} out" if is_set else f"drafters has {name}: set {flag}"
+                )
+                raise ValueError(missing)
+        if self.layer_subset is not None and not re.fullmatch(r"uniform:0?\.\d+|search|exit", self.layer_subset):
+            raise ValueError(f"layer-subset is {self.layer_subset!r}: expected uniform:0.5 (a share), search or exit")
+
+
+DENSE = "dense"
+"""The attention method of whoever wants every key read."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Sparse attention of an engine.
+
+    methods      those that requests may choose; the KV memory keeps what they need
+    default      of requests that say nothing: dense, or one of `methods`
+    budget       keys that a row reads where a request does not say
+    calibration, num_channels   as `server/worker/sparse_config.py` has them
+    """
+
+    methods: tuple[str, ...] = ()
+    default: str = DENSE
+    budget: int = 1024
+    calibration: tuple[str, ...] = ()
+    num_channels: int | None = None
+
+    def allowed(self) -> tuple[AttentionMethod, ...]:
+        """The methods, and the default one wherever it is not among them."""
+        extra = () if self.default == DENSE else (AttentionMethod(self.default),)
+        return tuple(dict.fromkeys((*map(AttentionMethod, self.methods), *extra)))
+
+    def check(self) -> None:
+        """Raises ValueError, in the flags' names, for methods that there are not or that lack what they need."""
+        for name in self.methods:
+            if name not in tuple(AttentionMethod):
+                raise ValueError(f"sparse-attention names {name!r}; there are {', '.join(AttentionMethod)}")
+        needs_channels = AttentionMethod.DOUBLE_SPARSITY in self.allowed()
+        if needs_channels and not any(name.endswith(".safetensors") for name in self.calibration):
+            raise ValueError(
+                "double_sparsity needs the model's label channels: set attention-calibration to their file"
+            )
+        if self.calibration and not self.allowed():
+            raise ValueError("attention-calibration is set, but no method is: name some with sparse-attention")
+
+    def without_files(self) -> AttentionConfig:
+        """For another model: what was calibrated is the first one's."""
+        methods = tuple(name for name in self.methods if name != AttentionMethod.DOUBLE_SPARSITY)
+        default = DENSE if self.default == AttentionMethod.DOUBLE_SPARSITY else self.default
+        return replace(self, methods=methods, default=default, calibration=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +186,7 @@ class EngineConfig:
     warm_up: bool = True
     progress: bool = True
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     default_decoding: str | None = None
     denoise_block_size: int | None = None
     also: tuple[EngineConfig, ...] = ()
@@ -122,6 +201,8 @@ class EngineInfo:
     drafters    (name, whether it runs a model step by step), in order of preference; none = nothing is ever drafted
     max_drafts  most drafts of one sequence in one step
     speculation, synthetic_acceptance   as configured (`SpeculationConfig`)
+    attention   the sparse methods that requests may choose
+    default_attention, attention_budget   what requests get that say nothing, or no budget
     name, also  of several models: this one's name in `Request.model`, and what there is besides the first
     """
 
@@ -151,6 +232,9 @@ class EngineInfo:
     max_drafts: int = 8
     speculation: str = "off"
     synthetic_acceptance: float | None = None
+    attention: tuple[AttentionOffer, ...] = ()
+    default_attention: Attention | None = None
+    attention_budget: int = 1024
     name: str = ""
     also: tuple[EngineInfo, ...] = ()
 

@@ -13,20 +13,28 @@ from dataclasses import fields, replace
 from scheduler.policies import BadPolicy, make_diffusion
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import StepCost
-from scheduler.types import DiffusionModel, SpeculationSettings
-from server.engine.config import EngineConfig, EngineInfo, SpeculationConfig, make_limits
+from scheduler.types import Attention, AttentionMethod, AttentionOffer, DiffusionModel, SpeculationSettings
+from server.engine.config import DENSE, AttentionConfig, EngineConfig, EngineInfo, SpeculationConfig, make_limits
 from server.engine.core import EngineCore
 from server.engine.several import SeveralCores
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
 from server.worker.drafters.config import DEFAULT_DRAFTERS, SpeculatorConfig
+from server.worker.sparse_config import SparseConfig
 from server.worker.worker import Worker
 
 
 def worker_config(config: EngineConfig) -> WorkerConfig:
     names = {field.name for field in fields(WorkerConfig)} & {field.name for field in fields(EngineConfig)}
     values = {name: getattr(config, name) for name in names}
-    return WorkerConfig(**values | {"speculation": speculator_config(config.speculation)})
+    parts = {"speculation": speculator_config(config.speculation), "attention": sparse_config(config.attention)}
+    return WorkerConfig(**values | parts)
+
+
+def sparse_config(asked: AttentionConfig) -> SparseConfig | None:
+    """What the KV memory is made for; None = dense attention alone."""
+    methods = asked.allowed()
+    return SparseConfig(methods, asked.calibration, asked.num_channels) if methods else None
 
 
 def speculator_config(asked: SpeculationConfig) -> SpeculatorConfig | None:
@@ -53,6 +61,16 @@ def speculation_settings(
         return None
     has_sequential = any(is_sequential for _, is_sequential in drafters)
     return SpeculationSettings(asked.policy, asked.max_drafts, asked.table, has_sequential)
+
+
+def default_attention(config: AttentionConfig, offers: tuple[AttentionOffer, ...]) -> Attention | None:
+    """What a request gets that says nothing. Raises ValueError for a budget that the method cannot work with."""
+    if config.default == DENSE:
+        return None
+    found = Attention(AttentionMethod(config.default), config.budget)
+    if (misfit := found.misfit(offers)) is not None:
+        raise ValueError(f"attention-{misfit[0]} {misfit[1]}")
+    return found
 
 
 def diffusion_model(config: EngineConfig, found: DiffusionModel | None) -> DiffusionModel | None:
@@ -112,6 +130,7 @@ def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) ->
             cost,
             speculation=speculation_settings(config.speculation, facts.drafters),
             diffusion=diffusion_model(config, facts.diffusion),
+            attention=facts.attention,
         ),
         time.monotonic,
         config.grammar_timeout_s,
@@ -132,4 +151,6 @@ def describe(config: EngineConfig, worker: Worker, phases: tuple[tuple[str, floa
     known |= {"max_drafts": asked.max_drafts, "speculation": asked.mode}
     known |= {"synthetic_acceptance": asked.synthetic_acceptance, "name": config.name}
     known |= {"diffusion": diffusion_model(config, facts.diffusion)}
+    known |= {"default_attention": default_attention(config.attention, facts.attention)}
+    known |= {"attention_budget": config.attention.budget}
     return EngineInfo(**known)

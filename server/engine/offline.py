@@ -14,10 +14,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from scheduler.policies import make_diffusion
 from scheduler.types import (
+    Attention,
     DecodingUsage,
     Delta,
     Diffusion,
@@ -30,7 +31,7 @@ from scheduler.types import (
     SpeculationUsage,
     TokenLogprob,
 )
-from server.engine.config import EngineConfig, EngineInfo, refusal
+from server.engine.config import DENSE, EngineConfig, EngineInfo, refusal
 from server.engine.decoding import AUTOREGRESSIVE, MAX_DELIMITERS, conflict, default_decoding, ordered_drafts
 from server.engine.loop import build_core
 from server.models.locate import resolve_model
@@ -154,6 +155,7 @@ class Engine:
         speculation: Speculation | None = None,
         decoding: str | Diffusion | None = None,
         seeds: Sequence[int] | None = None,
+        attention: Attention | Literal["dense"] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Continue all prompts, batched. Completions in the order of the prompts.
@@ -163,12 +165,13 @@ class Engine:
         speculation how drafts are used; None = as the engine was told (`EngineConfig.speculation`)
         decoding    how the text is denoised: a policy's name or all of it; "autoregressive" = token by token; None =
                     token by token, or the default policy of a model that can only denoise
+        attention   how the output's rows read fewer keys; "dense" = they do not; None = as the engine was told
         seeds       one per prompt; `seed` among `sampling` is one for all, and their noise is then the same
         sampling    fields of `Sampling`: temperature, top_p, seed, logprobs, grammar ... (temperature 0 by default)
         Raises GenerationError if any of them fails, with all others aborted; ValueError for a prompt without tokens
         and for what the model cannot do.
         """
-        choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, decoding, sampling, seeds)
+        choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, decoding, sampling, seeds, attention)
         try:
             for name, delta in self._deltas(choices):
                 choice = choices[name]
@@ -206,6 +209,7 @@ class Engine:
         decoding: str | Diffusion | None,
         sampling: dict[str, Any],
         seeds: Sequence[int] | None = None,
+        attention: Attention | Literal["dense"] | None = None,
     ) -> dict[str, _Choice]:
         if isinstance(prompts, str):
             raise TypeError("prompts is a string; give a list of prompts")
@@ -216,6 +220,10 @@ class Engine:
         denoising = self._denoising(decoding, max_tokens == 0, values, speculation)
         if denoising is not None:
             drafting = Speculation(SpeculationMode.OFF)
+        attending = self.info.default_attention if attention is None and denoising is None else None
+        if attention not in (None, DENSE):
+            assert isinstance(attention, Attention), f"attention is {attention!r}; expected an Attention, or {DENSE!r}"
+            attending = attention
         ids = tuple(self.info.eos_ids if stop_ids is None else stop_ids)
         requests, choices = [], {}
         for number, prompt in enumerate(prompts):
@@ -229,9 +237,10 @@ class Engine:
             name = f"offline-{next(self._ids)}"
             requests.append(
                 Request(
-                    name, tokens, max_tokens, replace(values, seed=seed), ids, speculation=drafting, decoding=denoising
+                    name, tokens, max_tokens, replace(values, seed=seed), ids, speculation=drafting, decoding=denoising,
+                    attention=attending,
                 )
-            )
+            )  # fmt: skip
             choices[requests[-1].id] = _Choice(self.tokenizer, tokens, tuple(stop), values.min_tokens)
         for request in requests:
             self._core.add(request)

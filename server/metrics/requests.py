@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
-from scheduler.types import DecodingUsage, FinishReason, RequestTimes, StepStats
+from scheduler.types import Attention, AttentionMethod, DecodingUsage, FinishReason, RequestTimes, StepStats
 from server.metrics.denoising import DenoisingMetrics
 from server.metrics.families import Families
 from server.metrics.speculation import SpeculationMetrics
@@ -131,6 +131,10 @@ class Metrics:
         self._prompt_len = make.histogram("vllm:request_prompt_tokens", "Prompt length", lengths)
         self._output_len = make.histogram("vllm:request_generation_tokens", "Output length", lengths)
         self._max_tokens = make.histogram("vllm:request_params_max_tokens", "max_tokens asked for", lengths)
+        self._attention = {
+            method: make.counter("braid_attention_requests", "Calls by how their answers attend", method=method)
+            for method in ("dense", *AttentionMethod)
+        }
         self._n = make.histogram("vllm:request_params_n", "n asked for", (1, 2, 5, 10, 20))
 
     def _make_latency_metrics(self, make: Families) -> None:
@@ -182,9 +186,10 @@ class Metrics:
         self._up.set(1 if is_ready else 0)
         self._restarts.set(restarts)
 
-    def observe_admitted(self, num_prompt: int, n: int, held: int) -> None:
+    def observe_admitted(self, num_prompt: int, n: int, held: int, attention: Attention | None) -> None:
         self._prefilled.inc(num_prompt)
         self._n.observe(n)
+        self._attention["dense" if attention is None else attention.method].inc()
         self._held.set(held)
 
     def observe_held(self, held: int) -> None:

@@ -139,6 +139,7 @@ def attention_block(config: ModelConfig, index: int, packer: Packer, cos_sin_MR:
         eps=config.rms_norm_eps,
         scale=config.head_dim**-0.5,
         window=config.windows[index],
+        layer=index,
     )
 
 

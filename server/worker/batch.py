@@ -21,6 +21,8 @@ from torch import Tensor
 from kernels.ops import AttentionRows
 from scheduler.types import MASK_ALL, MAX_TREE_NODES, Denoise, Span
 from server.worker.sequences import SequenceState
+from server.worker.sparse_memory import SparseMemory
+from server.worker.sparse_rows import sparse_rows
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ def build_batch(
     page_table: NDArray[np.int32],
     page_size: int,
     device: torch.device,
+    sparse: SparseMemory | None = None,
 ) -> Batch:
     """Turn spans (at least one, none empty) and their sequences' states into tensors on `device`.
 
+    sparse  what the KV memory has for sparse rows; None = there are none
     Raises ValueError if a span is empty or reaches past the pages its sequence has.
     """
     num_spans = len(spans)
@@ -63,7 +67,8 @@ def build_batch(
 
     bounds = np.zeros(num_spans + 1, dtype=np.int64)
     np.cumsum(lengths, out=bounds[1:])
-    num_rows = int(bounds[-1])
+    first_rows: list[int] = bounds.tolist()
+    num_rows = first_rows[-1]
     tokens = np.fromiter(chain.from_iterable(span.tokens for span in spans), np.int64, num_rows)
     row_span = np.repeat(np.arange(num_spans), lengths)
     indices = np.arange(num_rows) + (starts - bounds[:-1])[row_span]
@@ -88,8 +93,10 @@ def build_batch(
         span_starts=tensor(bounds, np.int32),
         tree=None if masks is None else tensor(masks, np.int64),
         tree_starts=None if mask_starts is None else tensor(mask_starts, np.int32),
+        sparse=None if sparse is None else sparse_rows(sparse, spans, states, first_rows, device),
+        layers=None if sparse is None else sparse.layers,
     )
-    return Batch(tokens=tensor(tokens, np.int64), rows=rows, first_rows=bounds.tolist())
+    return Batch(tokens=tensor(tokens, np.int64), rows=rows, first_rows=first_rows)
 
 
 class _Places(NamedTuple):

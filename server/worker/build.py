@@ -20,6 +20,7 @@ from scheduler.types import DiffusionModel, Topology
 from server.models.layers import weight_shapes
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
+from server.worker.attention_calibration import checkpoint_hash
 from server.worker.attention_probe import AttentionProbe
 from server.worker.config import WorkerConfig
 from server.worker.denoising.learn2pd import load_filter
@@ -33,6 +34,7 @@ from server.worker.kv_pool import KVPool, choose_page_size, size_pool
 from server.worker.profile import SHAPES
 from server.worker.profile_memory import DiskMemory, default_folder
 from server.worker.sequences import make_sequences
+from server.worker.sparse_memory import SparsePlan
 from server.worker.worker import Worker, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,10 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
     if diffusion is not None and learnt is not None:
         diffusion = replace(diffusion, learnt_block=learnt.block_size)
     page_size = choose_page_size(config.page_size, device, diffusion)
-    draft_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
+    sparse = _sparse_plan(config, model, folder)
+    more_bytes = draft.page_bytes(ops, page_size, dtype, device) if draft is not None else 0
+    if sparse is not None:
+        more_bytes += sparse.page_bytes(ops, KVPool(ops, model.config, 4, page_size, dtype, device).layers)
     num_pages, model_len = size_pool(
         model.config,
         dtype,
@@ -73,10 +78,10 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         config.max_seqs,
         config.max_model_len,
         config.kv_cache_bytes,
-        draft_bytes,
+        more_bytes,
         config.kv_share,
     )
-    pool = KVPool(ops, model.config, num_pages, page_size, dtype, device)
+    pool = KVPool(ops, model.config, num_pages, page_size, dtype, device, sparse=sparse)
     info = _describe(model, ops, pool, model_len, dtype, device, diffusion)
     tokenizer_file = folder / "tokenizer.json" if folder is not None else None
     if tokenizer_file is not None and not tokenizer_file.exists():
@@ -103,6 +108,14 @@ def build_worker(config: WorkerConfig, progress: bool) -> Worker:
         learnt=learnt,
         attention=_attention_probe(model, ops, info, device),
     )
+
+
+def _sparse_plan(config: WorkerConfig, model: Model, folder: Path | None) -> SparsePlan | None:
+    if config.attention is None:
+        return None
+    # The weights are read once more only where there is something to compare with.
+    is_hashed = bool(config.attention.calibration) and folder is not None and config.random_weights is None
+    return SparsePlan(config.attention, model.config, checkpoint_hash(folder) if is_hashed and folder else None)
 
 
 def _attention_probe(model: Model, ops: Ops, info: WorkerInfo, device: torch.device) -> AttentionProbe | None:
@@ -241,6 +254,7 @@ def _describe(
         eos_ids=tuple(model.config.eos_token_ids),
         diffusion=diffusion,
         num_parameters=sum(math.prod(shape) for _, shape in weight_shapes(model.config)),
+        attention=() if pool.sparse is None else pool.sparse.offers,
     )
 
 

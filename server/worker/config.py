@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server.worker.drafters.config import SpeculatorConfig
+from server.worker.sparse_config import SparseConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class WorkerConfig:
     remember_profile  keep the warm-up's step times on disk (XDG cache), so that the next start is faster
     denoise_block_size  tokens of a block, for a checkpoint that can denoise and leaves it open
     speculation     which drafters are built; None = none, and nothing is ever proposed
+    attention       sparse attention that requests may choose; None = all of it is dense
     """
 
     model: str = "braid-tiny"
@@ -44,4 +46,5 @@ class WorkerConfig:
     seed: int = 0
     denoise_block_size: int | None = None
     speculation: SpeculatorConfig | None = None
+    attention: SparseConfig | None = None
     remember_profile: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.types import DiffusionModel, Topology
+from scheduler.types import AttentionOffer, DiffusionModel, Topology
 from server.models.config import ModelConfig
 
 
@@ -15,6 +15,7 @@ class WorkerInfo:
     model_len             longest sequence, prompt and output
     diffusion             how it denoises; None = it only generates token by token
     drafters              (name, whether it runs a model step by step) of each drafter
+    attention             the sparse methods that requests may choose
     """
 
     model_len: int
@@ -30,6 +31,7 @@ class WorkerInfo:
     num_parameters: int
     diffusion: DiffusionModel | None = None
     drafters: tuple[tuple[str, bool], ...] = ()
+    attention: tuple[AttentionOffer, ...] = ()
 
 
 def diffusion_model(config: ModelConfig, asked: int | None) -> DiffusionModel | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.ops import Ops
 from scheduler.types import DiffusionModel, Topology
+from server.worker.sparse_memory import SparsePlan
 
 CPU_PAGE_SIZE = 32
 GPU_PAGE_SIZE = 64
@@ -163,8 +164,13 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         poison: bool = False,
+        sparse: SparsePlan | None = None,
     ) -> None:
-        """poison: fill every page with NaN, so that any read of a key that nobody wrote shows in the logits."""
+        """An empty pool.
+
+        sparse  what else it keeps, for sparse attention
+        poison  fill every page with NaN, so that any read of a key that nobody wrote shows in the logits.
+        """
         self.num_pages = num_pages
         self.page_size = page_size
         self.dtype, self.device = dtype, device
@@ -176,8 +182,10 @@ class KVPool:
             for k_pages, v_pages in self.layers:
                 k_pages.fill_(float("nan"))
                 v_pages.fill_(float("nan"))
+        self.sparse = None if sparse is None else sparse.memory(ops, self.layers, page_size)
 
     @property
     def num_bytes(self) -> int:
         """Memory taken, the back end's padding included."""
-        return sum(pages.untyped_storage().nbytes() for layer in self.layers for pages in layer)
+        pages = sum(pages.untyped_storage().nbytes() for layer in self.layers for pages in layer)
+        return pages + (0 if self.sparse is None else self.sparse.num_bytes)

@@ -162,6 +162,7 @@ class Worker:
             self._sequences.page_table,
             self.info.page_size,
             self._device,
+            self._pool.sparse,
         )
         watched = self._attention.watch(plan.step, spans, states, batch.first_rows) if self._attention else None
         hidden_TH = (watched or self._model).forward(batch.tokens, batch.rows, self._pool.layers)
@@ -244,8 +245,9 @@ class Worker:
             slots = batch.rows.slots
             from_slots = slots[torch.tensor(sources, device=self._device)]
             to_slots = slots[torch.tensor(targets, device=self._device)]
-            for k_pages, v_pages in self._pool.layers:
-                self._ops.move_kv(k_pages, v_pages, from_slots, to_slots)
+            layers = self._pool.sparse.layers if self._pool.sparse is not None else [None] * len(self._pool.layers)
+            for (k_pages, v_pages), layer in zip(self._pool.layers, layers, strict=True):
+                self._ops.move_kv(k_pages, v_pages, from_slots, to_slots, layer)
 
     def _propose(
         self,

@@ -126,6 +126,8 @@ class Speculator:
     def _with_tree(self, want: Want) -> Want:
         asked = want.state.request.speculation
         wished = self._draft_tree if asked.tree is None else asked.tree
+        # A sparse row has no tree mask.
+        wished = wished and want.state.request.attention is None
         return want._replace(tree=True) if wished and self._trees_run and asked.verify is VerifyMode.COUPLED else want
 
     def _sound(self, offer: Drafts, want: Want) -> Drafts | None:

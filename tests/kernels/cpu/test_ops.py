@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -329,12 +330,13 @@ def test_rows_that_point_outside_their_memory_are_refused(ops: CpuOps) -> None:
     world = World(ops, Shape(), [20])
     rows = rows_of([(0, 20)], world.pages, 16)
     args = (4, 2, 64, world.cos_sin, None, None, 1e-6, world.k, world.v)
-    for change, message in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"slots": rows.slots + 1000}, "slot lies outside"),
         ({"visible": rows.visible + 1000}, "sees more keys"),
         ({"positions": rows.positions + 1000}, "rotary positions"),
         ({"row_seq": rows.row_seq[:3]}, "describe 3 rows"),
-    ]:
+    ]
+    for change, message in changes:
         with pytest.raises(ValueError, match=message):
             ops.qkv_rope_write(world.qkv[0], *args, dataclasses.replace(rows, **change))
     with pytest.raises(TypeError, match=r"visible is torch\.int64"):

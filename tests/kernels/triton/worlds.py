@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.ops import AttentionRows
 from kernels.reference import ReferenceOps
+from kernels.sparse import SparseLayer
 from kernels.triton.paged import PagedAttention
 from tests.kernels.cpu.worlds import Shape
 from tests.kernels.test_trees import Piece, World
@@ -39,6 +40,7 @@ class AttentionOps(ReferenceOps):
         rows: AttentionRows,
         scale: float,
         window: int | None = None,
+        layer: SparseLayer | None = None,
     ) -> Tensor:
         return self.attention.run(q_TQD, k_pages, v_pages, rows, scale, window)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_wrong_masks_are_seen(wrong: str) -> None:
     world = make_world(gpu_checks.SMALL, 2, 1, 16, 16, torch.float32, CPU)
     rows = world.rows
     assert rows.tree is not None
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "visible": {"visible": (rows.visible - 1).clamp_min(1)},
         "tree": {"tree": rows.tree & ~1 | (rows.tree >> 1 & 1)},
         "positions": {"positions": rows.positions + 1},

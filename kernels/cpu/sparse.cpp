@@ -1,0 +1,144 @@
+// Selections of sparse attention and the metadata they read. Equal scores: the lowest index. Nothing here depends on other rows.
+#include "sparse.h"
+
+#include <algorithm>
+#include <functional>
+
+namespace braid {
+namespace {
+
+constexpr int kBinBits = 11;
+
+// Order of floats as order of integers, so that a NaN has a place, too, and the same one on every machine.
+uint32_t sortable(float x) {
+  x += 0.f;  // -0 is 0
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// first + the positions of the `count` highest of n scores, ascending. A histogram finds the bin of the last one to take, so that
+// only that bin's scores are put in order.
+int32_t* take_best(const float* scores, long n, long count, int32_t first, int32_t* out) {
+  uint32_t* order = scratch_of<uint32_t>(2, 2 * n + 1);
+  uint32_t* in_bin = order + n;
+  uint32_t sizes[1 << kBinBits] = {};
+  for (long i = 0; i < n; i++) {
+    order[i] = sortable(scores[i]);
+    sizes[order[i] >> (32 - kBinBits)]++;
+  }
+  uint32_t bin = (1 << kBinBits) - 1;
+  long above = 0;
+  for (; above + sizes[bin] < count; bin--) above += sizes[bin];
+  long members = 0;
+  for (long i = 0; i < n; i++)
+    if (order[i] >> (32 - kBinBits) == bin) in_bin[members++] = order[i];
+  std::nth_element(in_bin, in_bin + (count - above - 1), in_bin + members, std::greater<uint32_t>());
+  uint32_t last = in_bin[count - above - 1];
+  long equals = count - above - std::count_if(in_bin, in_bin + members, [&](uint32_t x) { return x > last; });
+  for (long i = 0; i < n; i++)
+    if (order[i] > last || (order[i] == last && equals-- > 0)) *out++ = int32_t(first + i);
+  return out;
+}
+
+template <class T>
+const T* query(const AttentionArgs& g, long token, long head) {
+  return static_cast<const T*>(g.q) + (token * g.num_q + head) * g.head_dim;
+}
+
+}  // namespace
+
+bool chooses(const AttentionArgs& g, long token) {
+  if (!g.sparse || !g.layer) return false;
+  long at = g.sparse->index[token];
+  return at >= 0 && g.layer->roles[g.sparse->methods[at]] != kDense && g.visible[token] > g.sparse->budgets[at];
+}
+
+template <class T>
+void choose_pages(const AttentionArgs& g, long token, long head, int32_t* chosen) {
+  const int32_t* pages = g.page_table + g.row_seq[token] * g.max_pages;
+  long visible = g.visible[token], group = g.num_q / g.num_kv, dim = g.head_dim;
+  long end = (visible + g.page_size - 1) / g.page_size, late = (visible - kLastKeys) / g.page_size;
+  float* scores = scratch_of<float>(1, late);
+  for (long p = 1; p < late; p++) {
+    const T* smallest = static_cast<const T*>(g.layer->bounds) + (pages[p] * g.num_kv + head) * 2 * dim;
+    for (long h = 0; h < group; h++) {
+      const T* q = query<T>(g, token, head * group + h);
+      vf sum{};
+      for (long d = 0; d < dim; d += kLanes) {
+        vf x = load_tail(q + d, dim - d);
+        sum = sum + vmax(x * load_tail(smallest + d, dim - d), x * load_tail(smallest + dim + d, dim - d));
+      }
+      float bound = sum_lanes(sum);
+      scores[p] = h && scores[p] >= bound ? scores[p] : bound;
+    }
+  }
+  *chosen++ = 0;
+  long count = g.sparse->budgets[g.sparse->index[token]] / g.page_size - 1 - (end - late);
+  chosen = take_best(scores + 1, late - 1, count, 1, chosen);
+  for (long p = late; p < end; p++) *chosen++ = int32_t(p);
+}
+
+void choose_keys(const AttentionArgs& g, long token, const float* scores, int32_t* chosen) {
+  long visible = g.visible[token], count = g.sparse->budgets[g.sparse->index[token]] - kFirstKeys - kLastKeys;
+  for (long i = 0; i < kFirstKeys; i++) *chosen++ = int32_t(i);
+  chosen = take_best(scores + kFirstKeys, visible - kFirstKeys - kLastKeys, count, kFirstKeys, chosen);
+  for (long i = visible - kLastKeys; i < visible; i++) *chosen++ = int32_t(i);
+}
+
+template <class T>
+void label_scores(const AttentionArgs& g, long token, long head, float* scores) {
+  KvLayout<T> layout(g.page_size, g.num_kv, g.head_dim);
+  const int32_t* pages = g.page_table + g.row_seq[token] * g.max_pages;
+  const int32_t* channels = g.layer->channels + head * g.layer->num_channels;
+  long group = g.num_q / g.num_kv, num_channels = g.layer->num_channels, padded = layout.padded_keys;
+  for (long p = 0; p * g.page_size < g.visible[token]; p++) {
+    const T* labels = static_cast<const T*>(g.layer->labels) + (pages[p] * g.num_kv + head) * num_channels * padded;
+    for (long s = 0; s < g.page_size; s += kLanes) {
+      vf best{};
+      for (long h = 0; h < group; h++) {
+        const T* q = query<T>(g, token, head * group + h);
+        vf sum{};
+        for (long c = 0; c < num_channels; c++) sum = sum + load_vec(labels + c * padded + s) * to_float(q[channels[c]]);
+        best = h ? vmax(sum, best) : sum;
+      }
+      store(scores + p * g.page_size + s, best);  // what is past the page's end is written over by the next page
+    }
+  }
+}
+
+template <class T>
+void write_label(const SparseLayer& layer, const KvLayout<T>& layout, const T* k_pages, long slot, long head) {
+  const T* key = layout.key_at(const_cast<T*>(k_pages), slot, head);
+  const int32_t* channels = layer.channels + head * layer.num_channels;
+  T* label = static_cast<T*>(layer.labels) +
+             (slot / layout.page_size * layout.num_kv + head) * layer.num_channels * layout.padded_keys + slot % layout.page_size;
+  for (long c = 0; c < layer.num_channels; c++) label[c * layout.padded_keys] = key[layout.key_step(channels[c])];
+}
+
+template <class T>
+void write_bounds(const SparseLayer& layer, const KvLayout<T>& layout, const T* k_pages, long slot, long head) {
+  long page = slot / layout.page_size;
+  T* smallest = static_cast<T*>(layer.bounds) + (page * layout.num_kv + head) * 2 * layout.head_dim;
+  for (long d = 0; d < layout.head_dim; d++) {
+    float low = 0.f, high = 0.f;
+    for (long s = 0; s < layout.page_size; s++) {
+      float x = to_float(layout.key_at(const_cast<T*>(k_pages), page * layout.page_size + s, head)[layout.key_step(d)]);
+      low = s && low <= x ? low : x;
+      high = s && high >= x ? high : x;
+    }
+    put(smallest + d, low);
+    put(smallest + layout.head_dim + d, high);
+  }
+}
+
+template void choose_pages<bf16>(const AttentionArgs&, long, long, int32_t*);
+template void choose_pages<float>(const AttentionArgs&, long, long, int32_t*);
+template void label_scores<bf16>(const AttentionArgs&, long, long, float*);
+template void label_scores<float>(const AttentionArgs&, long, long, float*);
+template void write_label<bf16>(const SparseLayer&, const KvLayout<bf16>&, const bf16*, long, long);
+template void write_label<float>(const SparseLayer&, const KvLayout<float>&, const float*, long, long);
+template void write_bounds<bf16>(const SparseLayer&, const KvLayout<bf16>&, const bf16*, long, long);
+template void write_bounds<float>(const SparseLayer&, const KvLayout<float>&, const float*, long, long);
+
+}  // namespace braid

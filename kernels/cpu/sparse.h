@@ -1,0 +1,30 @@
+// Which keys a sparse row reads, and the metadata of keys that says so (kernels/sparse.py). One row and one kv head a call.
+#pragma once
+#include "layer.h"
+
+namespace braid {
+
+constexpr long kFirstKeys = 4, kLastKeys = 64;  // always read; sparse.py FIRST_KEYS, LAST_KEYS
+
+// Whether this layer makes or takes a choice for the row: it is sparse and sees more keys than its budget.
+bool chooses(const AttentionArgs&, long token);
+
+// Numbers of the pages that the row reads, ascending: budget / page_size of them.
+template <class T>
+void choose_pages(const AttentionArgs&, long token, long head, int32_t* chosen);
+
+// KV indices of the keys that the row reads, ascending: as many as its budget. scores: of all keys that it sees.
+void choose_keys(const AttentionArgs&, long token, const float* scores, int32_t* chosen);
+
+// q.k over the label channels, of a group's query heads the highest, for all keys of the pages that the row sees; scores has
+// room for a page and a vector more.
+template <class T>
+void label_scores(const AttentionArgs&, long token, long head, float* scores);
+
+// Metadata of one key of one head, which has been written to its slot.
+template <class T>
+void write_label(const SparseLayer&, const KvLayout<T>&, const T* k_pages, long slot, long head);
+template <class T>
+void write_bounds(const SparseLayer&, const KvLayout<T>&, const T* k_pages, long slot, long head);
+
+}  // namespace braid

@@ -1,0 +1,85 @@
+"""Sparse attention's memory, argument structs and checks for the compiled kernels (layer.h SparseLayer, SparseRows).
+
+Legend of shapes in kernels/ops.py and kernels/sparse.py.
+"""
+
+from __future__ import annotations
+
+from ctypes import Array, c_int32
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import library
+from kernels.ops import AttentionRows
+from kernels.sparse import Method, Role, SparseLayer, SparseRows, least_budget
+
+
+def allocate(
+    k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+) -> SparseLayer:
+    """bounds [P, K, 2, D] and labels [P, K, C, padded S]: a lane of a label vector is a key, as in K pages."""
+    num_pages, num_kv, page_size, head_dim = k_pages.shape
+    labels = None
+    if channels_KC is not None:
+        if channels_KC.dtype != torch.int32 or channels_KC.ndim != 2 or channels_KC.shape[0] != num_kv:
+            raise ValueError(f"channels are {channels_KC.dtype} {list(channels_KC.shape)}, not int32 [{num_kv}, C]")
+        if not 0 <= int(channels_KC.min()) <= int(channels_KC.max()) < head_dim:
+            raise ValueError(f"a label channel lies outside the {head_dim} elements of a key")
+        tile = 16 if page_size <= 16 else 32
+        labels = k_pages.new_empty((num_pages, num_kv, channels_KC.shape[1], -(-page_size // tile) * tile))
+        channels_KC = channels_KC.contiguous()
+    bounds = k_pages.new_empty((num_pages, num_kv, 2, head_dim)) if has_bounds else None
+    return SparseLayer(roles, bounds, labels, channels_KC)
+
+
+def layer_struct(layer: SparseLayer | None) -> Array[library.SparseLayer] | None:
+    """As a pointer to one struct, null for None."""
+    if layer is None:
+        return None
+    pointers = (None if part is None else part.data_ptr() for part in (layer.bounds, layer.labels, layer.channels))
+    num_channels = 0 if layer.channels is None else layer.channels.shape[1]
+    struct = library.SparseLayer(*pointers, num_channels, (c_int32 * len(Method))(*layer.roles), 0)
+    return (library.SparseLayer * 1)(struct)
+
+
+def rows_struct(sparse: SparseRows | None) -> Array[library.SparseRows] | None:
+    if sparse is None:
+        return None
+    lists = sparse.lists
+    pointers = (tensor.data_ptr() for tensor in (sparse.index, sparse.methods, sparse.budgets))
+    address, most = (None, 0) if lists is None else (lists.data_ptr(), lists.shape[2])
+    return (library.SparseRows * 1)(library.SparseRows(*pointers, address, most))
+
+
+def check_sparse(rows: AttentionRows, num_kv: int, page_size: int) -> None:
+    """Refuse sparse rows that a kernel could not serve or would read outside its memory for."""
+    sparse = rows.sparse
+    assert sparse is not None
+    for name in ("index", "methods", "budgets"):
+        tensor = getattr(sparse, name)
+        if tensor.dtype != torch.int32 or tensor.ndim != 1 or not tensor.is_contiguous():
+            raise TypeError(f"sparse.{name} is {tensor.dtype}; the CPU kernels need a contiguous int32 tensor")
+    num_sparse = sparse.methods.shape[0]
+    if sparse.index.shape != rows.positions.shape or sparse.budgets.shape[0] != num_sparse:
+        raise ValueError("sparse.index has an entry for each row, methods and budgets one for each sparse row")
+    if int(sparse.index.max()) >= num_sparse:
+        raise ValueError(f"sparse.index names entry {int(sparse.index.max())} of {num_sparse}")
+    if rows.tree is not None and bool((rows.tree[sparse.index >= 0] != 0).any()):
+        raise ValueError("a row of a tree cannot be sparse")
+    for method in Method:
+        budgets = sparse.budgets[sparse.methods == method]
+        if budgets.numel() and int(budgets.min()) < (least := least_budget(method, page_size)):
+            raise ValueError(
+                f"a {method.name} row has a budget of {int(budgets.min())} keys; it needs at least {least}"
+            )
+        if method is Method.TIDAL and budgets.numel():
+            _check_lists(sparse, num_kv, int(budgets.max()))
+
+
+def _check_lists(sparse: SparseRows, num_kv: int, most: int) -> None:
+    lists, num_sparse = sparse.lists, sparse.methods.shape[0]
+    if lists is None or lists.dtype != torch.int32 or not lists.is_contiguous():
+        raise TypeError("TIDAL rows need sparse.lists, a contiguous int32 tensor")
+    if lists.shape[:2] != (num_sparse, num_kv) or lists.shape[2] < most:
+        raise ValueError(f"sparse.lists is {list(lists.shape)}, not [{num_sparse}, {num_kv}, {most} or more]")

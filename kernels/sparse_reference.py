@@ -1,0 +1,128 @@
+"""Sparse attention in plain torch, a row at a time: the oracle of the compiled selections, and what runs without them.
+
+A chosen row is a dense row of a shorter sequence: its keys, in ascending order, are all it sees.
+Legend of shapes in ops.py and sparse.py; L keys a row sees.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionRows
+from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, SparseLayer, SparseRows
+
+
+def allocate(
+    k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+) -> SparseLayer:
+    """bounds [P, K, 2, D] (smallest, largest) and labels [P, K, S, C], of the pages' dtype."""
+    num_pages, num_kv, page_size, head_dim = k_pages.shape
+    return SparseLayer(
+        roles,
+        k_pages.new_empty((num_pages, num_kv, 2, head_dim)) if has_bounds else None,
+        None if channels_KC is None else k_pages.new_empty((num_pages, num_kv, page_size, channels_KC.shape[1])),
+        channels_KC,
+    )
+
+
+def write(layer: SparseLayer, k_pages: Tensor, slots_T: Tensor) -> None:
+    """Metadata of keys that were just written."""
+    page_size = k_pages.shape[2]
+    pages, offsets = slots_T // page_size, slots_T % page_size
+    if layer.bounds is not None:
+        complete = pages[offsets == page_size - 1]
+        keys_PKSD = k_pages[complete]
+        layer.bounds[complete] = torch.stack((keys_PKSD.amin(2), keys_PKSD.amax(2)), dim=2)
+    if layer.labels is not None:
+        assert layer.channels is not None
+        channels_TKC = layer.channels.long().expand(len(slots_T), -1, -1)
+        layer.labels[pages, :, offsets] = k_pages[pages, :, offsets].gather(2, channels_TKC)
+
+
+def attend(
+    out_TQD: Tensor,
+    q_TQD: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    rows: AttentionRows,
+    scale: float,
+    sparse: SparseRows,
+    layer: SparseLayer,
+) -> None:
+    """Write the output of the sparse rows that do not read all their keys in this layer, and the lists of others."""
+    for row in (sparse.index >= 0).nonzero()[:, 0].tolist():
+        at = int(sparse.index[row])
+        budget, visible = int(sparse.budgets[at]), int(rows.visible[row])
+        role = layer.roles[int(sparse.methods[at])]
+        if role is Role.DENSE or visible <= budget:
+            continue
+        page_size = k_pages.shape[2]
+        table = rows.page_table[int(rows.row_seq[row]), : -(-visible // page_size)].long()
+        k_KLD = k_pages[table].transpose(0, 1).flatten(1, 2)[:, :visible].float()
+        q_KGD = q_TQD[row].view(k_KLD.shape[0], -1, q_TQD.shape[2]).float()
+        if role is Role.CHOOSE and sparse.methods[at] == Method.QUEST:
+            keys_Kn = _of_pages(_choose_pages(q_KGD, table, visible, budget, page_size, layer), page_size, visible)
+        elif role is Role.CHOOSE:
+            keys_Kn = _choose(_label_scores(q_KGD, table, visible, layer), budget)
+        elif role is Role.LIST:
+            assert sparse.lists is not None
+            scores_KL = torch.matmul(q_KGD, k_KLD.transpose(1, 2)).amax(1)
+            sparse.lists[at, :, :budget] = _choose(scores_KL, budget).int()
+            continue
+        else:
+            assert sparse.lists is not None
+            keys_Kn = sparse.lists[at, :, :budget].long()
+        index_KnD = keys_Kn.unsqueeze(2).expand(-1, -1, k_KLD.shape[2])
+        v_KLD = v_pages[table].transpose(0, 1).flatten(1, 2)[:, :visible].float()
+        scores_KGn = torch.matmul(q_KGD, k_KLD.gather(1, index_KnD).transpose(1, 2)) * scale
+        out_KGD = torch.matmul(torch.softmax(scores_KGn, dim=-1), v_KLD.gather(1, index_KnD))
+        out_TQD[row] = out_KGD.flatten(0, 1).to(out_TQD.dtype)
+
+
+def _best(scores_KL: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest of each kv head, ascending; of equals the lowest."""
+    order = scores_KL.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=1).values
+
+
+def _choose(scores_KL: Tensor, budget: int) -> Tensor:
+    """KV indices [K, budget], ascending, by the scores of all keys that the row sees."""
+    num_kv, visible = scores_KL.shape
+    chosen = FIRST_KEYS + _best(scores_KL[:, FIRST_KEYS : visible - LAST_KEYS], budget - FIRST_KEYS - LAST_KEYS)
+    first = torch.arange(FIRST_KEYS, device=chosen.device).expand(num_kv, -1)
+    last = torch.arange(visible - LAST_KEYS, visible, device=chosen.device).expand(num_kv, -1)
+    return torch.cat((first, chosen, last), dim=1)
+
+
+def _choose_pages(
+    q_KGD: Tensor, table: Tensor, visible: int, budget: int, page_size: int, layer: SparseLayer
+) -> Tensor:
+    """Places in the page table [K, budget // S], ascending. Scored pages end before the last LAST_KEYS keys begin.
+
+    The bound of a page is sum_d max(q_d min_d, q_d max_d) >= q.k of each of its keys; of a group of heads the highest.
+    """
+    assert layer.bounds is not None
+    first_late = (visible - LAST_KEYS) // page_size
+    bounds_KPD2 = layer.bounds[table[1:first_late]].permute(1, 0, 3, 2).float()
+    products = q_KGD[:, :, None, :, None] * bounds_KPD2[:, None]
+    scores_KP = products.amax(4).sum(3).amax(1)
+    num_late = len(table) - first_late
+    chosen = 1 + _best(scores_KP, budget // page_size - 1 - num_late)
+    late = torch.arange(first_late, len(table), device=table.device).expand(len(chosen), -1)
+    return torch.cat((torch.zeros_like(chosen[:, :1]), chosen, late), dim=1)
+
+
+def _of_pages(pages_Kp: Tensor, page_size: int, visible: int) -> Tensor:
+    """The keys of chosen pages. All heads' last page is the row's own, so all have as many."""
+    keys = pages_Kp.unsqueeze(2) * page_size + torch.arange(page_size, device=pages_Kp.device)
+    return keys.flatten(1)[:, : (pages_Kp.shape[1] - 1) * page_size + (visible - 1) % page_size + 1]
+
+
+def _label_scores(q_KGD: Tensor, table: Tensor, visible: int, layer: SparseLayer) -> Tensor:
+    """Highest q.k over the label channels of a group's heads, [K, L]."""
+    assert layer.labels is not None
+    assert layer.channels is not None
+    labels_KLC = layer.labels[table].transpose(0, 1).flatten(1, 2)[:, :visible].float()
+    q_KGC = q_KGD.gather(2, layer.channels.long().unsqueeze(1).expand(-1, q_KGD.shape[1], -1))
+    return torch.matmul(q_KGC, labels_KLC.transpose(1, 2)).amax(1)

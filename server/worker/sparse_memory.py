@@ -1,0 +1,80 @@
+"""Sparse attention of a worker's KV memory: which methods it is made for, and what it keeps for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.ops import Ops
+from kernels.sparse import Method, Role, SparseLayer, least_budget, roles_of_layers
+from scheduler.types import AttentionMethod, AttentionOffer
+from server.models.config import ModelConfig
+from server.worker.attention_calibration import Calibration, load_channels, load_tidal
+from server.worker.sparse_config import SparseConfig
+
+METHODS = {
+    AttentionMethod.QUEST: Method.QUEST,
+    AttentionMethod.DOUBLE_SPARSITY: Method.DOUBLE_SPARSITY,
+    AttentionMethod.TIDAL: Method.TIDAL,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SparseMemory:
+    """One pool's. `layers` is what each layer's attention gets beside its pages; only `Ops` looks inside."""
+
+    layers: tuple[SparseLayer, ...]
+    methods: tuple[AttentionMethod, ...]
+    num_kv_heads: int
+    page_size: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.num_bytes for layer in self.layers)
+
+    @property
+    def offers(self) -> tuple[AttentionOffer, ...]:
+        return tuple(AttentionOffer(name, least_budget(METHODS[name], self.page_size)) for name in self.methods)
+
+
+class SparsePlan:
+    """A configuration checked against its model, before the pool is there."""
+
+    def __init__(self, config: SparseConfig, model: ModelConfig, weights_hash: str | None) -> None:
+        """weights_hash: of the served checkpoint, None for random weights. Raises ValueError for what cannot be."""
+        check_model(model)
+        self.methods, self._num_kv = config.methods, model.num_kv_heads
+        calibration = Calibration(config.calibration, weights_hash)
+        self._channels: Tensor | None = None
+        if AttentionMethod.DOUBLE_SPARSITY in config.methods:
+            num_channels = config.num_channels or max(4, model.head_dim // 8)
+            self._channels = load_channels(calibration, model, num_channels)
+        first, again = load_tidal(calibration, model.num_layers)
+        self._roles = roles_of_layers(model.num_layers, first, again)
+
+    def layers(self, ops: Ops, pages: Sequence[tuple[Tensor, Tensor]]) -> tuple[SparseLayer, ...]:
+        """Metadata memory for these pages. A layer that is dense for every row keeps none."""
+        made = []
+        for number, ((k_pages, _), roles) in enumerate(zip(pages, self._roles, strict=True)):
+            chooses = roles[Method.QUEST] is Role.CHOOSE
+            has_bounds = chooses and AttentionMethod.QUEST in self.methods
+            channels = self._channels[number].to(k_pages.device) if chooses and self._channels is not None else None
+            made.append(ops.allocate_sparse(k_pages, roles, has_bounds, channels))
+        return tuple(made)
+
+    def page_bytes(self, ops: Ops, pages: Sequence[tuple[Tensor, Tensor]]) -> int:
+        """What the metadata adds to each page, measured on a small pool's `pages`."""
+        return sum(layer.num_bytes for layer in self.layers(ops, pages)) // pages[0][0].shape[0]
+
+    def memory(self, ops: Ops, pages: Sequence[tuple[Tensor, Tensor]], page_size: int) -> SparseMemory:
+        return SparseMemory(self.layers(ops, pages), self.methods, self._num_kv, page_size)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises ValueError for a model whose attention these methods do not fit."""
+    if model.bidirectional:
+        raise ValueError("sparse attention is asked for, but this model denoises whole texts and has no decode rows")
+    if any(window is not None for window in model.windows):
+        raise ValueError("sparse attention is asked for, but this model has a sliding window, which bounds its keys")
