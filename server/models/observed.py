@@ -41,14 +41,25 @@ class ObservedLayers:
         self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
     ) -> Tensor:
         """`blocks.composed_attention_block`, and a look at what it computes on the way."""
-        ops, b = self._ops, block
+        ops, b, layer = self._ops, block, block.sparse(rows)
         qkv_TX = ops.linear(ops.rms_norm(x_TH, b.norm_H, b.eps), b.qkv)
         k_TKD = self._rotated_keys(qkv_TX, b, rows)
         q_TQD = ops.qkv_rope_write(
-            qkv_TX, b.num_q, b.num_kv, b.head_dim, b.cos_sin_MR, b.q_norm_D, b.k_norm_D, b.eps, k_pages, v_pages, rows
+            qkv_TX,
+            b.num_q,
+            b.num_kv,
+            b.head_dim,
+            b.cos_sin_MR,
+            b.q_norm_D,
+            b.k_norm_D,
+            b.eps,
+            k_pages,
+            v_pages,
+            rows,
+            layer,
         )
         self._see(q_TQD, k_TKD, b.scale)
-        out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window)
+        out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window, layer)
         return ops.linear(out_TQD.flatten(1), b.out, x_TH)
 
     def _rotated_keys(self, qkv_TX: Tensor, block: AttentionBlock, rows: AttentionRows) -> Tensor:

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from server.bench.client import BenchError
 from server.bench.sparse import corpora
 from server.bench.sparse.channels import STATISTICS, ChannelStatistics
-from server.bench.sparse.checkpoint_hash import checkpoint_hash
 from server.bench.sparse.passes import Reader, windows
 from server.models.locate import resolve_model
 from server.text.tokenizer import Tokenizer
+from server.worker.attention_calibration import checkpoint_hash
 
 
 def main(argv: Sequence[str] | None = None) -> int:

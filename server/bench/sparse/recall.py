@@ -15,18 +15,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from server.bench.client import BenchError
 from server.bench.sparse import corpora
 from server.bench.sparse.attended import Row, rows_of
-from server.bench.sparse.checkpoint_hash import checkpoint_hash
 from server.bench.sparse.passes import Reader, windows
 from server.bench.sparse.selection import exact_scores, keep, label_scores, mass
 from server.models.locate import resolve_model
 from server.text.tokenizer import Tokenizer
+from server.worker.attention_calibration import Calibration, checkpoint_hash, load_channels
 
 TITLE = "Show how good labels of r channels are, on real q and k."
 Point = tuple[int, int]
@@ -59,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> None:
     folder = resolve_model(args.model)
     reader = Reader.open(folder, args.context)
-    channels_LKD, statistic = read_channels(args.channels, checkpoint_hash(folder))
     head_dim = reader.config.head_dim
+    calibration = Calibration((str(args.channels),), checkpoint_hash(folder))
+    channels_LKD = load_channels(calibration, reader.config, head_dim).long()
     points = [
         (max(1, head_dim // label), args.context // share) for share in args.shares for label in (1, *args.labels)
     ]
@@ -69,27 +69,13 @@ def _measure(args: argparse.Namespace) -> None:
     bar = tqdm(rows, total=args.texts * args.rows, unit="row", disable=args.no_progress or None)
     found = recall(bar, channels_LKD, points, head_dim**-0.5)
     where = f"{args.texts} x {args.rows} rows at {args.context} keys of {args.corpus}"
-    print(f"{args.model}, channels by {statistic}, {where}")
+    print(f"{args.model}, channels of {args.channels}, {where}")
     print(as_table(found))
     if args.json is not None:
         told = [{"channels": r, "budget": k, "mass_by_layer": share} for (r, k), share in found.items()]
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"statistic": statistic, "context": args.context, "recall": told}
+        report = {"channels": str(args.channels), "context": args.context, "recall": told}
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def read_channels(path: Path, model_hash: str) -> tuple[Tensor, str]:
-    """int64 [L, K, D] and the statistic. Raises BenchError for a file of another checkpoint or of another kind."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, channels = file.metadata() or {}, file.get_tensor("channels")
-    except (OSError, SafetensorError) as problem:
-        raise BenchError(
-            f"{path} has no channels: {problem}; python -m server.bench.sparse.calibrate writes them"
-        ) from None
-    if metadata.get("model_hash") != model_hash:
-        raise BenchError(f"{path} was made for the weights {metadata.get('model_hash')}, this model has {model_hash}")
-    return channels.long(), metadata.get("statistic", "unknown")
 
 
 def recall(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FIRST_KEYS = 4
-LAST_KEYS = 64
+from kernels.sparse import FIRST_KEYS, LAST_KEYS
 
 
 def grouped(q_QD: Tensor, num_kv: int) -> Tensor:

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kernels.sparse import DENSE_LAYERS
 from server.bench.client import BenchError
 from server.bench.sparse import corpora
 from server.bench.sparse.attended import Row, rows_of
-from server.bench.sparse.checkpoint_hash import checkpoint_hash
 from server.bench.sparse.passes import Reader, windows
 from server.bench.sparse.selection import exact_scores, keep, mass
 from server.models.locate import resolve_model
 from server.text.tokenizer import Tokenizer
+from server.worker.attention_calibration import checkpoint_hash
 
-DENSE_LAYERS = 2
 TITLE = "Find the layers at which TidalDecode selects its keys."
 
 

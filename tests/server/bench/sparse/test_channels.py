@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from server.bench.client import BenchError
 from server.bench.sparse import calibrate
 from server.bench.sparse.channels import STATISTICS, ChannelStatistics
-from server.bench.sparse.checkpoint_hash import checkpoint_hash
 from server.bench.sparse.passes import Reader, windows
-from server.bench.sparse.recall import read_channels
+from server.worker.attention_calibration import Calibration, checkpoint_hash, load_channels
 from tests.tiny import write_tiny_checkpoint
 
 
@@ -82,7 +82,7 @@ def direct(folder: Path, texts: list[list[int]], statistic: str) -> Tensor:
 def test_calibration_of_random_weights_is_that_of_a_direct_computation(tmp_path: Path, statistic: str) -> None:
     folder = write_tiny_checkpoint(tmp_path, "qwen3")
     texts = [list(range(5, 45)), list(range(200, 240))]
-    statistics = calibrate.measure(Reader.open(folder, 40), texts, statistic, calibrate.tqdm(disable=True))
+    statistics = calibrate.measure(Reader.open(folder, 40), texts, statistic, tqdm(disable=True))
     assert torch.allclose(statistics.means(), direct(folder, texts, statistic), rtol=1e-4)
 
 
@@ -100,10 +100,8 @@ def test_the_command_writes_sorted_channels_with_what_they_were_made_of(tmp_path
     assert channels.dtype == torch.int16
     assert channels.sort(dim=2).values.tolist() == [[list(range(16))] * 2] * 2
     assert metadata == {"model_hash": checkpoint_hash(folder), "statistic": "qk", "tokens": "128"}
-    found, statistic = read_channels(file, metadata["model_hash"])
-    assert (found.tolist(), statistic) == (channels.tolist(), "qk")
-    with pytest.raises(BenchError, match="was made for the weights"):
-        read_channels(file, "0" * 64)
+    served = load_channels(Calibration((str(file),), checkpoint_hash(folder)), Reader.open(folder, 64).config, 4)
+    assert served.tolist() == channels[:, :, :4].tolist()
 
 
 def test_a_corpus_that_is_not_there_is_an_error_and_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

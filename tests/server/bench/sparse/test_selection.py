@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.sparse import FIRST_KEYS, LAST_KEYS
 from server.bench.sparse import tidal
 from server.bench.sparse.attended import Row, rows_of
 from server.bench.sparse.passes import Reader
 from server.bench.sparse.recall import recall
-from server.bench.sparse.selection import FIRST_KEYS, LAST_KEYS, exact_scores, keep, label_scores, mass
+from server.bench.sparse.selection import exact_scores, keep, label_scores, mass
 from tests.tiny import write_tiny_checkpoint
 
 
