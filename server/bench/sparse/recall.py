@@ -22,7 +22,7 @@ from server.bench.client import BenchError
 from server.bench.sparse import corpora
 from server.bench.sparse.attended import Row, rows_of
 from server.bench.sparse.passes import Reader, windows
-from server.bench.sparse.selection import exact_scores, keep, label_scores, mass
+from server.bench.sparse.selection import exact_scores, keep, label_scores, mass, probabilities
 from server.models.locate import resolve_model
 from server.text.tokenizer import Tokenizer
 from server.worker.attention_calibration import Calibration, checkpoint_hash, load_channels
@@ -86,11 +86,11 @@ def recall(
     for row in rows:
         by_layer: dict[Point, list[Tensor]] = {point: [] for point in points}
         for layer, (q_KGD, k_LKD) in enumerate(zip(row.queries, row.keys, strict=True)):
-            exact_KL = exact_scores(q_KGD, k_LKD)
+            exact_KL, p_KGL = exact_scores(q_KGD, k_LKD), probabilities(q_KGD, k_LKD, scale)
             for count, budget in points:
                 label_KL = label_scores(q_KGD, k_LKD, channels_LKD[layer, :, :count])
-                best_K = mass(q_KGD, k_LKD, scale, keep(exact_KL, budget))
-                by_layer[count, budget].append((mass(q_KGD, k_LKD, scale, keep(label_KL, budget)) / best_K).mean())
+                best_K = mass(p_KGL, keep(exact_KL, budget))
+                by_layer[count, budget].append((mass(p_KGL, keep(label_KL, budget)) / best_K).mean())
         for point, values in by_layer.items():
             shares[point].append(torch.stack(values))
     if not shares:

@@ -46,7 +46,11 @@ def keep(scores_KL: Tensor, budget: int) -> Tensor:
     return kept.scatter(1, FIRST_KEYS + best, True)
 
 
-def mass(q_KGD: Tensor, k_LKD: Tensor, scale: float, kept_KL: Tensor) -> Tensor:
-    """The share of attention that falls on kept keys, a kv head the mean over its group: [K]."""
-    p_KGL = torch.softmax(torch.einsum("kgd,lkd->kgl", q_KGD, k_LKD) * scale, dim=2)
+def probabilities(q_KGD: Tensor, k_LKD: Tensor, scale: float) -> Tensor:
+    """softmax(scale q.k) over the keys, [K, G, L]."""
+    return torch.softmax(torch.einsum("kgd,lkd->kgl", q_KGD, k_LKD) * scale, dim=2)
+
+
+def mass(p_KGL: Tensor, kept_KL: Tensor) -> Tensor:
+    """The share of attention that falls on kept keys, of a kv head the mean over its group: [K]."""
     return (p_KGL * kept_KL.unsqueeze(1)).sum(2).mean(1)

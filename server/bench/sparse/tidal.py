@@ -28,7 +28,7 @@ from server.bench.client import BenchError
 from server.bench.sparse import corpora
 from server.bench.sparse.attended import Row, rows_of
 from server.bench.sparse.passes import Reader, windows
-from server.bench.sparse.selection import exact_scores, keep, mass
+from server.bench.sparse.selection import exact_scores, keep, mass, probabilities
 from server.models.locate import resolve_model
 from server.text.tokenizer import Tokenizer
 from server.worker.attention_calibration import checkpoint_hash
@@ -104,9 +104,10 @@ def agreement(rows: Iterable[Row], num_layers: int, budget: int, scale: float) -
     for row in rows:
         lists = [keep(exact_scores(q, k), budget) for q, k in zip(row.queries, row.keys, strict=True)]
         for j, (q_KGD, k_LKD) in enumerate(zip(row.queries, row.keys, strict=True)):
-            own_K = mass(q_KGD, k_LKD, scale, lists[j])
+            p_KGL = probabilities(q_KGD, k_LKD, scale)
+            own_K = mass(p_KGL, lists[j])
             for i, kept_KL in enumerate(lists):
-                masses[i, j] += (mass(q_KGD, k_LKD, scale, kept_KL) / own_K).double().mean()
+                masses[i, j] += (mass(p_KGL, kept_KL) / own_K).double().mean()
                 overlaps[i, j] += ((kept_KL & lists[j]).sum(1) / lists[j].sum(1)).double().mean()
         count += 1
     if count == 0:

@@ -13,7 +13,7 @@ from server.bench.sparse import tidal
 from server.bench.sparse.attended import Row, rows_of
 from server.bench.sparse.passes import Reader
 from server.bench.sparse.recall import recall
-from server.bench.sparse.selection import exact_scores, keep, label_scores, mass
+from server.bench.sparse.selection import exact_scores, keep, label_scores, mass, probabilities
 from tests.tiny import write_tiny_checkpoint
 
 
@@ -52,8 +52,8 @@ def test_mass_is_the_share_of_the_softmax() -> None:
     kept[0, 7] = kept[1, 3] = kept[1, 5] = True
     for head, keys in ((0, [7]), (1, [3, 5])):
         p = torch.stack([(k[:, head] @ q[head, g] * 0.3).softmax(0) for g in range(3)])
-        assert mass(q, k, 0.3, kept)[head].item() == pytest.approx(float(p[:, keys].sum() / 3), rel=1e-5)
-    assert torch.allclose(mass(q, k, 0.3, torch.ones_like(kept)), torch.ones(2))
+        assert mass(probabilities(q, k, 0.3), kept)[head].item() == pytest.approx(float(p[:, keys].sum() / 3), rel=1e-5)
+    assert torch.allclose(mass(probabilities(q, k, 0.3), torch.ones_like(kept)), torch.ones(2))
 
 
 def test_recall_rises_with_channels_to_one_and_finds_what_a_few_channels_carry() -> None:
