@@ -31,11 +31,13 @@ class AttentionOffer:
 class Attention:
     """Sparse attention of a request's output tokens; None in its place = every row reads all it may see.
 
-    budget  most keys that a row reads, in each layer that the method does not leave dense
+    budget    most keys that a row reads, in each layer that the method does not leave dense
+    lossless  only drafts are made so, and the rows that verify them read everything: the text is the dense one
     """
 
     method: AttentionMethod
     budget: int
+    lossless: bool = False
 
     def misfit(self, offers: Sequence[AttentionOffer]) -> tuple[str, str] | None:
         """(field, what is wrong with it) if no method that is offered can do this; None = one can."""

@@ -92,7 +92,7 @@ class DraftingPolicy:
 
     def _meet(self, seq: Sequence) -> DraftState:
         seq.drafting = state = make_state(seq.request.speculation, self._settings.max_drafts, self._gain_s)
-        state.takes_trees = state.takes_trees and seq.request.attention is None
+        state.takes_trees = state.takes_trees and not seq.request.is_sparse
         return state
 
     def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:

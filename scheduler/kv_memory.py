@@ -35,7 +35,7 @@ class KVMemory:
 
         Behind a sparse row's first sparse layer, keys and values are approximations: such pages are the request's own.
         """
-        if seq.request.attention is not None:
+        if seq.request.is_sparse:
             num_tokens = min(num_tokens, len(seq.request.prompt))
         return num_tokens // self.page_size
 

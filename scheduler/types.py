@@ -88,6 +88,11 @@ class Request:
     model: str = ""
     attention: Attention | None = None
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether rows of its output leave keys out for good."""
+        return self.attention is not None and not self.attention.lossless
+
 
 class Span(NamedTuple):
     """The query tokens one sequence brings to one step, over its own paged context.

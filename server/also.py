@@ -11,7 +11,7 @@ from pathlib import Path
 
 from server.engine.config import EngineConfig, SpeculationConfig
 
-OWN_DRAFTERS = ("draft_model", "layer_subset", "diffusion")
+OWN_DRAFTERS = ("draft_model", "layer_subset", "diffusion", "sparse_attention")
 """Drafters that are set for one model, or that not every model has."""
 
 

@@ -48,9 +48,7 @@ class Attend {
     rows = tile.count * group;
     blocks = RowBlocks(rows);
     pages = g.page_table + g.row_seq[tile.first] * g.max_pages;
-    head = kv_head = tile.head;
-    k_pages = static_cast<const T*>(g.k_pages);
-    v_pages = static_cast<const T*>(g.v_pages);
+    head = tile.head;
     prepare(tile);
     if (tile.chooses) choose(tile.first);
     long last_key = 0, first_key = INT64_MAX;
@@ -65,6 +63,7 @@ class Attend {
       chunk_end = chunk_end < end_page ? chunk_end : end_page;
       scores_of(page, chunk_end, chunk * chunk_pages, last_key);
       if (raw_scores) keep_scores(page, chunk_end, chunk * chunk_pages);
+      if (hidden) hide_keys(page, chunk_end, chunk * chunk_pages);
       if (g.tree)
         for (long r = 0; r < rows; r++) hide_branches(r, page, chunk_end, chunk * chunk_pages);
       for (long r = 0; r < rows; r++) softmax_row(r, page, chunk_end, chunk * chunk_pages);
@@ -90,47 +89,54 @@ class Attend {
       return;
     }
     following = nullptr;
-    if (role == kFollow) return gather(list_of(token), token, budget);
+    if (role == kFollow) return read_only(list_of(token), token, budget);
     if (g.sparse->methods[at] == kQuest) {
       long count = budget / g.page_size;
       chosen_pages.resize(count);
       choose_pages<T>(g, token, head, chosen_pages.data());
       for (int32_t& page : chosen_pages) page = pages[page];
-      pages = chosen_pages.data();
-      for (long r = 0; r < rows; r++) high[r] = (count - 1) * g.page_size + (visible - 1) % g.page_size + 1;
-      return;
+      for (long p = 0; p < count && p < chunk_pages; p++)
+        prefetch_bytes(layout.keys(static_cast<const T*>(g.k_pages), chosen_pages[p], head), layout.padded_keys * layout.dim_words * 4);
+      return take_pages(visible);
     }
-    float* scores = scratch_of<float>(1, room + budget);
-    int32_t* keys = reinterpret_cast<int32_t*>(scores + room);
-    label_scores<T>(g, token, head, scores);
-    choose_keys(g, token, scores, keys);
-    gather(keys, token, budget);
+    float* label = scratch_of<float>(1, room + budget);
+    int32_t* keys = reinterpret_cast<int32_t*>(label + room);
+    label_scores<T>(g, token, head, label);
+    choose_keys(g, token, label, keys);
+    read_only(keys, token, budget);
   }
 
-  // Copies single keys and their values into pages of this thread's own, one kv head wide.
-  void gather(const int32_t* keys, long token, long count) {
-    KvLayout<T> own(g.page_size, 1, g.head_dim);
-    long num = (count + g.page_size - 1) / g.page_size;
-    long k_words = own.padded_keys * own.dim_words, v_words = own.padded_dims * own.key_words;
-    uint32_t* memory = scratch_of<uint32_t>(2, num * (k_words + v_words));
-    T *to_k = reinterpret_cast<T*>(memory), *to_v = reinterpret_cast<T*>(memory + num * k_words);
+  // The pages of single keys, in which all others are hidden: a tile of K holds its keys side by side, so that one of them costs
+  // the cache lines of all.
+  void read_only(const int32_t* keys, long token, long count) {
+    hidden = scratch_of<int32_t>(2, (count + 1) * layout.padded_keys);
+    long last = -1;
     for (long i = 0; i < count; i++) {
-      long slot = long(pages[keys[i] / g.page_size]) * g.page_size + keys[i] % g.page_size;
-      const T *k = layout.key_at(const_cast<T*>(k_pages), slot, head), *v = layout.value_at(const_cast<T*>(v_pages), slot, head);
-      auto* from_words = reinterpret_cast<const uint32_t*>(k);
-      auto* to_words = reinterpret_cast<uint32_t*>(own.key_at(to_k, i, 0));
-      for (long w = 0; w < own.dim_words; w++) to_words[w * own.key_tile] = from_words[w * own.key_tile];
-      T* to = own.value_at(to_v, i, 0);
-      for (long d = 0; d < g.head_dim; d++) to[own.value_step(d)] = v[own.value_step(d)];
+      long page = keys[i] / g.page_size;
+      if (page != last) {
+        int32_t* flags = hidden + long(chosen_pages.size()) * layout.padded_keys;
+        for (long s = 0; s < layout.padded_keys; s++) flags[s] = -1;
+        chosen_pages.push_back(pages[page]);
+        last = page;
+      }
+      hidden[(long(chosen_pages.size()) - 1) * layout.padded_keys + keys[i] % g.page_size] = 0;
     }
-    chosen_pages.resize(num);
-    for (long p = 0; p < num; p++) chosen_pages[p] = int32_t(p);
-    layout = own;
-    k_pages = to_k;
-    v_pages = to_v;
+    take_pages(g.visible[token]);
+  }
+
+  // The row's own page is the last of those chosen: its sequence, for this walk, ends where it ends there.
+  void take_pages(long visible) {
     pages = chosen_pages.data();
-    kv_head = 0;
-    for (long r = 0; r < rows; r++) high[r] = count;
+    for (long r = 0; r < rows; r++) high[r] = (long(chosen_pages.size()) - 1) * g.page_size + (visible - 1) % g.page_size + 1;
+  }
+
+  void hide_keys(long page, long end, long origin) {
+    for (long r = 0; r < rows; r++)
+      for (long p = page; p < end; p++)
+        for (long s = 0; s < layout.padded_keys; s += kLanes) {
+          float* at = scores + r * columns + (p - origin) * layout.padded_keys + s;
+          store(at, load<vi>(hidden + p * layout.padded_keys + s) ? splat(kMinusInf) : load<vf>(at));
+        }
   }
 
   // Of each key the highest q.k of the group's heads. What is past a page's end is written over by the next page.
@@ -210,8 +216,8 @@ class Attend {
   // Fetches the values of these pages on the way: all of a full page, what is needed of the last one.
   void scores_of(long page, long end, long origin, long last_key) {
     for (; page < end; page++) {
-      const uint32_t* keys = layout.keys(k_pages, pages[page], kv_head);
-      const uint32_t* values = layout.values(v_pages, pages[page], kv_head);
+      const uint32_t* keys = layout.keys(static_cast<const T*>(g.k_pages), pages[page], head);
+      const uint32_t* values = layout.values(static_cast<const T*>(g.v_pages), pages[page], head);
       long filled = last_key - page * g.page_size, words = (filled + Word<T>::k - 1) / Word<T>::k;
       bool full = filled >= g.page_size;
       for (long d = 0; d < layout.padded_dims && !full; d += layout.dim_panel)
@@ -280,7 +286,7 @@ class Attend {
   // Keys of the page a chunk further on, in this tile or the one that this thread most likely takes next; null past its end.
   const uint32_t* keys_ahead(long page, long end_page) const {
     page += chunk_pages;
-    if (page < end_page) return layout.keys(k_pages, pages[page], kv_head);
+    if (page < end_page) return layout.keys(static_cast<const T*>(g.k_pages), pages[page], head);
     if (!following) return nullptr;
     long token = following->first;
     long start = g.window > 0 ? long(g.positions[token]) - g.window + 1 : 0;
@@ -294,7 +300,7 @@ class Attend {
   void values_of(long page, long end, long origin, long last_key, long end_page) {
     constexpr int per_word = Word<T>::k;
     for (; page < end; page++) {
-      const uint32_t* values = layout.values(v_pages, pages[page], kv_head);
+      const uint32_t* values = layout.values(static_cast<const T*>(g.v_pages), pages[page], head);
       const uint32_t* ahead = keys_ahead(page, end_page);
       long keys = last_key - page * g.page_size;
       if (keys < g.page_size) {
@@ -336,9 +342,9 @@ class Attend {
   const AttentionArgs& g;
   KvLayout<T> layout;
   long group, chunk_pages, columns;
-  long rows = 0, head = 0, kv_head = 0;  // kv_head: of k_pages and v_pages, which may be this thread's own
-  const T *k_pages = nullptr, *v_pages = nullptr;
+  long rows = 0, head = 0;
   float* raw_scores = nullptr;  // there for a row that lists keys
+  int32_t* hidden = nullptr;    // there for a row that reads single keys: -1 for each that it does not
   std::vector<int32_t> chosen_pages;
   RowBlocks blocks{0};
   const int32_t* pages = nullptr;

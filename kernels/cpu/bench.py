@@ -53,18 +53,19 @@ class Stack:
         self.ops, self.shape = ops, shape
         s = shape
         self.norm = torch.ones(s.hidden, dtype=torch.bfloat16)
-        angles = torch.rand(4096, s.head_dim // 2)
+        angles = torch.rand(1 << 15, s.head_dim // 2)
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
-        self.run = DenseLayers(tuple(self._layer() for _ in range(s.layers)))
+        self.run = DenseLayers(tuple(self._layer(index) for index in range(s.layers)))
         self.head = self._weight(s.vocab, s.hidden)
 
-    def _layer(self) -> tuple[AttentionBlock, MlpBlock]:
+    def _layer(self, index: int) -> tuple[AttentionBlock, MlpBlock]:
         s = self.shape
         qkv = self._weight((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden)
         out = self._weight(s.hidden, s.heads * s.head_dim)
         attention = AttentionBlock(
-            self.norm, qkv, out, None, None, s.heads, s.kv_heads, s.head_dim, self.cos_sin, 1e-5, s.head_dim**-0.5, None
-        )
+            self.norm, qkv, out, None, None, s.heads, s.kv_heads, s.head_dim, self.cos_sin, 1e-5, s.head_dim**-0.5,
+            None, index,
+        )  # fmt: skip
         return attention, MlpBlock(self.norm, self._weight(2 * s.mlp, s.hidden), self._weight(s.hidden, s.mlp), 1e-5)
 
     @property

@@ -166,6 +166,7 @@ BRAID_INLINE vf vlog(vf x) {
 }
 
 // acc += one 32-bit word of A (broadcast) times a vector of words of B. A word is two bf16 (consecutive k) or one float.
+// each: the same with a vector of words of A.
 template <class T>
 struct Word;
 template <>
@@ -183,6 +184,14 @@ struct Word<bf16> {
     return acc + (vf)(b & 0xffff0000u) * hi;
 #endif
   }
+  static BRAID_INLINE vf each(vf acc, vu b, vu a) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)a);
+#else
+    acc = acc + (vf)(b << 16) * (vf)(a << 16);
+    return acc + (vf)(b & 0xffff0000u) * (vf)(a & 0xffff0000u);
+#endif
+  }
 };
 template <>
 struct Word<float> {
@@ -192,6 +201,7 @@ struct Word<float> {
     std::memcpy(&x, &a, 4);
     return acc + (vf)b * x;
   }
+  static BRAID_INLINE vf each(vf acc, vu b, vu a) { return acc + (vf)b * (vf)a; }
 };
 
 }  // namespace braid

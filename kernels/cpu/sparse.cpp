@@ -17,8 +17,8 @@ uint32_t sortable(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// first + the positions of the `count` highest of n scores, ascending. A histogram finds the bin of the last one to take, so that
-// only that bin's scores are put in order.
+// first + the positions of the `count` highest of n scores, ascending. A histogram finds the bin of the last one to take, so
+// that only that bin's scores are put in order.
 int32_t* take_best(const float* scores, long n, long count, int32_t first, int32_t* out) {
   uint32_t* order = scratch_of<uint32_t>(2, 2 * n + 1);
   uint32_t* in_bin = order + n;
@@ -54,24 +54,34 @@ bool chooses(const AttentionArgs& g, long token) {
   return at >= 0 && g.layer->roles[g.sparse->methods[at]] != kDense && g.visible[token] > g.sparse->budgets[at];
 }
 
+// A page's bound is sum_d max(q_d smallest_d, q_d largest_d) = max(q, 0) . largest + min(q, 0) . smallest: one product of twice
+// the width. The group's queries are laid out for it once.
 template <class T>
 void choose_pages(const AttentionArgs& g, long token, long head, int32_t* chosen) {
   const int32_t* pages = g.page_table + g.row_seq[token] * g.max_pages;
-  long visible = g.visible[token], group = g.num_q / g.num_kv, dim = g.head_dim;
+  long visible = g.visible[token], group = g.num_q / g.num_kv, dim = g.head_dim, words = bound_words<T>(dim);
   long end = (visible + g.page_size - 1) / g.page_size, late = (visible - kLastKeys) / g.page_size;
-  float* scores = scratch_of<float>(1, late);
+  uint32_t* q = scratch_of<uint32_t>(1, group * words + late);
+  float* scores = reinterpret_cast<float*>(q + group * words);
+  std::memset(q, 0, size_t(group * words) * 4);
+  for (long h = 0; h < group; h++) {
+    T* split = reinterpret_cast<T*>(q + h * words);
+    const T* from = query<T>(g, token, head * group + h);
+    for (long d = 0; d < dim; d++) split[to_float(from[d]) > 0.f ? d : dim + d] = from[d];
+  }
   for (long p = 1; p < late; p++) {
-    const T* smallest = static_cast<const T*>(g.layer->bounds) + (pages[p] * g.num_kv + head) * 2 * dim;
+    const uint32_t* bounds = static_cast<const uint32_t*>(g.layer->bounds) + (pages[p] * g.num_kv + head) * words;
+    long soon = pages[p + 6 < late ? p + 6 : p];
+    const uint32_t* ahead = static_cast<const uint32_t*>(g.layer->bounds) + (soon * g.num_kv + head) * words;
+    for (long w = 0; w < words; w += kLanes) __builtin_prefetch(ahead + w);
+    float best = 0.f;
     for (long h = 0; h < group; h++) {
-      const T* q = query<T>(g, token, head * group + h);
       vf sum{};
-      for (long d = 0; d < dim; d += kLanes) {
-        vf x = load_tail(q + d, dim - d);
-        sum = sum + vmax(x * load_tail(smallest + d, dim - d), x * load_tail(smallest + dim + d, dim - d));
-      }
+      for (long w = 0; w < words; w += kLanes) sum = Word<T>::each(sum, load<vu>(bounds + w), load<vu>(q + h * words + w));
       float bound = sum_lanes(sum);
-      scores[p] = h && scores[p] >= bound ? scores[p] : bound;
+      best = h && best >= bound ? best : bound;
     }
+    scores[p] = best;
   }
   *chosen++ = 0;
   long count = g.sparse->budgets[g.sparse->index[token]] / g.page_size - 1 - (end - late);
@@ -118,8 +128,9 @@ void write_label(const SparseLayer& layer, const KvLayout<T>& layout, const T* k
 
 template <class T>
 void write_bounds(const SparseLayer& layer, const KvLayout<T>& layout, const T* k_pages, long slot, long head) {
-  long page = slot / layout.page_size;
-  T* smallest = static_cast<T*>(layer.bounds) + (page * layout.num_kv + head) * 2 * layout.head_dim;
+  long page = slot / layout.page_size, words = bound_words<T>(layout.head_dim);
+  T* largest = reinterpret_cast<T*>(static_cast<uint32_t*>(layer.bounds) + (page * layout.num_kv + head) * words);
+  std::memset(largest, 0, size_t(words) * 4);
   for (long d = 0; d < layout.head_dim; d++) {
     float low = 0.f, high = 0.f;
     for (long s = 0; s < layout.page_size; s++) {
@@ -127,8 +138,8 @@ void write_bounds(const SparseLayer& layer, const KvLayout<T>& layout, const T* 
       low = s && low <= x ? low : x;
       high = s && high >= x ? high : x;
     }
-    put(smallest + d, low);
-    put(smallest + layout.head_dim + d, high);
+    put(largest + d, high);
+    put(largest + layout.head_dim + d, low);
   }
 }
 

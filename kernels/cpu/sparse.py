@@ -18,7 +18,7 @@ from kernels.sparse import Method, Role, SparseLayer, SparseRows, least_budget
 def allocate(
     k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
 ) -> SparseLayer:
-    """bounds [P, K, 2, D] and labels [P, K, C, padded S]: a lane of a label vector is a key, as in K pages."""
+    """bounds [P, K, 2 D padded to whole vectors], labels [P, K, C, padded S]: a lane is a key, as in K pages."""
     num_pages, num_kv, page_size, head_dim = k_pages.shape
     labels = None
     if channels_KC is not None:
@@ -29,7 +29,8 @@ def allocate(
         tile = 16 if page_size <= 16 else 32
         labels = k_pages.new_empty((num_pages, num_kv, channels_KC.shape[1], -(-page_size // tile) * tile))
         channels_KC = channels_KC.contiguous()
-    bounds = k_pages.new_empty((num_pages, num_kv, 2, head_dim)) if has_bounds else None
+    vector = 64 // k_pages.element_size()
+    bounds = k_pages.new_empty((num_pages, num_kv, -(-2 * head_dim // vector) * vector)) if has_bounds else None
     return SparseLayer(roles, bounds, labels, channels_KC)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduler.types import Attention, AttentionMethod, AttentionOffer, Diffusion
 from server.api.errors import invalid, shown
 from server.api.schema import GenerationBody
 from server.engine.config import DENSE
+
+DRAFTER = "sparse_attention"
+"""Drafts for lossless requests (`server/worker/drafters/sparse_attention.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +28,21 @@ class AttentionFacts:
     budget: int = 1024
 
 
-def read_attention(body: GenerationBody, facts: AttentionFacts, decoding: Diffusion | None) -> Attention | None:
-    """How the rows of the answer attend; None = they read every key. Raises ApiError 400."""
+def read_attention(
+    body: GenerationBody, facts: AttentionFacts, drafters: Sequence[str], decoding: Diffusion | None
+) -> Attention | None:
+    """How the rows of the answer attend; None = they read every key. Raises ApiError 400.
+
+    drafters  the server's: one of them drafts for lossless requests
+    """
     fields = body.attention
     if fields is None:
         return None if decoding is not None else facts.default
     if fields.method == DENSE:
         if fields.budget is not None:
             raise invalid("attention.budget", "attention.budget is given, but attention.method dense reads every key")
+        if fields.lossless:
+            raise invalid("attention.lossless", "attention.lossless is true, but attention.method dense loses nothing")
         return None
     if fields.method not in tuple(AttentionMethod):
         known = ", ".join((DENSE, *AttentionMethod))
@@ -39,13 +50,26 @@ def read_attention(body: GenerationBody, facts: AttentionFacts, decoding: Diffus
     if decoding is not None:
         message = f"attention.method is {fields.method}, but decoding.policy {decoding.policy} denoises"
         raise invalid("attention", f"{message}: sparse attention is for tokens decoded one by one")
-    asked = Attention(AttentionMethod(fields.method), facts.budget if fields.budget is None else fields.budget)
+    asked = Attention(
+        AttentionMethod(fields.method), facts.budget if fields.budget is None else fields.budget, fields.lossless
+    )
     if (problem := asked.misfit(facts.offers)) is not None:
         raise invalid(f"attention.{problem[0]}", f"attention.{problem[0]} {problem[1]}")
-    if body.speculation is not None and body.speculation.tree:
+    if fields.lossless:
+        _check_lossless(body, drafters)
+    elif body.speculation is not None and body.speculation.tree:
         message = f"speculation.tree is true, but attention.method {fields.method} cannot verify trees"
         raise invalid("speculation", f"{message}; leave one of them out")
     return asked
+
+
+def _check_lossless(body: GenerationBody, drafters: Sequence[str]) -> None:
+    message = "attention.lossless is true, which is speculation with the drafter sparse_attention, but"
+    if DRAFTER not in drafters:
+        raise invalid("attention.lossless", f"{message} this server drafts without it")
+    asked = body.speculation
+    if asked is not None and (asked.mode == "off" or asked.drafter not in ("auto", DRAFTER)):
+        raise invalid("speculation", f"{message} speculation.mode or speculation.drafter rules it out")
 
 
 def attention_usage(body: GenerationBody, attention: Attention | None) -> dict[str, object]:
@@ -54,4 +78,5 @@ def attention_usage(body: GenerationBody, attention: Attention | None) -> dict[s
         return {}
     if attention is None:
         return {"attention": {"method": DENSE}}
-    return {"attention": {"method": attention.method.value, "budget": attention.budget}}
+    shown_as: dict[str, object] = {"method": attention.method.value, "budget": attention.budget}
+    return {"attention": shown_as | ({"lossless": True} if attention.lossless else {})}

@@ -63,7 +63,7 @@ NAMED_STEPS = frozenset(
         *("role", "content", "type", "text", "include_usage", "continuous_usage_stats", "include_obfuscation"),
         *("mode", "max_tokens", "drafter", "verify", "tree", "quality", "include_snapshots"),
         *("policy", "selector", "planner", "cache", "stopper", "steps", "block_size", "gen_length"),
-        *("confidence", "eos", "method", "budget"),
+        *("confidence", "eos", "method", "budget", "lossless"),
     }
 )
 """Inner names that an error message may show; others could be the client's own text."""
@@ -142,6 +142,7 @@ class AttentionFields(BaseModel):
 
     method: str
     budget: int | None = None
+    lossless: bool = False
 
 
 class GenerationBody(BaseModel):

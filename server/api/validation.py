@@ -147,7 +147,7 @@ def _check(
     stop = check_stop(body, limits)
     grammar = read_grammar(body, limits)
     decoding = read_decoding(body, facts, max_tokens, grammar is not None)
-    attention = read_attention(body, facts.attention, decoding)
+    attention = read_attention(body, facts.attention, facts.speculation.drafters, decoding)
     return Checked(
         body,
         prompts,

@@ -35,7 +35,7 @@ class EngineState(StrEnum):
 
 DRAFTERS = (
     *("prediction", "grammar", "suffix", "history", "adjacency", "ngram_prob", "trigram"),
-    *("draft_model", "layer_subset", "diffusion"),
+    *("draft_model", "layer_subset", "diffusion", "sparse_attention"),
 )
 """Drafters that can be asked for by name."""
 

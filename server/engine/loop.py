@@ -27,7 +27,10 @@ from server.worker.worker import Worker
 def worker_config(config: EngineConfig) -> WorkerConfig:
     names = {field.name for field in fields(WorkerConfig)} & {field.name for field in fields(EngineConfig)}
     values = {name: getattr(config, name) for name in names}
-    parts = {"speculation": speculator_config(config.speculation), "attention": sparse_config(config.attention)}
+    parts = {
+        "speculation": speculator_config(config.speculation, has_sparse=bool(config.attention.allowed())),
+        "attention": sparse_config(config.attention),
+    }
     return WorkerConfig(**values | parts)
 
 
@@ -37,8 +40,8 @@ def sparse_config(asked: AttentionConfig) -> SparseConfig | None:
     return SparseConfig(methods, asked.calibration, asked.num_channels) if methods else None
 
 
-def speculator_config(asked: SpeculationConfig) -> SpeculatorConfig | None:
-    """What the worker builds; None = no drafter at all."""
+def speculator_config(asked: SpeculationConfig, has_sparse: bool = False) -> SpeculatorConfig | None:
+    """What the worker builds; None = no drafter at all. has_sparse: requests may ask for sparse attention."""
     if asked.mode == "off":
         return None
     drafters = asked.drafters
@@ -49,6 +52,7 @@ def speculator_config(asked: SpeculationConfig) -> SpeculatorConfig | None:
         drafters = DEFAULT_DRAFTERS
         drafters += ("draft_model",) if asked.draft_model is not None else ()
         drafters += ("layer_subset",) if asked.layer_subset is not None else ()
+        drafters += ("sparse_attention",) if has_sparse else ()
     names = {field.name for field in fields(SpeculatorConfig)} & {field.name for field in fields(SpeculationConfig)}
     return SpeculatorConfig(**{name: getattr(asked, name) for name in names} | {"drafters": drafters})
 

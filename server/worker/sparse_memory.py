@@ -23,12 +23,16 @@ METHODS = {
 
 @dataclass(frozen=True, eq=False)
 class SparseMemory:
-    """One pool's. `layers` is what each layer's attention gets beside its pages; only `Ops` looks inside."""
+    """One pool's. `layers` is what each layer's attention gets beside its pages; only `Ops` looks inside.
+
+    is_drafting  its rows are drafts of requests whose text is dense (`Attention.lossless`)
+    """
 
     layers: tuple[SparseLayer, ...]
     methods: tuple[AttentionMethod, ...]
     num_kv_heads: int
     page_size: int
+    is_drafting: bool = False
 
     @property
     def num_bytes(self) -> int:

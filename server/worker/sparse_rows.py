@@ -36,7 +36,7 @@ def sparse_rows(
     for at, (span, state) in enumerate(zip(spans, states, strict=True)):
         asked = state.request.attention
         # Spans under another mask are drafts of a model that denoises: their keys are scratch.
-        if asked is None or span.mask_block != 1:
+        if asked is None or asked.lossless is not memory.is_drafting or span.mask_block != 1:
             continue
         if span.parents:
             raise ValueError(f"the span of sequence {span.seq_id} is a tree, but its rows read a part of their keys")

@@ -165,3 +165,25 @@ def test_a_resubmitted_request_goes_on_where_it_stopped(config: EngineConfig, al
         for i, (r, found) in enumerate(zip(requests(), alone, strict=True))
     ]
     assert_same(run(core, asked)[0], alone)
+
+
+def test_lossless_requests_get_the_dense_text_and_share_their_pages(config: EngineConfig) -> None:
+    """The sparse pass drafts; what verifies is dense."""
+    plain, _ = engine(config, attention=AttentionConfig(), enable_prefix_caching=False)
+    dense = run(plain, [replace(request, attention=None) for request in requests()])[0]
+    core, info = engine(config, speculation=SpeculationConfig(mode="on", drafters=("sparse_attention",)))
+    assert info.drafters == (("sparse_attention", True),)
+    speculation = Speculation(SpeculationMode.ON)
+    asked = [
+        replace(r, speculation=speculation, attention=r.attention and replace(r.attention, lossless=True))
+        for r in requests()
+    ]
+    found, _, accepted = run(core, asked)
+    assert_same(found, dense)
+    assert accepted > 0
+    # An answer's pages are as good as any: another request begins with them.
+    longer = Request("longer", asked[0].prompt + tuple(found[0].tokens), 2)
+    core.add(longer)
+    _, stats = core.step()
+    assert stats is not None
+    assert stats.prefix_hits == (len(longer.prompt) - 1) // PAGE * PAGE

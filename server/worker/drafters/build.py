@@ -15,6 +15,7 @@ from server.worker.drafters.diffusion import build_diffusion
 from server.worker.drafters.draft_model import DraftModel, build_draft_model
 from server.worker.drafters.layer_subset import build_layer_subset
 from server.worker.drafters.lookup import LookupDrafter, Store
+from server.worker.drafters.sparse_attention import build_sparse_attention
 from server.worker.drafters.speculator import Speculator
 from server.worker.drafters.stores.adjacency import AdjacencyStore
 from server.worker.drafters.stores.grammar import GrammarStore
@@ -62,6 +63,7 @@ DRAFTERS: dict[str, Callable[[Parts], Drafter]] = {
     "draft_model": lambda parts: _draft_model(parts),
     "layer_subset": lambda parts: _layer_subset(parts),
     "diffusion": lambda parts: build_diffusion(parts.model, parts.ops, parts.info),
+    "sparse_attention": lambda parts: _sparse_attention(parts),
     "synthetic": lambda parts: _synthetic(parts),
 }
 
@@ -104,6 +106,14 @@ def _layer_subset(parts: Parts) -> Drafter:
         info.model_len,
         config.max_drafts,
         stop,
+    )
+
+
+def _sparse_attention(parts: Parts) -> Drafter:
+    info = parts.info
+    stop = "confidence" if parts.config.draft_stop == "acc_head" else parts.config.draft_stop
+    return build_sparse_attention(
+        parts.model, parts.pool, parts.sequences, parts.ops, info.vocab_size, info.model_len, stop
     )
 
 

@@ -18,6 +18,7 @@ from kernels.ops import AttentionRows
 from scheduler.types import Span
 from server.worker.batch import Batch, build_batch
 from server.worker.sequences import SequenceState, SequenceTable
+from server.worker.sparse_memory import SparseMemory
 
 
 class DraftingModel(Protocol):
@@ -63,10 +64,14 @@ class PagedForward:
         sequences: SequenceTable,
         vocab_size: int,
         device: torch.device,
+        sparse: SparseMemory | None = None,
     ) -> None:
-        """vocab_size: the target's; logits have this many columns whatever the drafting model's table has."""
+        """vocab_size: the target's; logits have this many columns whatever the drafting model's table has.
+
+        sparse  metadata of `kv`: rows of requests that ask for it read a part of their keys
+        """
         self.model, self.kv = model, kv
-        self._sequences, self._vocab_size, self._device = sequences, vocab_size, device
+        self._sequences, self._vocab_size, self._device, self._sparse = sequences, vocab_size, device, sparse
 
     def capacity(self, state: SequenceState) -> int:
         """Tokens that the sequence's pages hold."""
@@ -96,7 +101,8 @@ class PagedForward:
     def _batch(self, feeds: Sequence[Feed] | Sequence[TreeFeed]) -> Batch:
         spans = [Span(feed.seq_id, tuple(feed.tokens), feed.start, feed.start + len(feed.tokens)) for feed in feeds]
         states = [feed.state for feed in feeds]
-        return build_batch(spans, states, self._sequences.page_table, self._sequences.page_size, self._device)
+        table, page_size = self._sequences.page_table, self._sequences.page_size
+        return build_batch(spans, states, table, page_size, self._device, self._sparse)
 
     def _tensor(self, values: list[int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)

@@ -127,7 +127,7 @@ class Speculator:
         asked = want.state.request.speculation
         wished = self._draft_tree if asked.tree is None else asked.tree
         # A sparse row has no tree mask.
-        wished = wished and want.state.request.attention is None
+        wished = wished and not want.state.request.is_sparse
         return want._replace(tree=True) if wished and self._trees_run and asked.verify is VerifyMode.COUPLED else want
 
     def _sound(self, offer: Drafts, want: Want) -> Drafts | None:
