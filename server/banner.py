@@ -28,6 +28,7 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         f"{facts.max_batched_tokens} tokens a step, time between tokens {slo}; "
         f"output {'as the context leaves' if output is None else output}",
         f"drafts    {_drafts(config, facts)}",
+        *_attention(facts),
         *_denoising(name, facts),
         "start     " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases),
         f"API       {url}/v1      metrics {url}/metrics      health {url}/health",
@@ -63,6 +64,16 @@ def _drafts(config: ServerConfig, facts: EngineInfo) -> str:
         share = f"{facts.synthetic_acceptance:g} of the drafts of repeated requests are right"
         text += f"; SYNTHETIC: {share}, so speeds are those of a test"
     return text
+
+
+def _attention(facts: EngineInfo) -> list[str]:
+    """The sparse methods that requests may choose, and what those get that do not."""
+    if not facts.attention:
+        return []
+    methods = ", ".join(f"{offer.method} (from {offer.least_budget} keys)" for offer in facts.attention)
+    default = facts.default_attention
+    unasked = "dense" if default is None else f"{default.method}, {default.budget} keys: lossy, the text differs"
+    return [f"attention {methods}; unless asked: {unasked}"]
 
 
 def _denoising(name: str, facts: EngineInfo) -> list[str]:

@@ -8,6 +8,7 @@ namespace braid {
 namespace {
 
 constexpr int kBinBits = 11;
+constexpr long kHeads = 4;  // that are scored together: a label is loaded once for all
 
 // Order of floats as order of integers, so that a NaN has a place, too, and the same one on every machine.
 uint32_t sortable(float x) {
@@ -102,15 +103,23 @@ void label_scores(const AttentionArgs& g, long token, long head, float* scores) 
   const int32_t* pages = g.page_table + g.row_seq[token] * g.max_pages;
   const int32_t* channels = g.layer->channels + head * g.layer->num_channels;
   long group = g.num_q / g.num_kv, num_channels = g.layer->num_channels, padded = layout.padded_keys;
+  long heads = (group + kHeads - 1) / kHeads * kHeads;
+  float* weights = scratch_of<float>(2, num_channels * heads);  // [channels][heads]
+  std::memset(weights, 0, size_t(num_channels * heads) * sizeof(float));
+  for (long h = 0; h < group; h++)
+    for (long c = 0; c < num_channels; c++)
+      weights[c * heads + h] = to_float(query<T>(g, token, head * group + h)[channels[c]]);
   for (long p = 0; p * g.page_size < g.visible[token]; p++) {
     const T* labels = static_cast<const T*>(g.layer->labels) + (pages[p] * g.num_kv + head) * num_channels * padded;
     for (long s = 0; s < g.page_size; s += kLanes) {
-      vf best{};
-      for (long h = 0; h < group; h++) {
-        const T* q = query<T>(g, token, head * group + h);
-        vf sum{};
-        for (long c = 0; c < num_channels; c++) sum = sum + load_vec(labels + c * padded + s) * to_float(q[channels[c]]);
-        best = h ? vmax(sum, best) : sum;
+      vf best = splat(-__builtin_inff());
+      for (long first = 0; first < group; first += kHeads) {
+        vf sum[kHeads] = {};
+        for (long c = 0; c < num_channels; c++) {
+          vf x = load_vec(labels + c * padded + s);
+          for (long h = 0; h < kHeads; h++) sum[h] = sum[h] + x * weights[c * heads + first + h];
+        }
+        for (long h = 0; h < kHeads && first + h < group; h++) best = vmax(sum[h], best);
       }
       store(scores + p * g.page_size + s, best);  // what is past the page's end is written over by the next page
     }

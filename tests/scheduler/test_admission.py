@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 
+from scheduler.admission import refuse_impossible
+from scheduler.policies import make_diffusion
 from scheduler.scheduler import Scheduler
-from scheduler.types import Fault, Limits, Request
+from scheduler.types import (
+    Attention,
+    AttentionMethod,
+    AttentionOffer,
+    Fault,
+    Limits,
+    Request,
+    Speculation,
+    Topology,
+)
 from tests.scheduler.worlds import World, make_limits, make_request
 
 
@@ -94,3 +105,41 @@ def test_a_resubmitted_request_is_never_refused_for_the_queue() -> None:
 def test_limits_under_which_the_rules_cannot_be_kept_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         Scheduler(make_limits(**{field: value}))  # type: ignore[arg-type]
+
+
+QUEST, LIMITS = AttentionMethod.QUEST, make_limits()
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "words"),
+    [
+        (Request("a", (1,), 4, attention=Attention(QUEST, 159)), "attention.budget", "needs at least 160"),
+        (Request("a", (1,), 4, attention=Attention(AttentionMethod.TIDAL, 999)), "attention.method", "dense and quest"),
+        (
+            Request("a", (1,), 4, attention=Attention(QUEST, 160), speculation=Speculation(tree=True)),
+            "speculation",
+            "cannot be of a tree",
+        ),
+        (
+            Request(
+                "a", (1,), 4, attention=Attention(QUEST, 160), decoding=make_diffusion("auto", Topology.BLOCK_CAUSAL)
+            ),
+            "attention",
+            "denoised",
+        ),
+    ],
+)
+def test_sparse_attention_that_cannot_be_is_refused(request_: Request, param: str, words: str) -> None:
+    fault = refuse_impossible(request_, LIMITS, (AttentionOffer(QUEST, 160),))
+    assert fault is not None
+    assert (fault.status, fault.param) == (400, param)
+    assert words in fault.message
+
+
+def test_sparse_attention_that_is_offered_is_let_in() -> None:
+    offers = (AttentionOffer(QUEST, 160),)
+    assert refuse_impossible(Request("a", (1,), 4, attention=Attention(QUEST, 160)), LIMITS, offers) is None
+    lossless = Attention(QUEST, 160, lossless=True)
+    tree = Request("a", (1,), 4, attention=lossless, speculation=Speculation(tree=True))
+    assert refuse_impossible(tree, LIMITS, offers) is None
+    assert refuse_impossible(tree, LIMITS) is not None
