@@ -123,6 +123,21 @@ ALLOWED: dict[str, set[str]] = {
         "server.embedded.tasks",
         "server.embedded.canvases",
     },
+    # And the one of sparse attention, which looks into the models and asks the embedded one that retrieves.
+    "server.bench.sparse": {
+        "torch",
+        "tqdm",
+        "matplotlib",
+        "safetensors",
+        "kernels",
+        "scheduler",
+        "server.engine",
+        "server.models",
+        "server.worker",
+        "server.text.tokenizer",
+        "server.embedded.pairs",
+        "server.embedded.corpus",
+    },
 }
 
 # Only functions may import these: at the top they would slow every start or be missing on a plain install.

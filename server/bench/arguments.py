@@ -10,7 +10,7 @@ from typing import Any
 from server.bench import stall
 from server.bench.speculation_work import WORKLOADS
 
-BENCHMARKS = ("serve", "stall", "steps", "speculation", "diffusion", "parallel")
+BENCHMARKS = ("serve", "stall", "steps", "speculation", "diffusion", "parallel", "sparse")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,6 +58,10 @@ def make_parser() -> argparse.ArgumentParser:
         "parallel", help="what several tokens a step cost in quality (in-process)", formatter_class=_Defaults
     )
     _add_parallel(parallel)
+    sparse = commands.add_parser(
+        "sparse", help="what sparse attention still finds, and its speed (in-process)", formatter_class=_Defaults
+    )
+    _add_sparse(sparse)
     return parser
 
 
@@ -154,6 +158,26 @@ def _add_parallel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-seqs", type=_positive, default=64, help="sequences in a step")
     parser.add_argument("--check", action="store_true", help="exit 1 if one of the statements is not shown")
     parser.add_argument("--seed", type=int, default=0, help="of cases and noise")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="write a PNG (needs matplotlib)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def _add_sparse(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="braid-tiny-retrieval", help="the embedded model or its folder")
+    parser.add_argument("--lengths", type=_positive, nargs="+", default=[2048, 4096, 8192], help="keys of a context")
+    parser.add_argument("--questions", type=_positive, default=200, help="at each length, ten a context")
+    parser.add_argument("--methods", nargs="+", default=[], help="quest, double_sparsity, tidal (otherwise all)")
+    parser.add_argument("--share", type=_positive, default=16, help="a row reads a 1/SHARE of the keys")
+    parser.add_argument(
+        "--calibration", type=Path, nargs="+", default=[], help="files (otherwise the embedded model's own)"
+    )
+    parser.add_argument("--channels", type=_positive, help="of a label (otherwise an eighth of the head size)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that speeds are compared; 0 = not at all")
+    parser.add_argument("--streams", type=_positive, default=4, help="that decode together then")
+    parser.add_argument("--speed-tokens", type=_positive, default=48, help="steps of a stream then")
+    parser.add_argument("--min-accuracy", type=_share, help="exit 1 if any method finds less than this share")
+    parser.add_argument("--seed", type=int, default=0, help="of the contexts")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a PNG (needs matplotlib)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")

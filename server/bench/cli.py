@@ -1,4 +1,4 @@
-"""`python -m server bench serve | stall | steps | speculation | diffusion | parallel`: one run, one report."""
+"""`python -m server bench serve | stall | steps | speculation | diffusion | parallel | sparse`: one run, one report."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from server.bench.parallel.run import run as run_parallel  # imports torch, as above
 
             return run_parallel(arguments)
+        if arguments.benchmark == "sparse":
+            from server.bench.sparse.run import run as run_sparse  # imports torch, as above
+
+            return run_sparse(arguments)
         if arguments.benchmark == "diffusion":
             return diffusion.run(arguments)
         if arguments.benchmark == "speculation":

@@ -22,7 +22,8 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 
 @dataclass(slots=True)
 class TrainState:
-    """Where a run stands. `elapsed_s` is training time, all sessions; `losses` rows: step, causal loss, mask loss."""
+    """Where a run stands. `elapsed_s` is training time, all sessions; `losses` rows: step, causal loss, loss
+    of masks or of guidance."""
 
     preset: str
     seed: int

@@ -16,16 +16,18 @@ from tokenizers import Tokenizer
 
 from server.embedded import checkpoint
 from server.embedded.model import BLOCK_SIZE, PRESETS, Shape, TinyModel
+from server.embedded.pairs import make_tokenizer
 from server.embedded.tokenizer import END_OF_TEXT, IM_END, MASK, PAD, token_id, write_tokenizer
-from server.embedded.train import HERE
+from server.embedded.train import HERE, RETRIEVAL
 
 
 def config_json(
-    shape: Shape, tokenizer: Tokenizer, dtype: torch.dtype, bidirectional: bool = False
+    shape: Shape, tokenizer: Tokenizer, dtype: torch.dtype, bidirectional: bool = False, denoises: bool = True
 ) -> dict[str, object]:
     """`config.json`: Qwen3's fields, and `mask_token_id` and `block_size` for the diffusion mode.
 
     bidirectional  the model fills canvases and does nothing else
+    denoises       it has a diffusion mode
     """
     config: dict[str, object] = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -53,9 +55,9 @@ def config_json(
         "bos_token_id": None,
         "eos_token_id": [token_id(tokenizer, END_OF_TEXT), token_id(tokenizer, IM_END)],
         "pad_token_id": token_id(tokenizer, PAD),
-        "mask_token_id": token_id(tokenizer, MASK),
-        "block_size": BLOCK_SIZE,
     }
+    if denoises:
+        config |= {"mask_token_id": token_id(tokenizer, MASK), "block_size": BLOCK_SIZE}
     return config | {"bidirectional": True} if bidirectional else config
 
 
@@ -65,6 +67,7 @@ def export_model(
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
     bidirectional: bool = False,
+    denoises: bool = True,
 ) -> None:
     """Write weights, configuration and tokenizer. Raises ValueError if a weight is not finite."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +78,11 @@ def export_model(
         tensors[f"model.{name}"] = value.detach().to("cpu", dtype).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
-    config = config_json(model.shape, tokenizer, dtype, bidirectional)
+    config = config_json(model.shape, tokenizer, dtype, bidirectional, denoises)
     generation = {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"], "do_sample": False}
     for name, values in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(tokenizer, folder, model.shape.max_position)
+    write_tokenizer(tokenizer, folder, model.shape.max_position, has_chat=denoises)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,8 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     model = TinyModel(PRESETS[state.preset])
     checkpoint.load_weights(args.checkpoint, model)
     output = args.output or HERE / state.preset.removesuffix("-quick")
-    bidirectional = state.preset == "braid-tiny-bidirectional"
-    export_model(model, Tokenizer.from_file(str(args.tokenizer)), output, bidirectional=bidirectional)
+    if state.preset == RETRIEVAL:
+        export_model(model, make_tokenizer(), output, denoises=False)
+    else:
+        bidirectional = state.preset == "braid-tiny-bidirectional"
+        export_model(model, Tokenizer.from_file(str(args.tokenizer)), output, bidirectional=bidirectional)
     shutil.copy(args.checkpoint / checkpoint.STATE, output / "training.json")
     print(f"{output}: step {state.step}, {sum(p.numel() for p in model.parameters()):,} parameters")
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from server.embedded.pairs import VOCAB_SIZE as RETRIEVAL_VOCAB
+
 BLOCK_SIZE = 8
 """Unit of denoising, in tokens; blocks start at multiples of it, counted from the start of the sequence."""
 
@@ -31,6 +33,8 @@ class Shape:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     max_position: int = 2048
+    embedding_std: float = 0.02
+    """Of the embeddings at the start. Tokens that are told apart by nothing but their embeddings need more of it."""
 
 
 PRESETS: dict[str, Shape] = {
@@ -38,6 +42,15 @@ PRESETS: dict[str, Shape] = {
     "braid-tiny-quick": Shape(hidden=192, num_layers=4, mlp=576),
     "braid-tiny-draft": Shape(hidden=96, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=48, mlp=288),
     "braid-tiny-bidirectional": Shape(hidden=96, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=48, mlp=288),
+    "braid-tiny-retrieval": Shape(
+        hidden=128,
+        num_layers=5,
+        mlp=256,
+        vocab_size=RETRIEVAL_VOCAB,
+        rope_theta=1e10,
+        max_position=16_384,
+        embedding_std=0.05,
+    ),
     "test": Shape(hidden=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp=64),
 }
 
@@ -75,12 +88,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps)
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps)
 
+    def queries_and_keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised and rotated: [B, heads, L, D] and [B, kv heads, L, D]."""
+        heads = (*x.shape[:2], -1, self.shape.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        return q, k
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         rows, length, _ = x.shape
-        head_dim = self.shape.head_dim
-        q = rotate(self.q_norm(self.q_proj(x).view(rows, length, -1, head_dim)).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).view(rows, length, -1, head_dim)).transpose(1, 2), cos, sin)
-        v = self.v_proj(x).view(rows, length, -1, head_dim).transpose(1, 2)
+        q, k = self.queries_and_keys(x, cos, sin)
+        v = self.v_proj(x).view(rows, length, -1, self.shape.head_dim).transpose(1, 2)
         group = self.shape.num_heads // self.shape.num_kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask)
@@ -132,19 +150,23 @@ class TinyModel(nn.Module):
             if name.endswith(("o_proj.weight", "down_proj.weight")):  # residual branches start small: GPT-2's scaling
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.num_layers) ** 0.5)
 
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02 if isinstance(module, nn.Embedding) else module.in_features**-0.5)
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.shape.embedding_std)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions int64 [B, L], each [B, 1, L, D / 2]."""
+        wide = torch.float64 if self.embed_tokens.weight.dtype == torch.float64 else torch.float32
+        half = torch.arange(0, self.shape.head_dim, 2, device=positions.device, dtype=wide) / self.shape.head_dim
+        angles = positions[:, None, :, None].to(wide) * (self.shape.rope_theta**-half)
+        return angles.cos(), angles.sin()
 
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """ids and positions int64 [B, L]; mask bool [B, 1, L, L], True where the row may look. Returns [B, L, H]."""
-        weight = self.embed_tokens.weight
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        half = torch.arange(0, self.shape.head_dim, 2, device=ids.device, dtype=wide) / self.shape.head_dim
-        angles = positions[:, None, :, None].to(wide) * (self.shape.rope_theta**-half)
-        cos, sin = angles.cos(), angles.sin()
-        x = F.embedding(ids, weight)
+        cos, sin = self.rotary(positions)
+        x = F.embedding(ids, self.embed_tokens.weight)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         hidden: Tensor = self.norm(x)

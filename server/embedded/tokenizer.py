@@ -62,8 +62,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
     return tokenizer
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template) into `folder`."""
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int, has_chat: bool = True) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template, if there is to be chat) into
+    `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -76,8 +77,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
     }
+    if has_chat:
+        config["chat_template"] = CHAT_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

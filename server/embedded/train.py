@@ -24,9 +24,13 @@ from server.embedded.batches import Batch, BatchSource
 from server.embedded.canvases import CanvasBatch, CanvasSource, canvas_loss
 from server.embedded.model import PRESETS, TinyModel
 from server.embedded.objective import Trunk, causal_loss, diffusion_loss
+from server.embedded.retrieval import RetrievalBatch, RetrievalSource, guided_loss, retrieval_loss
 
 HERE = Path(__file__).parent
-AnyBatch = TypeVar("AnyBatch", Batch, CanvasBatch)
+AnyBatch = TypeVar("AnyBatch", Batch, CanvasBatch, RetrievalBatch)
+Source = BatchSource | CanvasSource | RetrievalSource
+RETRIEVAL = "braid-tiny-retrieval"
+"""The preset whose data are pairs and questions."""
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.5
 """Share of the run, at its end, over which the learning rate falls in a straight line to zero."""
@@ -59,7 +63,7 @@ def filler_tokens(tokenizer: Tokenizer, limit: int | None) -> Tensor:
 class Trainer:
     """Owns the model, its optimizers and the run's state; `train_step` is the whole of training."""
 
-    def __init__(self, args: argparse.Namespace, source: BatchSource | CanvasSource) -> None:
+    def __init__(self, args: argparse.Namespace, source: Source) -> None:
         torch.manual_seed(args.seed)
         self.args = args
         self.source = source
@@ -86,6 +90,7 @@ class Trainer:
             "filler_rows": args.filler_rows, "row_len": args.row_len, "torch": torch.__version__,
             "init": "" if args.init is None else args.init.name, "rate": args.rate, "muon_rate": args.muon_rate,
             "task_weights": ",".join(f"{task}={weight:g}" for task, weight in args.task_weight),
+            "pairs": args.pairs, "questions": args.questions, "guidance": args.guidance, "crowd": args.crowd,
             "python": platform.python_version(), "processor_cores": os.cpu_count() or 0,
         }  # fmt: skip
 
@@ -111,7 +116,14 @@ class Trainer:
         return type(batch)(**moved)
 
     def _losses(self) -> tuple[Tensor | None, Tensor | None, int]:
-        """The causal and the mask loss of this step, None where the run has none, and the row tokens they took."""
+        """The causal and the other loss of this step (of masks, or guidance), None where the run has none, and the row
+        tokens they took."""
+        if isinstance(self.source, RetrievalSource):
+            pairs = self._to_device(self.source.batch(self.state.step))
+            if self.args.guidance == 0:
+                return retrieval_loss(self.model, self.trunk, pairs), None, pairs.num_tokens
+            answers, guidance = guided_loss(self.model, pairs, self.args.crowd)
+            return answers, self.args.guidance * guidance, pairs.num_tokens
         if isinstance(self.source, CanvasSource):
             canvases = self._to_device(self.source.batch(self.state.step))
             return None, canvas_loss(self.model, self.trunk, canvases), canvases.num_tokens
@@ -122,11 +134,11 @@ class Trainer:
         return causal, diffusion_loss(self.model, self.trunk, batch), batch.ids.numel() + 2 * batch.noisy_ids.numel()
 
     def train_step(self, progress: float) -> tuple[float, float]:
-        """One update. Returns the causal and the mask loss in nats a token (0 for one that is off)."""
+        """One update. Returns the causal and the other loss in nats a token (0 for one that is off)."""
         use_bf16 = self.args.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16):
-            causal, mask, num_tokens = self._losses()
-        torch.autograd.backward([loss for loss in (causal, mask) if loss is not None])
+            causal, other, num_tokens = self._losses()
+        torch.autograd.backward([loss for loss in (causal, other) if loss is not None])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
             for group in optimizer.param_groups:
@@ -135,14 +147,14 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         self.state.tokens += num_tokens
-        return 0.0 if causal is None else causal.item(), 0.0 if mask is None else mask.item()
+        return 0.0 if causal is None else causal.item(), 0.0 if other is None else other.item()
 
     def save(self) -> None:
         self.state.elapsed_s = self.base_s + time.monotonic() - self.started
         checkpoint.save(self.args.output, self.model, self.optimizers, self.state)
 
     def run(self) -> Iterator[tuple[float, float, float]]:
-        """Train to the end of the budget, saving now and then; yields (progress, causal, mask loss) after each step."""
+        """Train to the end of the budget, saving now and then; yields (progress, causal, other loss) a step."""
         last_save = time.monotonic()
         while (progress := self.progress()) < 1.0 and self.state.step < (self.args.stop_at or 1 << 60):
             losses = self.train_step(progress)
@@ -158,12 +170,13 @@ class Trainer:
 def show_progress(trainer: Trainer) -> None:
     """Run with a progress bar over the budget (per mille of steps or minutes), losses smoothed over about 50 steps."""
     smooth: tuple[float, float] | None = None
+    other_name = "guidance" if trainer.args.preset == RETRIEVAL else "mask"
     with tqdm(total=1000, mininterval=5.0, bar_format="{l_bar}{bar:20}| [{elapsed}<{remaining}]{postfix}") as bar:
-        for progress, causal, mask in trainer.run():
-            previous = smooth or (causal, mask)
-            smooth = (0.98 * previous[0] + 0.02 * causal, 0.98 * previous[1] + 0.02 * mask)
+        for progress, causal, other in trainer.run():
+            previous = smooth or (causal, other)
+            smooth = (0.98 * previous[0] + 0.02 * causal, 0.98 * previous[1] + 0.02 * other)
             bar.set_postfix_str(
-                f"step {trainer.state.step}, causal {smooth[0]:.3f}, mask {smooth[1]:.3f}, "
+                f"step {trainer.state.step}, causal {smooth[0]:.3f}, {other_name} {smooth[1]:.3f}, "
                 f"{trainer.state.tokens / 1e6:.2f} M tokens",
                 refresh=False,
             )
@@ -211,6 +224,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bidirectional", action=argparse.BooleanOptionalAction, default=None, help="LLaDA's loss alone"
     )
+    parser.add_argument("--pairs", type=int, default=16, help=f"in a row of {RETRIEVAL}")
+    parser.add_argument("--questions", type=int, default=16, help="behind them")
+    parser.add_argument("--guidance", type=float, default=1.0, help="weight of the loss of guided heads; 0 = none")
+    parser.add_argument("--crowd", type=float, default=8.0, help="how often a wrong key counts in that loss")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -228,17 +245,21 @@ def main(argv: list[str] | None = None) -> Trainer:
     """Train as the command line says and leave a checkpoint in `--output`."""
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
-    tokenizer = Tokenizer.from_file(str(args.tokenizer))
-    source: BatchSource | CanvasSource
-    if args.bidirectional:
-        source = CanvasSource(tokenizer, args.seed, args.rows, args.row_len)
-    else:
-        filler = filler_tokens(tokenizer, args.filler_files)
-        weights = tasks.WEIGHTS | dict(args.task_weight)
-        source = BatchSource(tokenizer, filler, args.seed, args.rows, args.filler_rows, args.row_len, weights)
-    trainer = Trainer(args, source)
+    trainer = Trainer(args, make_source(args))
     show_progress(trainer)
     return trainer
+
+
+def make_source(args: argparse.Namespace) -> Source:
+    """The data of a run. Raises ValueError for rows that cannot be."""
+    if args.preset == RETRIEVAL:
+        return RetrievalSource(args.seed, args.rows, args.pairs, args.questions)
+    tokenizer = Tokenizer.from_file(str(args.tokenizer))
+    if args.bidirectional:
+        return CanvasSource(tokenizer, args.seed, args.rows, args.row_len)
+    filler = filler_tokens(tokenizer, args.filler_files)
+    weights = tasks.WEIGHTS | dict(args.task_weight)
+    return BatchSource(tokenizer, filler, args.seed, args.rows, args.filler_rows, args.row_len, weights)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-EMBEDDED = ("braid-tiny", "braid-tiny-draft", "braid-tiny-bidirectional")
+EMBEDDED = ("braid-tiny", "braid-tiny-draft", "braid-tiny-bidirectional", "braid-tiny-retrieval")
 
 # Weights in one safe format, and what describes them; never Python files or pickles.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]

@@ -1,6 +1,6 @@
 """Attention that is looked at: whether the keys that a bidirectional sequence caches have drifted (Elastic-Cache).
 
-Steps with spans of the `elastic` cache run through layers that are composed here of the back end's operations, to keep,
+Steps with spans of the `elastic` cache run through layers that are looked at (server/models/observed.py), to keep,
 per sequence and layer, the rotated queries and keys of all rows as their last computation left them. They are kept
 apart from the pages, whose layout is the back end's secret. A few rows' attention probabilities are computed from them:
 
@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, DenseLayers
-from kernels.ops import AttentionRows, Ops
-from kernels.reference import rotate
+from kernels.ops import Ops
 from scheduler.types import Diffusion, Span
+from server.models.observed import ObservedLayers
 from server.models.registry import Model
 from server.worker.denoising.reader import Denoising
 from server.worker.sequences import SequenceState
@@ -119,8 +118,8 @@ class AttentionProbe:
     """Looks at the spans of the `elastic` cache. One per worker; it remembers sequences until they are forgotten."""
 
     def __init__(self, model: Model, ops: Ops, mask_id: int, device: torch.device) -> None:
-        self._ops, self._mask_id, self._device = ops, mask_id, device
-        self._model = model.through(self)
+        self._mask_id, self._device = mask_id, device
+        self._model = model.through(ObservedLayers(ops, self._see))
         self._memories: dict[int, Memory] = {}
         self._watches: list[Watch] = []
         self._step = self._layer = 0
@@ -171,38 +170,7 @@ class AttentionProbe:
         drift = decoding.cache["drift"]
         return Watch(index, first_row, tensor(positions), tensor(asking), tensor(is_known), drift, memory, before)
 
-    def dense_layers(
-        self, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
-    ) -> Tensor:
-        """`blocks.composed_dense_layers` with this attention."""
-        ops = self._ops
-        for (attention, mlp), (k_pages, v_pages) in zip(run.layers, kv, strict=True):
-            x_TH = self.attention_block(x_TH, attention, k_pages, v_pages, rows)
-            hidden_TX = ops.linear(ops.rms_norm(x_TH, mlp.norm_H, mlp.eps), mlp.gate_up)
-            x_TH = ops.linear(ops.silu_mul(hidden_TX), mlp.down, x_TH)
-        return x_TH
-
-    def attention_block(
-        self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
-    ) -> Tensor:
-        """`blocks.composed_attention_block`, and a look at what it computes on the way."""
-        ops, b = self._ops, block
-        qkv_TX = ops.linear(ops.rms_norm(x_TH, b.norm_H, b.eps), b.qkv)
-        k_TKD = self._rotated_keys(qkv_TX, b, rows)
-        q_TQD = ops.qkv_rope_write(
-            qkv_TX, b.num_q, b.num_kv, b.head_dim, b.cos_sin_MR, b.q_norm_D, b.k_norm_D, b.eps, k_pages, v_pages, rows,
-            b.kv_scale_2K,
-        )  # fmt: skip
+    def _see(self, q_TQD: Tensor, k_TKD: Tensor, scale: float) -> None:
         for watch in self._watches:
-            watch.see(self._layer, q_TQD, k_TKD, b.scale)
+            watch.see(self._layer, q_TQD, k_TKD, scale)
         self._layer += 1
-        out_TQD = ops.paged_attention(q_TQD, k_pages, v_pages, rows, b.scale, b.window, b.form, b.kv_scale_2K)
-        return ops.linear(out_TQD.flatten(1), b.out, x_TH)
-
-    def _rotated_keys(self, qkv_TX: Tensor, block: AttentionBlock, rows: AttentionRows) -> Tensor:
-        """The keys that `qkv_rope_write` is about to store, [T, K, D]: it may write over its input."""
-        heads = qkv_TX.view(qkv_TX.shape[0], -1, block.head_dim)
-        k_TKD = heads[:, block.num_q : block.num_q + block.num_kv]
-        if block.k_norm_D is not None:
-            k_TKD = self._ops.rms_norm(k_TKD, block.k_norm_D, block.eps)
-        return rotate(k_TKD, block.cos_sin_MR[rows.positions.long()].unsqueeze(1))

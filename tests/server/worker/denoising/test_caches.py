@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from scheduler.types import Admission, StepPlan
-from server.worker.attention_probe import AttentionProbe, probabilities
+from server.models.observed import ObservedLayers
+from server.worker.attention_probe import probabilities
 from tests.server.worker.denoising.bidirectional import MASK, CanvasDriver, Tiny, Told, request
 
 CACHED = ("prefix", "dual", "vicinity", "dsb", "dkv_decode", "dkv_greedy", "elastic")
@@ -176,7 +177,7 @@ def test_steps_without_elastic_spans_run_the_models_own_layers(monkeypatch: pyte
     def fail(*_: object) -> None:
         raise AssertionError("composed layers in a step that looks at nothing")
 
-    monkeypatch.setattr(AttentionProbe, "dense_layers", fail)
+    monkeypatch.setattr(ObservedLayers, "dense_layers", fail)
     run(Tiny(), cached("dual"), cached("dkv_decode"))
     with pytest.raises(AssertionError, match="looks at nothing"):
         run(Tiny(), cached("elastic"))

@@ -1,0 +1,70 @@
+"""`python -m server.bench.sparse.calibrate MODEL --output FILE`: the channels that label keys for Double Sparsity."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from server.bench.client import BenchError
+from server.bench.sparse import corpora
+from server.bench.sparse.channels import STATISTICS, ChannelStatistics
+from server.bench.sparse.passes import Reader, windows
+from server.models.locate import resolve_model
+from server.text.tokenizer import Tokenizer
+from server.worker.attention_calibration import checkpoint_hash
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the corpus and write the file. 0 = written, 2 = not (stderr says why)."""
+    parser = argparse.ArgumentParser(prog="python -m server.bench.sparse.calibrate", description=__doc__)
+    parser.add_argument("model", help="an embedded model, its folder, or a hub id")
+    parser.add_argument("--output", type=Path, required=True, help="safetensors file: `channels`, int16 [L, K, D]")
+    parser.add_argument("--statistic", choices=STATISTICS, default="qk", help="whose mean ranks the channels")
+    parser.add_argument("--corpus", default=corpora.STDLIB, help="pairs, stdlib or a text file")
+    parser.add_argument("--tokens", type=int, default=100_000, help="to read, at most")
+    parser.add_argument("--window", type=int, default=512, help="tokens read at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the corpus `pairs`")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    try:
+        _calibrate(args)
+    except (BenchError, ValueError, OSError) as problem:
+        print(f"calibrate: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    folder = resolve_model(args.model)
+    reader = Reader.open(folder, args.window)
+    texts = corpora.texts(args.corpus, Tokenizer.load(folder), args.seed, args.window, args.window // 2)
+    with tqdm(total=args.tokens, unit="tok", disable=args.no_progress or None) as bar:
+        statistics = measure(reader, windows(texts, args.window, args.tokens), args.statistic, bar)
+    statistics.save(args.output, checkpoint_hash(folder))
+    print(
+        f"{args.output}: {statistics.num_tokens} tokens, mean |{args.statistic}| of the best channels as a share of all"
+    )
+    means = statistics.means().sort(dim=2, descending=True).values
+    for divisor in (2, 4, 8, 16):
+        part = means[..., : means.shape[2] // divisor].sum(2) / means.sum(2)
+        layers = " ".join(f"{share:5.0%}" for share in part.mean(1).tolist())
+        print(f"  head_dim / {divisor:<2} by layer: {layers}")
+
+
+def measure(reader: Reader, texts: Iterable[Sequence[int]], statistic: str, bar: tqdm[Any]) -> ChannelStatistics:
+    """The statistics of all of `texts` together."""
+    config = reader.config
+    statistics = ChannelStatistics(statistic, config.num_layers, config.num_kv_heads, config.head_dim)
+    for tokens in texts:
+        reader.read(tokens, statistics.add)
+        bar.update(len(tokens))
+    return statistics
+
+
+if __name__ == "__main__":
+    sys.exit(main())
