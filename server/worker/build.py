@@ -139,7 +139,7 @@ def _on_accelerator(
     needs = measure_needs(parts, accelerator, before)
     budget = kv_budget(needs, config.gpu_memory_utilization, config.kv_cache_bytes)
     worker, graphs, pool = parts.assemble(*_size(parts, budget), remember)
-    run_kernels(worker.run, parts.ops, pool, worker.info, config.max_batched_tokens)
+    run_kernels(worker.run, parts.ops, pool, worker.info, config.max_seqs, config.max_batched_tokens)
     if graphs is not None:
         uncaptured = accelerator.read().free
         graphs.capture(progress)

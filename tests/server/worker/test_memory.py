@@ -185,11 +185,13 @@ def test_the_largest_steps_fill_the_budget_and_every_form_of_attention_is_run(ea
     assert rows_of([prompts]) == [600]
     assert max(span.kv_len for span in prompts.spans) == 256
     assert len(crowd.spans) == 8
-    steps = [plan.spans for plan in kernel_steps(info, 200) if plan.step < 0 and plan.spans]
+    steps = [plan.spans for plan in kernel_steps(info, 8, 200) if plan.step < 0 and plan.spans]
     chains = {len(spans[0].tokens) for spans in steps if len(spans) == 1 and not spans[0].parents}
     trees = {len(spans[0].tokens) for spans in steps if len(spans) == 1 and spans[0].parents}
     assert chains == trees | {128} == {1, 2, 4, 8, 16, 32, 64, 128}
     assert any(spans[0].parents and len(spans[1].tokens) == 128 for spans in steps if len(spans) == 2)
+    shared = [[span.start for span in spans] for spans in steps if spans[0].start]
+    assert shared == [[255] * 4, [255] * 8], "few and many that share as many keys as there is room for"
 
 
 def test_sizes_are_shown_in_the_unit_that_fits() -> None:

@@ -53,7 +53,7 @@ def forms(found: Iterable[HostBatch], group: int, itemsize: int) -> set[Form]:
 def warm(has_trees: bool = True) -> list[HostBatch]:
     """Without the random steps that warm-up adds: they might be the ones that are compared."""
     info = replace(make_worker(TinyModel(50)).info, num_pages=2000, page_size=64, model_len=1024)
-    plans = [plan for plan in kernel_steps(info, ROWS) if plan.step < 0]
+    plans = [plan for plan in kernel_steps(info, ROWS, ROWS) if plan.step < 0]
     return batches([plan for plan in plans if has_trees or not any(span.parents for span in plan.spans)])
 
 
