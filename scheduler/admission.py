@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scheduler.attention import leaves_keys_out
 from scheduler.types import AttentionOffer, DiffusionModel, Fault, Limits, Request, Topology
 
 
@@ -56,7 +57,7 @@ def _refuse_attention(request: Request, offers: Sequence[AttentionOffer]) -> Fau
         return Fault(
             400, "attention is sparse for tokens that are decoded one by one, but this text is denoised", "attention"
         )
-    if request.speculation.tree and request.is_sparse:
+    if request.speculation.tree and leaves_keys_out(request.attention):
         return Fault(400, "speculation.tree is true, but a row of sparse attention cannot be of a tree", "speculation")
     problem = request.attention.misfit(offers)
     return None if problem is None else Fault(400, f"attention.{problem[0]} {problem[1]}", f"attention.{problem[0]}")

@@ -49,3 +49,8 @@ class Attention:
         if self.budget < offer.least_budget:
             return "budget", f"is {self.budget}, but {self.method} needs at least {offer.least_budget} keys here"
         return None
+
+
+def leaves_keys_out(attention: Attention | None) -> bool:
+    """Whether rows of a request's output leave keys out for good."""
+    return attention is not None and not attention.lossless

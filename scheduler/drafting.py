@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from scheduler.acceptance import Acceptance
 from scheduler.asking import Asking, DraftState, FirstGain, make_state
+from scheduler.attention import leaves_keys_out
 from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
 from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
 from scheduler.draft_plan import Backlog, DraftPlan
@@ -24,6 +25,9 @@ from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettin
 
 _DRAFT_LEEWAY = 2.0
 """Without an explicit target a step may take so much longer for drafts than for prompts: drafts pay in tokens."""
+_LEEWAY_BESIDE = 1.25
+"""Beside streams of another model, over what our own need without drafts: an equal part of a target that is kept by
+late steps may be less than that."""
 _REST = 7
 """After a step in which nobody had drafts or was asked, so many go by without a look at who might be."""
 
@@ -116,7 +120,7 @@ class DraftingPolicy:
 
     def _meet(self, seq: Sequence) -> DraftState:
         seq.drafting = state = make_state(seq.request.speculation, self._settings.max_drafts, self._first_gain.seconds)
-        state.takes_trees = state.takes_trees and not seq.request.is_sparse
+        state.takes_trees = state.takes_trees and not leaves_keys_out(seq.request.attention)
         return state
 
     def _offers(self, draft: DraftPlan, states: Many[DraftState]) -> list[_Offer]:
@@ -164,12 +168,16 @@ class DraftingPolicy:
             seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
             bound_s=bound_s + host_s,
             fewest=min(waiting, MIN_CHUNK),
-            draft_bound_s=host_s + (bound_s if self._has_target(draft) else _DRAFT_LEEWAY * bound_s),
+            draft_bound_s=host_s + self._draft_bound_s(draft, bound_s),
         )
 
-    def _has_target(self, draft: DraftPlan) -> bool:
+    def _draft_bound_s(self, draft: DraftPlan, bound_s: float) -> float:
         """Our streams may gain by a long step what it costs them; those of another model only wait."""
-        return self._limits.tbt_slo_s is not None or draft.others.stream_s > 0.0
+        if self._limits.tbt_slo_s is not None:
+            return bound_s
+        if draft.others.stream_s > 0.0:
+            return max(bound_s, _LEEWAY_BESIDE * self._budget.stream_s)
+        return _DRAFT_LEEWAY * bound_s
 
     def _note_gains(self, offers: Many[_Offer], allocation: Allocation, outlook: Outlook) -> None:
         """What each offer saves: its share, by expected tokens, of the time that the step saves over plain decoding."""

@@ -6,6 +6,7 @@ committed, and it writes past its committed tokens (R2, R3).
 
 from __future__ import annotations
 
+from scheduler.attention import leaves_keys_out
 from scheduler.pages import PagePool
 from scheduler.prefix import PageName, PrefixIndex
 from scheduler.sequence import Sequence
@@ -35,7 +36,7 @@ class KVMemory:
 
         Behind a sparse row's first sparse layer, keys and values are approximations: such pages are the request's own.
         """
-        if seq.request.is_sparse:
+        if leaves_keys_out(seq.request.attention):
             num_tokens = min(num_tokens, len(seq.request.prompt))
         return num_tokens // self.page_size
 

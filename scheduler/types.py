@@ -14,6 +14,7 @@ from typing import NamedTuple
 from scheduler.attention import Attention as Attention
 from scheduler.attention import AttentionMethod as AttentionMethod
 from scheduler.attention import AttentionOffer as AttentionOffer
+from scheduler.attention import leaves_keys_out as leaves_keys_out
 from scheduler.diffusion import Choice as Choice
 from scheduler.diffusion import DecodingUsage as DecodingUsage
 from scheduler.diffusion import Denoise as Denoise
@@ -87,11 +88,6 @@ class Request:
     decoding: Diffusion | None = None
     model: str = ""
     attention: Attention | None = None
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether rows of its output leave keys out for good."""
-        return self.attention is not None and not self.attention.lossless
 
 
 class Span(NamedTuple):

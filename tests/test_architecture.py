@@ -372,17 +372,10 @@ def test_the_front_end_loads_no_tensor_library(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", ENGINE_SIDE)
-def test_the_engine_side_loads_no_web_library(module: str) -> None:
-    if not is_module(module):
-        pytest.skip(f"{module} is not written yet")
-    assert sorted(name for name in loaded_after_importing(module) if name in WEB) == []
-
-
-@pytest.mark.parametrize("module", ENGINE_SIDE)
-def test_the_engine_starts_without_what_only_some_requests_need(module: str) -> None:
+def test_the_engine_side_loads_no_web_library_nor_what_only_some_requests_need(module: str) -> None:
     """On a machine with torch and little more, the engine serves all but structured output."""
     loaded = loaded_after_importing(module)
-    assert sorted(name for name in loaded if name in ("llguidance", "transformers", "matplotlib")) == []
+    assert sorted(name for name in loaded if name in (*WEB, "llguidance", "transformers", "matplotlib")) == []
 
 
 def test_the_load_generator_loads_neither_torch_nor_the_server() -> None:

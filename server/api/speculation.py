@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from scheduler.types import Speculation, SpeculationMode, SpeculationUsage, VerifyMode
 from server.api.errors import MAX_MESSAGE_CHARS, ApiError, invalid, shown
 from server.api.schema import GenerationBody, SpeculationFields
-from server.engine.refusal import refusal
+from server.engine.decoding import refusal
 from server.text.tokenizer import Tokenizer
 
 

@@ -32,9 +32,8 @@ from scheduler.types import (
     TokenLogprob,
 )
 from server.engine.config import DENSE, EngineConfig, EngineInfo
-from server.engine.decoding import AUTOREGRESSIVE, MAX_DELIMITERS, conflict, default_decoding, ordered_drafts
+from server.engine.decoding import AUTOREGRESSIVE, MAX_DELIMITERS, conflict, default_decoding, ordered_drafts, refusal
 from server.engine.loop import build_core
-from server.engine.refusal import refusal
 from server.models.locate import resolve_model
 from server.text.detokenizer import Detokenizer, StopConditions
 from server.text.tokenizer import Tokenizer

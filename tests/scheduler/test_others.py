@@ -42,11 +42,11 @@ def mixed_step(others: Others, tbt_slo_s: float | None, has_decode: bool = True)
 @pytest.mark.parametrize(
     ("others", "rows"),
     [
-        (ALONE, 709),  # 90 ms / 1.1 - 10.1 ms, at 0.1 ms a row
-        (Others(1, 0.0), 309),  # half of the target
-        (Others(1, 0.03), 309),
-        (Others(1, 0.06), 117),  # what the others' streams leave
-        (Others(2, 0.02), 172),  # a third
+        (ALONE, 649),  # 90 ms / 1.2 - 10.1 ms, at 0.1 ms a row
+        (Others(1, 0.0), 274),  # half of the target
+        (Others(1, 0.03), 274),
+        (Others(1, 0.06), 49),  # what the others' streams leave
+        (Others(2, 0.02), 149),  # a third
         (Others(1, 0.09), 16),  # nothing is left: prompts go on in the least chunks
         (Others(1, 9.0), 16),
     ],
@@ -61,16 +61,16 @@ def test_without_a_target_the_round_is_measured_by_the_streams_of_all() -> None:
     alone, same, slow = (mixed_step(others, None)[1] for others in (ALONE, Others(1, 0.0101), Others(1, 0.05)))
     # Twice the streams, half of it each.
     assert same == pytest.approx(alone, abs=8)
-    # 2.3 x 60 ms / 1.1 / 2 buy more than 2.3 x 10 ms / 1.1: a stream beside slow ones is used to longer gaps.
+    # 2.2 x 60 ms / 1.2 / 2 buy more than 2.2 x 10 ms / 1.2: a stream beside slow ones is used to longer gaps.
     assert slow > 2 * alone
-    assert slow <= (2.3 * 0.0601 / 1.1 / 2 - 0.01) / 1e-4
+    assert slow <= (2.2 * 0.0601 / 1.2 / 2 - 0.01) / 1e-4
 
 
 def test_prompts_without_decodes_are_bounded_only_beside_streams() -> None:
     assert mixed_step(ALONE, 0.04, has_decode=False) == [900]
     assert mixed_step(Others(1, 0.0), 0.04, has_decode=False) == [900]
     (rows,) = mixed_step(Others(1, 0.01), 0.04, has_decode=False)
-    assert rows == pytest.approx((0.04 / 1.1 / 2 - 0.01) / 1e-4, abs=4)
+    assert rows == pytest.approx((0.04 / 1.2 / 2 - 0.01) / 1e-4, abs=4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from scheduler.types import Drafts, VerifyMode
+from scheduler.types import Drafts, VerifyMode, leaves_keys_out
 from server.worker.drafters.base import Drafter, Want
 from server.worker.drafters.soundness import flaw, legal_part
 from server.worker.drafters.track_record import TrackRecord
@@ -139,7 +139,7 @@ class Speculator:
         asked = want.state.request.speculation
         wished = self._draft_tree if asked.tree is None else asked.tree
         # A sparse row has no tree mask.
-        wished = wished and not want.state.request.is_sparse
+        wished = wished and not leaves_keys_out(want.state.request.attention)
         return want._replace(tree=True) if wished and self._trees_run and asked.verify is VerifyMode.COUPLED else want
 
     def _sound(self, offer: Drafts, want: Want) -> Drafts | None:

@@ -112,9 +112,12 @@ def test_attention_to_lists_keeps_tiles_in_flight(page: int, arch: int) -> None:
     geometry = small_geometry(4, 4, 128, 2, 132)
     arguments: dict[str, Any] = dict.fromkeys(attention.attend.arg_names, INT)
     arguments |= dict.fromkeys(("q", "k_pages", "v_pages", "out"), BF16)
-    arguments |= {"partial_out": F32, "partial_lse": F32, "scale": "fp32", "table_stride": "i32"}
+    arguments |= dict.fromkeys(("k_scale", "v_scale", "sink_logits", "partial_out", "partial_lse"), F32)
+    arguments |= {"scale": "fp32", "softcap": "fp32", "table_stride": "i32"}
     arguments |= {"K": 1, "G": 4, "D": 128, "DP": 128, "PAGE": page, "BM": geometry.tile_rows, "BN": geometry.tile_keys}
     arguments |= {"STAGES": geometry.num_stages, "WINDOW": False, "TREE": False, "UPCAST": False}
+    arguments |= {"LISTED": False, "SINKS": 0, "PAD": 0, "TOKEN_SCALE": False, "HEAD_SCALE": False}
+    arguments |= {"SOFTCAP": False, "SINK_LOGITS": False}
     usage = compile_kernel(attention.attend, arch, arguments, geometry.num_warps, geometry.num_stages)
     assert usage.spills == 0
     assert usage.wide_copies > 0, "a row of K or V comes in 16-byte copies, from wherever it is"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.sparse import SparseLayer
 from scheduler.types import Admission, Grammar, GrammarKind, Read, Request, Sampling, Span, StepPlan, StepResult
 from server.worker.sampling import NOT_FINITE
 from server.worker.worker import Worker
@@ -229,9 +230,15 @@ def count_moves(model: TinyModel, patch: pytest.MonkeyPatch) -> list[int]:
     moved: list[int] = []
     move = model.ops.move_kv
 
-    def counting(k_pages: torch.Tensor, v_pages: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    def counting(
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        sources: torch.Tensor,
+        targets: torch.Tensor,
+        layer: SparseLayer | None = None,
+    ) -> None:
         moved.append(len(sources))
-        move(k_pages, v_pages, sources, targets)
+        move(k_pages, v_pages, sources, targets, layer)
 
     patch.setattr(model.ops, "move_kv", counting)
     return moved
