@@ -168,12 +168,13 @@ class DraftingPolicy:
             seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
             bound_s=bound_s + host_s,
             fewest=min(waiting, MIN_CHUNK),
-            draft_bound_s=host_s + self._draft_bound_s(draft, bound_s),
+            draft_bound_s=host_s + self._draft_bound_s(draft, backlog, bound_s),
         )
 
-    def _draft_bound_s(self, draft: DraftPlan, bound_s: float) -> float:
-        """Our streams may gain by a long step what it costs them; those of another model only wait."""
-        if self._limits.tbt_slo_s is not None:
+    def _draft_bound_s(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> float:
+        """Our streams may gain by a long step what it costs them; those of another model only wait. Beside prompts the
+        bound holds for both together: those without drafts would pay for the others' twice."""
+        if self._limits.tbt_slo_s is not None or backlog is not None:
             return bound_s
         if draft.others.stream_s > 0.0:
             return max(bound_s, _LEEWAY_BESIDE * self._budget.stream_s)

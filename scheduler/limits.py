@@ -30,5 +30,5 @@ class Limits:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
     tbt_slo_s: float | None = None
-    tbt_auto_factor: float = 2.2
+    tbt_auto_factor: float = 2.1
     enable_prefix_caching: bool = True

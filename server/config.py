@@ -64,7 +64,7 @@ class ServerConfig(BaseModel):
     max_num_queued_tokens: AutoCount = _engine(None, "prompt tokens waiting before 429; auto = 8 x context")
     queue_timeout: Seconds = _engine(30.0, "seconds a request may wait for its first step before 503")
     tbt_slo_ms: Annotated[Seconds | None, Auto] = _engine(
-        None, "time between tokens that 99 in 100 steps keep; auto = 2.2 x a step of all who are here"
+        None, "time between tokens that 99 in 100 steps keep; auto = 2.1 x a step of all who are here"
     )
     max_prefill_share: float = _engine(
         0.5, "most of a step's prefill budget for one prompt while others wait", gt=0, le=1

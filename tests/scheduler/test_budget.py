@@ -108,8 +108,8 @@ def test_the_automatic_target_looks_at_who_will_decode_soon() -> None:
             world.add(make_request(f"r{number}", (2, number) * 100))
         chunks[num_waiting] = sum(sizes(world.step())[1:])
     # 10.1 ms x 2.3 / 1.1, and the same of the 13.0 ms that 31 decodes take.
-    assert 75 <= chunks[1] <= 95
-    assert 125 <= chunks[30] <= 165
+    assert 60 <= chunks[1] <= 85
+    assert 105 <= chunks[30] <= 145
 
 
 def test_a_burst_of_prompts_is_served_nearly_as_fast_as_without_a_target() -> None:
