@@ -25,7 +25,7 @@ def drawn(seed: int, tokens: int = 5) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-def test_windows_add_up_and_none_overwrites_those_before(statistic: str) -> None:
+def test_mistake_10_windows_add_up_and_none_overwrites_those_before(statistic: str) -> None:
     """The published calibration of the qk statistic keeps its last window alone."""
     parts, whole = (ChannelStatistics(statistic, 1, 2, 8) for _ in range(2))
     (q1, k1), (q2, k2) = drawn(1), drawn(2, 3)
