@@ -61,15 +61,7 @@ class FakeServer:
                 return
             size = int(head.lower().split("content-length:")[1].split("\r\n")[0])
             body = json.loads(await reader.readexactly(size))
-            # A client that hangs up is gone at once, not when the next write to it fails.
-            answer, gone = asyncio.create_task(self._answer(body, writer)), asyncio.create_task(reader.read(1))
-            try:
-                await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-                if answer.done():
-                    answer.result()
-            finally:
-                answer.cancel()
-                gone.cancel()
+            await self._answer(body, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
