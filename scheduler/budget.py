@@ -153,6 +153,5 @@ class BudgetPolicy:
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         if is_timed:
             seconds = result.elapsed_s - result.draft_s
-            self._lateness.observe(self.cost.predict(draft.features), seconds)
-            self.cost.observe(draft.features, seconds)
+            self._lateness.observe(self.cost.observe(draft.features, seconds), seconds)
         return DraftReport()

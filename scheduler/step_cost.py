@@ -67,10 +67,13 @@ class StepCost:
         """Expected wall seconds of a step."""
         return self._model.predict(_terms(features))
 
-    def observe(self, features: StepFeatures, seconds: float) -> None:
-        """Learn from a step that was just measured. Non-positive times (a clock that stood still) are ignored."""
+    def observe(self, features: StepFeatures, seconds: float) -> float:
+        """Learn from a step that was just measured. Returns what was expected of it.
+
+        0 = nothing was learned: its time is not positive (a clock that stood still).
+        """
         if seconds <= 0 or features.tokens < 1:
-            return
+            return 0.0
         predicted = self.predict(features)
         if predicted > 0:
             error = seconds / predicted - 1.0
@@ -85,6 +88,7 @@ class StepCost:
             self._model.fit(_SEED_SWEEPS // 10)
         elif self.num_observed % _FIT_EVERY == 0:
             self._model.fit(_SWEEPS)
+        return predicted
 
     def _accumulate(self, features: StepFeatures, seconds: float, unit: float) -> None:
         self._model.accumulate(_terms(features), seconds, unit, bisect_left(_STRATA, features.tokens))

@@ -110,6 +110,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.bench.diffusion_work": {"server.embedded.tasks", "server.embedded.functions"},
     # The step-time benchmark runs the engine's own parts in-process.
     "server.bench.steps": {"torch", "tqdm", "kernels", "scheduler", "server.models", "server.worker", "server.engine"},
+    "server.bench.engine_alone": {"scheduler.types", "server.engine.offline"},
     # So does the end-to-end part of the GPU report, beside transformers' engine.
     "server.bench.gpu_loads": {"torch", "kernels.gpu_report", "scheduler", "server.engine", "server.models"},
     "server.bench.transformers_peer": {"torch", "transformers", "server.models"},

@@ -327,7 +327,8 @@ class CpuOps:
         rows, vocab = logits.shape
         if logits.dtype != torch.float32:
             raise TypeError(f"logits are {logits.dtype}; expected float32")
-        if rows and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
+        least, most = ids.aminmax() if rows else (0, 0)
+        if int(least) < 0 or int(most) >= vocab:
             raise IndexError(f"ids of row_statistics are {ids.tolist()}, but the logits have {vocab} tokens")
         best_J, values = torch.empty(rows, dtype=torch.int64), torch.empty((5, rows))
         self._lib.braid_row_statistics(

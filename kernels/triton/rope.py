@@ -57,6 +57,13 @@ def _greatest(x, exists):
 
 
 @triton.jit
+def _normed(x, inverse, normed, is_q, q_norm, k_norm, i, exists, kind: tl.constexpr):
+    """Elements `i` of each head; of heads that are normed, times their weights and rounded to the model's dtype."""
+    weights = tl.where(is_q[:, None], _weights(q_norm, i, exists), _weights(k_norm, i, exists))
+    return tl.where(normed[:, None], (x * inverse * weights).to(kind).to(tl.float32), x)
+
+
+@triton.jit
 def _stored(x, kind: tl.constexpr, divisor, FP8: tl.constexpr, TOKEN_SCALE: tl.constexpr):
     """What pages get of values already rounded to the model's dtype."""
     if TOKEN_SCALE:
@@ -117,15 +124,11 @@ def qkv_rope(
         if REST_P > 0:
             squares += tl.sum(rest * rest, 1)
         inverse = (1.0 / tl.sqrt(squares / D + eps))[:, None]
-        by_q = is_q[:, None]
         kind = qkv.dtype.element_ty
-        scaled = first * inverse * tl.where(by_q, _weights(q_norm, i, i < HALF), _weights(k_norm, i, i < HALF))
-        first = tl.where(normed[:, None], scaled.to(kind).to(tl.float32), first)
-        w = tl.where(by_q, _weights(q_norm, HALF + i, i < HALF), _weights(k_norm, HALF + i, i < HALF))
-        second = tl.where(normed[:, None], (second * inverse * w).to(kind).to(tl.float32), second)
+        first = _normed(first, inverse, normed, is_q, q_norm, k_norm, i, i < HALF, kind)
+        second = _normed(second, inverse, normed, is_q, q_norm, k_norm, HALF + i, i < HALF, kind)
         if REST_P > 0:
-            w = tl.where(by_q, _weights(q_norm, j, j < D), _weights(k_norm, j, j < D))
-            rest = tl.where(normed[:, None], (rest * inverse * w).to(kind).to(tl.float32), rest)
+            rest = _normed(rest, inverse, normed, is_q, q_norm, k_norm, j, j < D, kind)
     angles = cos_sin + tl.load(positions + row).to(tl.int64) * (2 * HALF)
     cos = tl.load(angles + i, mask=i < HALF, other=1.0)[None, :]
     sin = tl.load(angles + HALF + i, mask=i < HALF, other=0.0)[None, :]

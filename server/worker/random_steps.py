@@ -22,6 +22,7 @@ from scheduler.types import (
 )
 from server.worker.batch import HostBatch, host_batch
 from server.worker.kv_pool import pages_for
+from server.worker.profile import PoolShape
 from server.worker.recipe import make_recipe
 from server.worker.sequences import SequenceState, make_sequences
 
@@ -32,15 +33,9 @@ MOST_PAGES = 2000
 """Most pages that a step's sequences have together."""
 
 
-class Bounds(Protocol):
+class Bounds(PoolShape, Protocol):
     """What a step must respect; `WorkerInfo` has it."""
 
-    @property
-    def num_pages(self) -> int: ...
-    @property
-    def page_size(self) -> int: ...
-    @property
-    def model_len(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
     @property

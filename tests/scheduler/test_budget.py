@@ -107,7 +107,7 @@ def test_the_automatic_target_looks_at_who_will_decode_soon() -> None:
         for number in range(num_waiting):
             world.add(make_request(f"r{number}", (2, number) * 100))
         chunks[num_waiting] = sum(sizes(world.step())[1:])
-    # 10.1 ms x 2.3 / 1.1, and the same of the 13.0 ms that 31 decodes take.
+    # 10.1 ms x 2.1 / 1.2, and the same of the 13.0 ms that 31 decodes take.
     assert 60 <= chunks[1] <= 85
     assert 105 <= chunks[30] <= 145
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from server.bench.client import BenchError
 from server.bench.sparse import corpora
 from server.bench.sparse.channels import STATISTICS, ChannelStatistics
+from server.bench.sparse.commands import make_parser, run
 from server.bench.sparse.passes import Reader, windows
 from server.models.locate import resolve_model
 from server.text.tokenizer import Tokenizer
@@ -21,22 +21,12 @@ from server.worker.attention_calibration import checkpoint_hash
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the corpus and write the file. 0 = written, 2 = not (stderr says why)."""
-    parser = argparse.ArgumentParser(prog="python -m server.bench.sparse.calibrate", description=__doc__)
-    parser.add_argument("model", help="an embedded model, its folder, or a hub id")
+    parser = make_parser("calibrate", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="safetensors file: `channels`, int16 [L, K, D]")
     parser.add_argument("--statistic", choices=STATISTICS, default="qk", help="whose mean ranks the channels")
-    parser.add_argument("--corpus", default=corpora.STDLIB, help="pairs, stdlib or a text file")
     parser.add_argument("--tokens", type=int, default=100_000, help="to read, at most")
     parser.add_argument("--window", type=int, default=512, help="tokens read at once")
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus `pairs`")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    try:
-        _calibrate(args)
-    except (BenchError, ValueError, OSError) as problem:
-        print(f"calibrate: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return run("calibrate", _calibrate, parser, argv)
 
 
 def _calibrate(args: argparse.Namespace) -> None:

@@ -16,15 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from server.bench.client import BenchError
-from server.bench.sparse import corpora
-from server.bench.sparse.attended import Row, rows_of
-from server.bench.sparse.passes import Reader, windows
+from server.bench.sparse.attended import Row
+from server.bench.sparse.commands import add_rows, asking_rows, make_parser, run
+from server.bench.sparse.passes import Reader
 from server.bench.sparse.selection import exact_scores, keep, label_scores, mass, probabilities
 from server.models.locate import resolve_model
-from server.text.tokenizer import Tokenizer
 from server.worker.attention_calibration import Calibration, checkpoint_hash, load_channels
 
 TITLE = "Show how good labels of r channels are, on real q and k."
@@ -34,25 +31,14 @@ Point = tuple[int, int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print. 0 = measured, 2 = not (stderr says why)."""
-    parser = argparse.ArgumentParser(prog="python -m server.bench.sparse.recall", description=TITLE)
-    parser.add_argument("model", help="an embedded model, its folder, or a hub id")
+    # Another seed than calibration has.
+    parser = make_parser("recall", TITLE, seed=1)
     parser.add_argument("--channels", type=Path, required=True, help="what calibrate wrote")
-    parser.add_argument("--corpus", default=corpora.STDLIB, help="pairs, stdlib or a text file")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a text")
-    parser.add_argument("--texts", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=64, help="last rows of each text, which do the asking")
+    add_rows(parser)
     parser.add_argument("--shares", type=int, nargs="+", default=[8, 16], help="budgets: a 1/SHARE of the keys each")
     parser.add_argument("--labels", type=int, nargs="+", default=[2, 4, 8, 16], help="channels: head_dim / LABELS each")
-    parser.add_argument("--seed", type=int, default=1, help="of the corpus `pairs`; not that of the calibration")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    try:
-        _measure(args)
-    except (BenchError, ValueError, OSError) as problem:
-        print(f"recall: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return run("recall", _measure, parser, argv)
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -64,9 +50,7 @@ def _measure(args: argparse.Namespace) -> None:
     points = [
         (max(1, head_dim // label), args.context // share) for share in args.shares for label in (1, *args.labels)
     ]
-    texts = corpora.texts(args.corpus, Tokenizer.load(folder), args.seed, args.context, args.rows)
-    rows = rows_of(reader, windows(texts, args.context, args.context * args.texts), args.rows)
-    bar = tqdm(rows, total=args.texts * args.rows, unit="row", disable=args.no_progress or None)
+    bar = asking_rows(args, reader, folder)
     found = recall(bar, channels_LKD, points, head_dim**-0.5)
     where = f"{args.texts} x {args.rows} rows at {args.context} keys of {args.corpus}"
     print(f"{args.model}, channels of {args.channels}, {where}")

@@ -21,16 +21,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kernels.sparse import DENSE_LAYERS
 from server.bench.client import BenchError
-from server.bench.sparse import corpora
-from server.bench.sparse.attended import Row, rows_of
-from server.bench.sparse.passes import Reader, windows
+from server.bench.sparse.attended import Row
+from server.bench.sparse.commands import add_rows, asking_rows, make_parser, run
+from server.bench.sparse.passes import Reader
 from server.bench.sparse.selection import exact_scores, keep, mass, probabilities
 from server.models.locate import resolve_model
-from server.text.tokenizer import Tokenizer
 from server.worker.attention_calibration import checkpoint_hash
 
 TITLE = "Find the layers at which TidalDecode selects its keys."
@@ -47,24 +45,12 @@ class Choice:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write. 0 = written, 2 = not (stderr says why)."""
-    parser = argparse.ArgumentParser(prog="python -m server.bench.sparse.tidal", description=TITLE)
-    parser.add_argument("model", help="an embedded model, its folder, or a hub id")
+    parser = make_parser("tidal", TITLE)
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    parser.add_argument("--corpus", default=corpora.STDLIB, help="pairs, stdlib or a text file")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a text")
-    parser.add_argument("--texts", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=64, help="last rows of each text, which do the asking")
+    add_rows(parser)
     parser.add_argument("--share", type=int, default=16, help="a list has a 1/SHARE of the keys")
     parser.add_argument("--selection-layer", type=int, default=DENSE_LAYERS)
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus `pairs`")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    args = parser.parse_args(argv)
-    try:
-        _calibrate(args)
-    except (BenchError, ValueError, OSError) as problem:
-        print(f"tidal: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return run("tidal", _calibrate, parser, argv)
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -75,9 +61,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             f"--selection-layer is {args.selection_layer}, must be between {DENSE_LAYERS} and the last layer, "
             f"{reader.config.num_layers - 1}"
         )
-    texts = corpora.texts(args.corpus, Tokenizer.load(folder), args.seed, args.context, args.rows)
-    rows = rows_of(reader, windows(texts, args.context, args.context * args.texts), args.rows)
-    bar = tqdm(rows, total=args.texts * args.rows, unit="row", disable=args.no_progress or None)
+    bar = asking_rows(args, reader, folder)
     masses, overlaps = agreement(
         bar, reader.config.num_layers, args.context // args.share, reader.config.head_dim**-0.5
     )

@@ -119,8 +119,8 @@ def _measure(ops: Ops, logits_JV: Tensor, asked: Sequence[Asked], mask_id: int) 
     raw_RV = torch.log_softmax(logits_JV[torch.tensor(wanted, device=device)], dim=1) if wanted else None
     errors = constrain(ops, logits_JV, rows) | errors
     measured_JV = _temper(ops, logits_JV, rows, asked)
-    given_J = torch.tensor([max(one.given, 0) for one in asked], device=device)
-    found = ops.row_statistics(measured_JV, given_J)
+    asked_of_J = torch.tensor([max(one.given, 0) for one in asked], device=device)
+    found = ops.row_statistics(measured_JV, asked_of_J)
     tokens_J = found.best_id
     if any(not one.best and not one.judged.recipe.is_greedy for one in asked):
         is_best_J = torch.tensor([one.best for one in asked], device=device)
