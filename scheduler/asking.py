@@ -10,26 +10,21 @@ idle, is noticed. Where nobody is asked no drafter works: k = 0 is free.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from heapq import nlargest
 from math import inf
 
-from scheduler.acceptance import RequestCounts
+from scheduler.draft_state import MOST_PATIENCE, DraftState
 from scheduler.goodput import Outlook
 from scheduler.regression import NonNegativeRidge
-from scheduler.types import Speculation, SpeculationMode, SpeculationSettings
+from scheduler.types import SpeculationSettings
 
 _PROBE_SHARE = 64
 """One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
 _SPARE, _SPARE_EARLY = 0.005, 0.05
 """Share of a step's time for proposals that have not paid lately; while there were few proposals at all, more."""
 _EARLY_STEPS = 64
-_GAIN_RATE = 0.25
 _MOST_SPARED = 2
 """Sequences whose price may be set aside for later steps."""
-_MOST_PATIENCE = 8
-"""A request waits twice as long as others with each probe in vain, up to so many times."""
-_FIRST_RATE = 0.1
 _DEPTHS = (0, 1, 2, 3, 5, 8)
 _HYSTERESIS = 1.02
 _DEPTH_EVERY = 4
@@ -38,79 +33,25 @@ _FIT_EVERY, _SWEEPS = 8, 8
 _NUM_EARLY, _CLIP, _FLOOR_S = 8, 2.0, 2e-5
 
 
-@dataclass(slots=True)
-class DraftState:
-    """What is known of one request's drafts.
-
-    limit       most drafts in one step; 0 = never
-    is_forced   drafts are verified as offered, whatever they pay (SpeculationMode.ON)
-    survivals   estimates for the offer that waits for the next span
-    gain_s      seconds that an answer saved lately, those that offered nothing included; inf = unknown
-    num_gains   answers so far
-    num_quiet   steps since drafts were asked for; num_unverified since one was verified although some were offered
-    patience    how many probing intervals it waits until it is asked again
-    source      name of the drafter of the last offer
-    """
-
-    limit: int
-    is_forced: bool = False
-    takes_trees: bool = True
-    gain_s: float = inf
-    num_gains: int = 0
-    patience: int = 1
-    counts: RequestCounts = field(default_factory=RequestCounts)
-    survivals: list[float] = field(default_factory=list)
-    num_quiet: int = 0
-    num_unverified: int = 0
-    source: str = ""
-
-    def gained(self, seconds: float) -> None:
-        """A mean and nothing more: what pays now and then must pay for the answers in between. A mean that rose faster
-        than it falls would be half as much again where every other answer is empty."""
-        self.num_gains += 1
-        self.patience = 1 if seconds > 0.0 else min(_MOST_PATIENCE, 2 * self.patience)
-        self.gain_s = seconds if self.gain_s == inf else self.gain_s + _GAIN_RATE * (seconds - self.gain_s)
-
-
-class FirstGain:
-    """What requests' first offers saved on average: what a new one may expect. inf = nothing is known yet.
-
-    Later offers do not count: those whose first one saved something are asked more often.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = inf
-
-    def observe(self, state: DraftState, seconds: float) -> None:
-        if state.num_gains == 1:
-            self.seconds = seconds if self.seconds == inf else self.seconds + _FIRST_RATE * (seconds - self.seconds)
-
-
-def make_state(asked: Speculation, max_drafts: int, gain_s: float) -> DraftState:
-    limit = max_drafts if asked.max_tokens is None else min(max_drafts, asked.max_tokens)
-    if asked.mode is SpeculationMode.OFF:
-        limit = 0
-    return DraftState(limit, asked.mode is SpeculationMode.ON, asked.tree is not False, gain_s)
-
-
 class DraftCost:
-    """Seconds that proposing takes: (1 + sequences) for lookups, depth x (1 + sequences) for model drafters."""
+    """Seconds that proposing takes: (1 + sequences) for lookups, depth x (1 + sequences) for model drafters, and the
+    reading of mask rows."""
 
     def __init__(self) -> None:
-        self._model = NonNegativeRidge((1.0, 0.1, 0.2, 0.02), forgetting=0.97)
+        self._model = NonNegativeRidge((1.0, 0.1, 0.2, 0.02, 0.02), forgetting=0.97)
         self.num_observed = 0
 
-    def observe(self, num_asked: int, depth: int, seconds: float) -> None:
+    def observe(self, num_asked: int, depth: int, seconds: float, num_masks: int = 0) -> None:
         """Learn from a step. What is far above the expected (a neighbour took the core) is clipped."""
         self.num_observed += 1
         if self.num_observed > _NUM_EARLY:
-            seconds = min(seconds, _CLIP * max(self.predict(num_asked, depth), _FLOOR_S))
-        self._model.accumulate(_terms(num_asked, depth), seconds, _UNIT_S)
+            seconds = min(seconds, _CLIP * max(self.predict(num_asked, depth, num_masks), _FLOOR_S))
+        self._model.accumulate(_terms(num_asked, depth, num_masks), seconds, _UNIT_S)
         if self.num_observed <= _NUM_EARLY or self.num_observed % _FIT_EVERY == 0:
             self._model.fit(_SWEEPS)
 
-    def predict(self, num_asked: int, depth: int) -> float:
-        return self._model.predict(_terms(num_asked, depth)) if num_asked else 0.0
+    def predict(self, num_asked: int, depth: int, num_masks: int = 0) -> float:
+        return self._model.predict(_terms(num_asked, depth, num_masks)) if num_asked else 0.0
 
     def parts(self, depth: int) -> tuple[float, float]:
         """Seconds that are paid once, and those of each sequence."""
@@ -118,8 +59,8 @@ class DraftCost:
         return 2.0 * one - two, two - one
 
 
-def _terms(num_asked: int, depth: int) -> tuple[float, ...]:
-    return 1.0, num_asked, depth, depth * num_asked
+def _terms(num_asked: int, depth: int, num_masks: int) -> tuple[float, ...]:
+    return 1.0, num_asked, depth, depth * num_asked, num_masks
 
 
 class Asking:
@@ -129,8 +70,10 @@ class Asking:
         self.cost = DraftCost()
         self.row_s = 0.0
         """What verifying one draft costs: those who are asked to learn how they fare have one verified."""
-        self.extra_s = 0.0
-        """What drafting costs in a step beside the drafters."""
+        self.extra = (0.0, 0.0)
+        """What drafting costs in a step beside the drafters: once, and for each sequence."""
+        self.mean_masks = 0.0
+        """Mask rows of a sequence that asks them."""
         self._settings = settings
         self._is_selective = is_selective
         self._depth = min(1, settings.max_drafts) if settings.has_sequential else 0
@@ -138,6 +81,7 @@ class Asking:
         self._num_steps = 0
         self._num_silent = 0
         self._num_shallow = 0
+        self._surplus_s = -inf
 
     def choose(self, states: Sequence[DraftState], most: int, step_s: float, num_steps: int = 1) -> list[int]:
         """Drafts to ask of each sequence, given the time of the step; `most` is the policy's own limit.
@@ -145,13 +89,16 @@ class Asking:
         num_steps  steps like this one since the last call, this one included
         """
         if not self._is_selective:
+            for state in states:
+                state.wants_masks = state.may_mask
             return [min(most, state.limit) for state in states]
-        price_s = self._price_s(states)
+        price_s, mask_s = self._price_s(states), self._mask_s
         is_paid = False
         wishes, unpaid = [], []
         for index, state in enumerate(states):
             limit = state.limit
-            if limit and not state.is_forced and state.gain_s <= price_s:
+            state.wants_masks = state.may_mask and (state.is_forced or state.mask_gain_s > mask_s)
+            if limit and not state.is_forced and state.worth_s(mask_s) <= price_s:
                 state.num_quiet += num_steps
                 unpaid.append(index)
                 limit = 0
@@ -160,35 +107,60 @@ class Asking:
         self._earn(num_steps * step_s)
         self._num_silent += num_steps
         for index in self._spare(states, unpaid, is_paid):
+            states[index].wants_masks = states[index].may_mask
             # An offer of which nothing is verified teaches nothing.
             states[index].num_unverified += states[index].num_quiet
             states[index].num_quiet = 0
             wishes[index] = states[index].limit
         if any(wishes):
             self._num_silent = 0
+            self._spare_masks(states, wishes)
         return wishes
+
+    def _spare_masks(self, states: Sequence[DraftState], wishes: Sequence[int]) -> None:
+        """Of those that are asked, but no mask rows, try one that waited long."""
+        for state, wish in zip(states, wishes, strict=True):
+            if not wish or state.wants_masks or not state.may_mask:
+                continue
+            state.num_unmasked += 1
+            if state.num_unmasked >= self._settings.probe_every and self._credit_s >= self._mask_s:
+                self._credit_s -= self._mask_s
+                state.num_unmasked, state.wants_masks = 0, True
+
+    def _prices_s(self, depth: int) -> tuple[float, float]:
+        """What asking costs: once a step, and for each sequence."""
+        once_s, each_s = self.cost.parts(depth)
+        return once_s + self.extra[0], each_s + self.extra[1]
 
     def _price_s(self, states: Sequence[DraftState]) -> float:
         """The gain above which a sequence is asked: what one costs, if those who pay it also pay what is paid once."""
-        once_s, each_s = self.cost.parts(self._depth)
-        surplus_s = -(once_s + self.extra_s)
+        once_s, each_s = self._prices_s(self._depth)
+        surplus_s, mask_s = -once_s, self._mask_s
         for state in states:
             if state.is_forced:
-                return each_s
-            if state.limit and state.gain_s > each_s:
-                surplus_s += state.gain_s - each_s
+                surplus_s = inf
+            elif state.limit and (worth_s := state.worth_s(mask_s)) > each_s:
+                surplus_s += worth_s - each_s
+        self._surplus_s = surplus_s
         return each_s if surplus_s > 0.0 else inf
 
     def pays(self, state: DraftState, is_paid: bool) -> bool:
-        """Whether to ask one sequence more. is_paid: others of the step are asked."""
-        once_s, each_s = self.cost.parts(self._depth)
-        return state.gain_s > each_s + (0.0 if is_paid else once_s + self.extra_s)
+        """Whether to ask one sequence more. is_paid: others of the step are asked.
+
+        Where nobody is, it need not pay alone what is paid once: those who would not pay it without this one will, in
+        the next step.
+        """
+        once_s, each_s = self._prices_s(self._depth)
+        is_free = state.is_forced or not self._is_selective
+        state.wants_masks = state.may_mask and (is_free or state.mask_gain_s > self._mask_s)
+        surplus_s = state.worth_s(self._mask_s) - each_s
+        return surplus_s > (0.0 if is_paid else max(0.0, min(once_s, -self._surplus_s)))
 
     def _spare(self, states: Sequence[DraftState], unpaid: list[int], is_paid: bool) -> list[int]:
         """Of those that have not paid lately, the ones to ask nevertheless: the longest unasked first."""
         count = self._spend(len(unpaid), is_paid)
         # However dear it seems: a price that cannot be learned again is a trap.
-        if not count and unpaid and self._num_silent >= _MOST_PATIENCE * self._settings.probe_every:
+        if not count and unpaid and self._num_silent >= MOST_PATIENCE * self._settings.probe_every:
             count = 1
         if not count:
             return []
@@ -209,7 +181,9 @@ class Asking:
 
     def may_try(self, state: DraftState, is_paid: bool) -> bool:
         """Whether to ask for a request's first drafts although its like did not pay lately. is_paid: as in `pays`."""
-        return state.num_gains == 0 and self._spend(1, is_paid) > 0
+        may = state.num_gains == 0 and self._spend(1, is_paid) > 0
+        state.wants_masks = may and state.may_mask
+        return may
 
     def _earn(self, step_s: float) -> None:
         allowance_s = (_SPARE_EARLY if self.cost.num_observed < _EARLY_STEPS else _SPARE) * step_s
@@ -228,8 +202,13 @@ class Asking:
 
     def _spare_prices_s(self) -> tuple[float, float]:
         """Of asking with lookups alone: what is paid once, and what each sequence costs with a verified row."""
-        once_s, each_s = self.cost.parts(0)
-        return once_s + self.extra_s, each_s + self.row_s
+        once_s, each_s = self._prices_s(0)
+        return once_s, each_s + self.row_s + self._mask_s
+
+    @property
+    def _mask_s(self) -> float:
+        """What the mask rows of one sequence cost."""
+        return self.mean_masks * self.row_s
 
     def choose_depth(self, rates: Sequence[float], outlook: Outlook, prefill: int, cutoff: float) -> int:
         """Sequential draft steps at the end of this step, for sequences with these acceptance rates.

@@ -82,13 +82,14 @@ class DraftPlan:
         self.draft_context = 0
         self.verified: list[Verified] = []
         self.num_asked = 0
+        self.num_masks = 0
         self.draft_depth = 0
         self.goodput = 0.0
 
     @property
     def features(self) -> StepFeatures:
         return StepFeatures(
-            self.num_decodes + self.num_denoise + self.num_drafts + self.num_prefill,
+            self.num_decodes + self.num_denoise + self.num_drafts + self.num_masks + self.num_prefill,
             self.num_prefill,
             self.num_decodes + self.num_denoising,
             self.context_tokens,
@@ -154,3 +155,10 @@ class DraftPlan:
             # The first row's keys are counted; the span's last row sees one more for each draft.
             self.context_tokens += num_drafts
             self.draft_context += num_drafts * span.kv_len
+
+    def place_masks(self, index: int, num_masks: int) -> None:
+        """Let so many mask rows follow a span that asks for drafts."""
+        span = self.spans[index]
+        self.spans[index] = span._replace(num_masks=num_masks)
+        self.num_masks += num_masks
+        self.draft_context += num_masks * span.kv_len

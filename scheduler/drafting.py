@@ -1,8 +1,7 @@
 """The step policy with drafts: which are verified, which are asked for, and what their fate teaches.
 
 Wraps the budget policy. Each step: the offers that wait are rated (`acceptance.py`), as many are verified as finish the
-most tokens per second (`goodput.py`), and new ones are asked for where they will probably pay (`asking.py`). Drafts
-never take a page that a decode or an admission may need soon, and nobody is preempted for them.
+most tokens per second (`goodput.py`), and new ones are asked for where they will probably pay (`asking.py`).
 """
 
 from __future__ import annotations
@@ -11,14 +10,16 @@ from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 from scheduler.acceptance import Acceptance
-from scheduler.asking import Asking, DraftState, FirstGain, make_state
+from scheduler.asking import Asking
 from scheduler.attention import leaves_keys_out
 from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
 from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
 from scheduler.draft_plan import Backlog, DraftPlan
+from scheduler.draft_state import DraftState, FirstGain, make_state
 from scheduler.goodput import Allocation, Outlook, make_policy, saved_seconds
 from scheduler.host_cost import HostCost
 from scheduler.kv_memory import KVMemory
+from scheduler.placing import Placing
 from scheduler.prompt_price import PromptPrice
 from scheduler.sequence import Sequence
 from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
@@ -59,9 +60,11 @@ class DraftingPolicy:
         self._settings = settings
         self._policy = make_policy(settings)
         self._asking = Asking(settings, self._policy.is_selective)
-        self._first_gain = FirstGain()
+        self._placing = Placing(limits, memory, settings)
+        self._most_masks = limits.max_batched_tokens
+        self._first_gain, self._first_mask_gain = FirstGain(), FirstGain()
         self._host = HostCost()
-        self._is_drafting = False
+        self._num_drafting = 0
         self._num_rested, self._num_skipped = _REST, 0
         self._price = PromptPrice(settings.price)
         self._draft_s = 0.0
@@ -81,8 +84,8 @@ class DraftingPolicy:
             self._num_rested += 1
         else:
             if draft.host_s is not None:
-                self._host.observe(draft.host_s, self._is_drafting)
-                self._asking.extra_s = self._host.extra_s
+                self._host.observe(draft.host_s, self._num_drafting)
+                self._asking.extra = self._host.extra
             if draft.num_decodes and self.cost.is_ready:
                 self._draft(draft, backlog, bound_s)
         self._budget.fill(draft, backlog, bound_s)
@@ -101,7 +104,11 @@ class DraftingPolicy:
             room = outlook.room - sum(allocation.lengths)
             self._asking.probe([offer.state for offer in free], allocation.lengths, room)
             lengths |= zip((offer.row for offer in free), allocation.lengths, strict=True)
-            self._place(draft, lengths, self._ask(draft, states, allocation, outlook))
+            count, prefill = sum(allocation.lengths), min(allocation.prefill, outlook.fewest)
+            step_s = outlook.seconds(count, prefill)
+            self._asking.row_s = outlook.seconds(count + 1, prefill) - step_s
+            wishes = self._ask(draft, states, allocation, outlook)
+            self._place(draft, lengths, wishes, outlook.draft_bound_s - step_s)
             return
         # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
         value = draft.num_decodes + draft.denoise_value
@@ -114,12 +121,16 @@ class DraftingPolicy:
         wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s, 1 + self._num_skipped)
         self._num_skipped = 0
         if any(wishes):
-            self._place(draft, {}, wishes)
+            self._place(draft, {}, wishes, self._draft_bound_s(draft, backlog, bound_s) - target_s)
         else:
             self._num_rested, self._num_skipped = 0, _REST
 
     def _meet(self, seq: Sequence) -> DraftState:
-        seq.drafting = state = make_state(seq.request.speculation, self._settings.max_drafts, self._first_gain.seconds)
+        asked = seq.request.speculation
+        seq.drafting = state = make_state(asked, self._settings.max_drafts, self._first_gain.seconds)
+        if self._settings.mask_block and asked.drafter in ("auto", self._settings.mask_drafter):
+            state.may_mask = state.wants_masks = True
+            state.mask_gain_s = self._first_mask_gain.seconds
         state.takes_trees = state.takes_trees and not leaves_keys_out(seq.request.attention)
         return state
 
@@ -189,8 +200,12 @@ class DraftingPolicy:
             self._gained(offer.state, saved_s * expected / total if saved_s else 0.0)
 
     def _gained(self, state: DraftState, seconds: float) -> None:
-        state.gained(seconds)
-        self._first_gain.observe(state, seconds)
+        is_of_masks = state.source == self._settings.mask_drafter
+        if state.is_masked:
+            self._first_mask_gain.observe(state.num_masked, seconds if is_of_masks else 0.0)
+        if not is_of_masks:
+            self._first_gain.observe(state.num_gains, seconds)
+        state.gained(seconds, is_of_masks)
 
     def _ask(self, draft: DraftPlan, states: list[DraftState], allocation: Allocation, outlook: Outlook) -> list[int]:
         """Drafts wanted of each decode at the end of this step."""
@@ -205,34 +220,20 @@ class DraftingPolicy:
             draft.draft_depth = max(self._asking.choose_depth(rates, outlook, prefill, allocation.cutoff), *forced, 0)
         return wishes
 
-    def _place(self, draft: DraftPlan, lengths: dict[int, int], wishes: list[int]) -> None:
-        for index, wish in enumerate(wishes):
-            length = lengths.get(index, 0)
-            if length or wish:
-                seq = draft.owners[index]
-                most = seq.decoding.most_drafts
-                room = self._room(draft, seq, min(length + wish, most), draft.num_decodes)
-                length = min(length, room)
-                draft.place_drafts(index, length, min(wish, room - length))
-
-    def _room(self, draft: DraftPlan, seq: Sequence, wanted: int, num_decodes: int) -> int:
-        """Drafts, up to `wanted`, whose KV has pages behind the sequence's tokens, after taking some that are spare."""
-        memory = self._memory
-        size = memory.page_size
-        known = len(seq.tokens)
-        missing = memory.num_pages_for(known + wanted) - len(seq.pages)
-        if missing > 0:
-            reserve = self._limits.watermark_pages + 1 + num_decodes // size
-            spare = min(missing, memory.pool.num_available - reserve)
-            for _ in range(spare):
-                draft.add_page(seq.seq_id, memory.grow(seq))
-        return max(0, min(wanted, len(seq.pages) * size - known))
+    def _place(self, draft: DraftPlan, lengths: dict[int, int], wishes: list[int], left_s: float) -> None:
+        """left_s: by which the step may become longer for mask rows."""
+        if self._settings.mask_block:
+            row_s, rows = self._asking.row_s, draft.features.tokens + sum(lengths.values())
+            room = max(0, self._limits.max_batched_tokens - rows - MIN_CHUNK)
+            self._most_masks = room if left_s >= room * row_s else max(0, int(left_s / row_s))
+        self._placing.place(draft, lengths, wishes, self._most_masks)
 
     def finish(self, draft: DraftPlan) -> None:
         """Ask for the first drafts of prompts that end in this step."""
         if not self.cost.is_ready:
             return
         most = self._policy.most(draft.num_decodes + 1)
+        most_masks = min(self._most_masks, self._limits.max_batched_tokens - draft.features.tokens + draft.num_masks)
         for index in range(draft.num_decodes, len(draft.spans)):
             span, seq = draft.spans[index], draft.owners[index]
             if span.read is not Read.SAMPLE or span.kv_len != len(seq.tokens):
@@ -243,25 +244,23 @@ class DraftingPolicy:
             is_paid = draft.num_asked > 0
             if not (is_free or self._asking.pays(state, is_paid) or self._asking.may_try(state, is_paid)):
                 continue
-            wish = self._room(draft, seq, wish, draft.num_decodes)
-            if wish > 0:
-                draft.spans[index] = span._replace(num_drafts=wish)
-                draft.num_asked += 1
+            if wish and self._placing.place_first(draft, index, wish, most_masks):
                 self._num_rested = _REST
         if not draft.num_asked:
             draft.draft_depth = 0
 
     def predict(self, draft: DraftPlan) -> float:
         target_s = self._budget.predict(draft)
-        return target_s and target_s + self._asking.cost.predict(draft.num_asked, draft.draft_depth)
+        return target_s and target_s + self._asking.cost.predict(draft.num_asked, draft.draft_depth, draft.num_masks)
 
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         self._budget.learn(draft, result, is_timed)
-        self._is_drafting = draft.num_asked > 0 or draft.num_drafts > 0
+        self._num_drafting = max(draft.num_asked, len(draft.verified))
         if is_timed:
             self._draft_s += 0.1 * (result.draft_s - self._draft_s)
             if draft.num_asked:
-                self._asking.cost.observe(draft.num_asked, draft.draft_depth, result.draft_s)
+                self._asking.mean_masks = self._placing.mean_masks
+                self._asking.cost.observe(draft.num_asked, draft.draft_depth, result.draft_s, draft.num_masks)
         report = self._observe(draft, result.outcomes)
         for seq, span, outcome in zip(draft.owners, draft.spans, result.outcomes, strict=True):
             if seq.finish_reason is not None:
@@ -292,7 +291,7 @@ class DraftingPolicy:
         drafts = seq.decoding.drafts
         assert state is not None, "drafts were asked of a sequence without a state"
         if drafts is None or len(drafts.tokens) > num_asked or not is_well_formed(drafts):
-            seq.decoding.drafts = None
+            seq.decoding.drafts, state.source = None, ""
             self._gained(state, 0.0)
             return
         state.source = drafts.source

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
-    from scheduler.asking import DraftState
     from scheduler.decoding.base import Decoding
     from scheduler.denoising import DenoiseState
+    from scheduler.draft_state import DraftState
 
 
 class Status(IntEnum):

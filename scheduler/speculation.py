@@ -115,6 +115,7 @@ class SpeculationSettings:
     tree_max_seqs  trees are verified only while at most this many sequences decode
     probe_every    steps after which a request without drafts is tried again
     price          of a prompt token, in output tokens; None = learned from finished requests (0 = the myopic rule)
+    mask_drafter, mask_block   name of the drafter that asks mask rows, and the model's block; "" = none is loaded
     """
 
     policy: str = "marginal"
@@ -124,3 +125,5 @@ class SpeculationSettings:
     tree_max_seqs: int = 8
     probe_every: int = 32
     price: float | None = None
+    mask_drafter: str = ""
+    mask_block: int = 0

@@ -111,6 +111,7 @@ class Span(NamedTuple):
     denoise     there if `read` is DENOISE
     positions   of a bidirectional span that brings only some rows: the sequence position (= KV index) of each token,
                 ascending; () = start, start + 1, ...
+    num_masks   rows of mask tokens behind the span, to the end of their block at most, whose answers are drafts
     """
 
     seq_id: int
@@ -124,6 +125,7 @@ class Span(NamedTuple):
     num_drafts: int = 0
     denoise: Denoise | None = None
     positions: tuple[int, ...] = ()
+    num_masks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class ServerConfig(BaseModel):
         "auto", "auto = as many drafts as pay, on = all that are offered, off = no drafter is loaded; never the text"
     )
     drafters: Listed = _drafts(
-        None, "names, preferred first; auto = prediction,grammar,suffix and the model drafters set below"
+        None, "names, preferred first; auto = prediction,grammar,suffix, those set below, diffusion where it can be"
     )
     num_speculative_tokens: Count = _drafts(8, "most drafts of a sequence in a step", le=MAX_TREE_NODES - 1)
     speculation_policy: Literal["marginal", "uniform", "fixed", "table"] = _drafts(

@@ -21,7 +21,7 @@ from server.embedded import functions, tasks
 from server.models.locate import resolve_model
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
-from server.worker.drafters.config import SpeculatorConfig
+from server.worker.drafters.config import MASK_DRAFTER, SpeculatorConfig
 from server.worker.worker import Worker
 
 MAX_NEW = 48
@@ -137,6 +137,7 @@ class Driver:
                 judged=(length - 1,),
                 read=Read.SAMPLE,
                 num_drafts=self._num_drafts,
+                num_masks=self._num_masks(length),
             )
         drafts, start = run.drafts or Drafts((), (), ""), len(run.tokens) - 1
         tokens = (run.tokens[-1], *drafts.tokens)
@@ -152,7 +153,17 @@ class Driver:
             read=read,
             parents=parents,
             num_drafts=self._num_drafts,
+            num_masks=0 if parents else self._num_masks(start + len(tokens)),
         )
+
+    def _num_masks(self, start: int) -> int:
+        """Mask rows from `start` to the end of its block, where a drafter asks them (`scheduler/placing.py`)."""
+        info = self._worker.info
+        if info.diffusion is None or MASK_DRAFTER not in dict(info.drafters):
+            return 0
+        block = info.diffusion.block_size
+        count = min((start // block + 1) * block - start, self._num_drafts)
+        return count if count > 1 else 0
 
 
 def requests_of(tokenizer: Tokenizer, per_task: int, temperature: float, ends: tuple[int, ...]) -> Iterator[Request]:

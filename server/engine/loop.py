@@ -19,7 +19,7 @@ from server.engine.core import EngineCore
 from server.engine.several import SeveralCores
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
-from server.worker.drafters.config import DEFAULT_DRAFTERS, SpeculatorConfig
+from server.worker.drafters.config import DEFAULT_DRAFTERS, MASK_DRAFTER, SpeculatorConfig
 from server.worker.sparse_config import SparseConfig
 from server.worker.worker import Worker
 
@@ -54,17 +54,25 @@ def speculator_config(asked: SpeculationConfig, has_sparse: bool = False) -> Spe
         drafters += ("layer_subset",) if asked.layer_subset is not None else ()
         drafters += ("sparse_attention",) if has_sparse else ()
     names = {field.name for field in fields(SpeculatorConfig)} & {field.name for field in fields(SpeculationConfig)}
-    return SpeculatorConfig(**{name: getattr(asked, name) for name in names} | {"drafters": drafters})
+    values = {name: getattr(asked, name) for name in names}
+    with_masks = asked.drafters is None and asked.synthetic_acceptance is None
+    return SpeculatorConfig(**values | {"drafters": drafters, "with_masks": with_masks})
 
 
 def speculation_settings(
-    asked: SpeculationConfig, drafters: tuple[tuple[str, bool], ...]
+    asked: SpeculationConfig, drafters: tuple[tuple[str, bool], ...], model: DiffusionModel | None = None
 ) -> SpeculationSettings | None:
-    """What the scheduler is told; None = no drafter is there, and nothing is planned for any."""
+    """What the scheduler is told; None = no drafter is there, and nothing is planned for any.
+
+    model  what it can denoise, where it can
+    """
     if not drafters:
         return None
-    has_sequential = any(is_sequential for _, is_sequential in drafters)
-    return SpeculationSettings(asked.policy, asked.max_drafts, asked.table, has_sequential)
+    names = dict(drafters)
+    settings = SpeculationSettings(asked.policy, asked.max_drafts, asked.table, any(names.values()))
+    if MASK_DRAFTER in names and model is not None:
+        settings = replace(settings, mask_drafter=MASK_DRAFTER, mask_block=model.block_size)
+    return settings
 
 
 def default_attention(config: AttentionConfig, offers: tuple[AttentionOffer, ...]) -> Attention | None:
@@ -132,7 +140,7 @@ def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) ->
         Scheduler(
             limits,
             cost,
-            speculation=speculation_settings(config.speculation, facts.drafters),
+            speculation=speculation_settings(config.speculation, facts.drafters, facts.diffusion),
             diffusion=diffusion_model(config, facts.diffusion),
             attention=facts.attention,
         ),

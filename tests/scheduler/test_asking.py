@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from scheduler.asking import Asking, DraftCost, DraftState, FirstGain, make_state
+from scheduler.asking import Asking, DraftCost
+from scheduler.draft_state import DraftState, FirstGain, make_state
 from scheduler.goodput import Outlook
 from scheduler.types import Speculation, SpeculationMode, SpeculationSettings
 
@@ -53,7 +54,7 @@ def test_where_proposing_is_cheap_everybody_is_asked_every_step() -> None:
 def test_in_vain_proposals_take_little_of_the_time() -> None:
     """With what is paid once, and with the row that each of them has verified."""
     made, states = asking(per_sequence_s=1e-4), [DraftState(8, gain_s=0.0) for _ in range(16)]
-    made.extra_s, made.row_s = 3e-4, 1e-4
+    made.extra, made.row_s = (3e-4, 0.0), 1e-4
     spent_s = 0.0
     for _ in range(2000):
         asked = sum(wish > 0 for wish in made.choose(states, 8, step_s=0.005))
@@ -89,13 +90,51 @@ def test_early_on_more_time_is_set_aside() -> None:
 
 def test_those_who_are_asked_pay_together_what_is_paid_once() -> None:
     made = asking(per_sequence_s=1e-4)
-    made.extra_s = 1e-3
+    made.extra = (1e-3, 0.0)
     few = [DraftState(8, gain_s=4e-4) for _ in range(3)]
     assert made.choose(few, 8, step_s=1e-9) == [0] * 3
     assert made.choose([*few, DraftState(8, gain_s=4e-4)], 8, step_s=1e-9) == [8] * 4
     assert made.choose([DraftState(8, gain_s=2e-3), DraftState(8, gain_s=0.5e-4)], 8, step_s=1e-9) == [8, 0]
-    assert not made.pays(few[0], is_paid=False)
-    assert made.pays(few[0], is_paid=True)
+
+
+def test_a_new_request_need_not_pay_alone_what_is_paid_once() -> None:
+    made, new = asking(per_sequence_s=1e-4), DraftState(8, gain_s=4e-4)
+    made.extra = (1e-3, 0.0)
+    assert made.pays(new, is_paid=True)
+    assert not made.pays(new, is_paid=False)
+    assert made.choose([DraftState(8, gain_s=4e-4) for _ in range(2)], 8, step_s=1e-9) == [0] * 2
+    assert not made.pays(new, is_paid=False)
+    assert made.choose([DraftState(8, gain_s=4e-4) for _ in range(3)], 8, step_s=1e-9) == [0] * 3
+    assert made.pays(new, is_paid=False)
+    assert not made.pays(DraftState(8, gain_s=0.5e-4), is_paid=False)
+
+
+def test_mask_rows_are_asked_where_what_they_saved_exceeds_what_they_cost() -> None:
+    made = asking(per_sequence_s=1e-4)
+    made.row_s, made.mean_masks = 1e-4, 4.0
+    masks = DraftState(8, gain_s=0.0, may_mask=True, mask_gain_s=6e-4)
+    dear = DraftState(8, gain_s=1e-3, may_mask=True, mask_gain_s=3e-4)
+    never = DraftState(8, gain_s=1e-3, may_mask=False)
+    states = [masks, dear, never]
+    assert made.choose(states, 8, step_s=1e-9) == [8, 8, 8]
+    assert [state.wants_masks for state in states] == [True, False, False]
+    made.row_s = 2e-4
+    assert made.choose(states, 8, step_s=1e-9) == [0, 8, 8]
+    # An estimate that cannot change is a trap: masks are tried again out of the time set aside.
+    tried = 0
+    for _ in range(400):
+        made.choose([dear], 8, step_s=0.05)
+        tried += dear.wants_masks
+    assert 5 <= tried <= 400 // SETTINGS.probe_every
+
+
+def test_what_masks_saved_is_not_what_others_would_have_saved() -> None:
+    state = DraftState(8, gain_s=1e-3, may_mask=True)
+    state.is_masked = True
+    state.gained(5e-3, is_of_masks=True)
+    assert (state.gain_s, state.mask_gain_s) == (1e-3, 5e-3)
+    state.gained(1e-3)
+    assert (state.gain_s, state.mask_gain_s) == (1e-3, 0.75 * 5e-3)
 
 
 def test_a_gain_is_a_mean() -> None:
@@ -144,12 +183,8 @@ def test_a_new_request_is_tried_once_out_of_the_time_set_aside() -> None:
 
 def test_new_requests_expect_what_the_first_offers_of_others_saved() -> None:
     first = FirstGain()
-    old = DraftState(8, num_gains=2)
-    for _ in range(100):
-        young = DraftState(8)
-        young.gained(1e-3)
-        first.observe(young, 1e-3)
-        first.observe(old, 1.0)
+    for number in range(400):
+        first.observe(number % 4, 1e-3 if number % 4 == 0 else 1.0)
     assert first.seconds == pytest.approx(1e-3)
 
 

@@ -18,29 +18,31 @@ from tests.scheduler.worlds import make_limits, make_request
 def test_plain_and_drafting_steps_are_told_apart() -> None:
     cost, rng = HostCost(), random.Random(0)
     for step in range(400):
-        is_drafting = step % 3 > 0
-        cost.observe((3e-4 + 1e-4 * is_drafting) * rng.uniform(0.9, 1.1), is_drafting)
+        num_drafting = step % 3 * rng.randrange(1, 9)
+        extra_s = 1e-4 + 5e-5 * num_drafting if num_drafting else 0.0
+        cost.observe((3e-4 + extra_s) * rng.uniform(0.95, 1.05), num_drafting)
     assert cost.plain_s == pytest.approx(3e-4, rel=0.1)
-    assert cost.extra_s == pytest.approx(1e-4, rel=0.3)
+    assert cost.extra[0] == pytest.approx(1e-4, rel=0.4)
+    assert cost.extra[1] == pytest.approx(5e-5, rel=0.2)
 
 
-@pytest.mark.parametrize("is_drafting", [False, True])
-def test_a_first_sample_far_off_is_forgotten_whatever_steps_follow(is_drafting: bool) -> None:
+@pytest.mark.parametrize("num_drafting", [0, 3])
+def test_a_first_sample_far_off_is_forgotten_whatever_steps_follow(num_drafting: int) -> None:
     """Or else drafting could never stop, or never begin."""
     cost = HostCost()
-    cost.observe(12e-3, False)
+    cost.observe(12e-3, 0)
     for _ in range(100):
-        cost.observe(3e-4, is_drafting)
+        cost.observe(3e-4, num_drafting)
     assert cost.plain_s == pytest.approx(3e-4, rel=0.1)
-    assert cost.extra_s < 1e-5
+    assert sum(cost.extra) < 1e-5
 
 
 def test_a_wait_now_and_then_hardly_counts() -> None:
     cost = HostCost()
     for step in range(300):
-        cost.observe(1.0 if step % 50 == 20 else 3e-4, False)
+        cost.observe(1.0 if step % 50 == 20 else 3e-4, 0)
     assert cost.plain_s < 4.5e-4
-    cost.observe(-1.0, False)
+    cost.observe(-1.0, 0)
     assert cost.plain_s < 4.5e-4
 
 

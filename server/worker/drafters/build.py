@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 from kernels.ops import Ops
 from server.models.registry import Model
 from server.worker.drafters.base import Drafter
-from server.worker.drafters.config import SpeculatorConfig
+from server.worker.drafters.config import MASK_DRAFTER, SpeculatorConfig
 from server.worker.drafters.diffusion import build_diffusion
 from server.worker.drafters.draft_model import DraftModel, build_draft_model
 from server.worker.drafters.layer_subset import build_layer_subset
@@ -144,10 +144,13 @@ def build_speculator(
     Raises ValueError with a sentence for the user: a name that is unknown or given twice, no names, a drafter that
     lacks what it needs (each constructor says what); OSError if a draft model cannot be read.
     """
-    check_names(config.drafters)
-    shared_bytes = config.store_bytes // max(1, sum(name in SHARED for name in config.drafters))
+    names = config.drafters
+    if config.with_masks and MASK_DRAFTER not in names and info.diffusion is not None and info.diffusion.is_dual:
+        names += (MASK_DRAFTER,)
+    check_names(names)
+    shared_bytes = config.store_bytes // max(1, sum(name in SHARED for name in names))
     parts = Parts(config, model, ops, pool, sequences, info, HistoryStore(config.store_bytes), shared_bytes, [], draft)
-    drafters = [DRAFTERS[name](parts) for name in config.drafters]
+    drafters = [DRAFTERS[name](parts) for name in names]
     has_window = any(window is not None for window in model.config.windows)
     keep = None
     if config.store_file is not None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 DEFAULT_DRAFTERS = ("prediction", "grammar", "suffix")
 """`suffix` looks into the sequence's own text as well, so `history` beside it would only cost time."""
 
+MASK_DRAFTER = "diffusion"
+"""Asks mask rows that ride along in a decoding step (drafters/diffusion.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class SpeculatorConfig:
@@ -21,6 +24,7 @@ class SpeculatorConfig:
     store_bytes   memory of all lookup stores together
     store_file    where the shared stores are kept over a restart; None = nowhere
     synthetic_acceptance   for `synthetic`: the share of drafts that are right, in (0, 1]
+    with_masks    `diffusion` joins the drafters where the model has masks as well as a causal mode
     """
 
     drafters: tuple[str, ...] = DEFAULT_DRAFTERS
@@ -32,3 +36,4 @@ class SpeculatorConfig:
     store_bytes: int = 256 << 20
     store_file: str | None = None
     synthetic_acceptance: float | None = None
+    with_masks: bool = False

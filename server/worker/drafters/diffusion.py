@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.ops import Ops
 from scheduler.types import Drafts, Read, Span, VerifyMode
 from server.worker.drafters.base import Want
+from server.worker.drafters.config import MASK_DRAFTER
 from server.worker.drafters.drawing import draw, draw_apart
 from server.worker.drafters.lane import LEAST_SURVIVAL
 from server.worker.drafters.paged_forward import DraftingModel
@@ -30,7 +31,7 @@ from server.worker.recipe import Feature
 from server.worker.sampling import not_finite
 from server.worker.sequences import SequenceState
 
-NAME = "diffusion"
+NAME = MASK_DRAFTER
 LEAST_CONSISTENT = 0.05
 """Below this ratio to the likeliest token at the first mask, the block's guess is of another text."""
 _OF_HISTORY = Feature.PENALTY | Feature.BAD_WORDS | Feature.GRAMMAR
@@ -38,32 +39,21 @@ _OF_HISTORY = Feature.PENALTY | Feature.BAD_WORDS | Feature.GRAMMAR
 
 
 class BlockProber:
-    """Appends mask rows to the spans that want drafts (probes.py)."""
+    """Appends the mask rows of `Span.num_masks` (probes.py). How many there are is the scheduler's to say: they are
+    part of its budget, and they end with their block."""
 
-    def __init__(self, mask_id: int, block_size: int, page_size: int, max_len: int) -> None:
-        self._mask_id, self._block_size, self._page_size, self._max_len = mask_id, block_size, page_size, max_len
+    def __init__(self, mask_id: int, block_size: int) -> None:
+        self._mask_id, self._block_size = mask_id, block_size
 
     def probes(self, spans: Sequence[Span], states: Sequence[SequenceState]) -> list[Probe]:
         found = []
         for index, (span, state) in enumerate(zip(spans, states, strict=True)):
-            count = self._num_masks(span, state)
-            if count:
+            count = span.num_masks
+            if count and state.failure is None and _is_decoding(span, state):
                 start = span.start + len(span.tokens)
                 masks = (self._mask_id,) * count
                 found.append(Probe(index, Span(span.seq_id, masks, start, start + count, self._block_size)))
         return found
-
-    def _num_masks(self, span: Span, state: SequenceState) -> int:
-        """No more rows than drafts are wanted: that is what the step's budget was made for. 0 if they would be of no
-        use: one mask row stands where the step's own token will be."""
-        if span.num_drafts < 2 or span.parents or state.failure is not None or not _is_decoding(span, state):
-            return 0
-        if state.request.speculation.drafter not in ("auto", NAME):
-            return 0
-        start = span.start + len(span.tokens)
-        end = min((start // self._block_size + 1) * self._block_size, self._max_len, state.num_pages * self._page_size)
-        count = min(end - start, span.num_drafts)
-        return count if count > 1 else 0
 
 
 def _is_decoding(span: Span, state: SequenceState) -> bool:
@@ -163,4 +153,4 @@ def make_prober(info: WorkerInfo) -> BlockProber | None:
     """What appends the mask rows, if `diffusion` is among the drafters."""
     if info.diffusion is None or NAME not in dict(info.drafters):
         return None
-    return BlockProber(info.diffusion.mask_id, info.diffusion.block_size, info.page_size, info.model_len)
+    return BlockProber(info.diffusion.mask_id, info.diffusion.block_size)

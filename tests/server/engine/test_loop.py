@@ -69,6 +69,17 @@ def test_every_setting_arrives() -> None:
     assert settings == SpeculationSettings("table", 5, ((2, 5),), has_sequential=True)
 
 
+def test_masks_are_asked_where_their_drafter_is_loaded() -> None:
+    model = DiffusionModel(mask_id=1, block_size=4, is_dual=True)
+    settings = speculation_settings(SpeculationConfig(), (("suffix", False), ("diffusion", False)), model)
+    assert settings == SpeculationSettings(mask_drafter="diffusion", mask_block=4)
+    assert speculation_settings(SpeculationConfig(), (("suffix", False),), model) == SpeculationSettings()
+    for asked, has_masks in (({}, True), ({"drafters": ("suffix",)}, False), ({"synthetic_acceptance": 0.5}, False)):
+        config = speculator_config(SpeculationConfig(**asked))
+        assert config is not None
+        assert config.with_masks is has_masks
+
+
 def test_how_a_gpus_memory_is_used_arrives_from_the_command_line() -> None:
     flags = ["--gpu-memory-utilization", "0.5", "--enforce-eager", "--max-cudagraph-capture-size", "64"]
     worker = worker_config(parse([*flags, "--kv-cache-memory", "2GiB"])[0].engine_config())

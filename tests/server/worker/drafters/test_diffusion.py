@@ -131,53 +131,22 @@ def span_of(sequences: Sequences, start: int, tokens: tuple[int, ...], **fields:
     return Span(start, tokens, start, start + len(tokens), judged=judged, read=read, **fields), state
 
 
-@pytest.mark.parametrize(
-    ("start", "tokens", "num_drafts", "masks"),
-    [
-        (16, (5,), 8, 7),  # the token stands first in its block
-        (15, (5,), 8, 8),  # a block of masks alone
-        (15, (5,), 5, 5),  # no more rows than drafts are wanted
-        (20, (5, 6, 7), 8, 1),  # drafts are part of the block; one mask row alone is of no use
-        (18, (5, 6, 7), 8, 3),
-        (16, (5,), 1, 0),
-        (16, (5,), 0, 0),
-        (22, (5,), 8, 1),
-    ],
-)
-def test_masks_reach_from_the_last_draft_to_the_end_of_its_block(
-    start: int, tokens: tuple[int, ...], num_drafts: int, masks: int
-) -> None:
+def test_the_rows_asked_for_stand_behind_the_span() -> None:
     sequences = Sequences()
-    span, state = span_of(sequences, start, tokens, num_drafts=num_drafts)
-    probes = BlockProber(MASK, BLOCK, sequences.page_size, 256).probes([span], [state])
-    if masks < 2:
-        assert probes == []
-        return
-    (probe,) = probes
-    first = start + len(tokens)
+    span, state = span_of(sequences, 18, (5, 6, 7), num_drafts=8, num_masks=3)
+    (probe,) = BlockProber(MASK, BLOCK).probes([span], [state])
     assert probe.at == 0
-    assert probe.span == Span(start, (MASK,) * masks, first, first + masks, BLOCK)
+    assert probe.span == Span(18, (MASK,) * 3, 21, 24, BLOCK)
 
 
-def test_masks_stay_inside_the_sequence_s_pages_and_the_model_s_length() -> None:
-    sequences = Sequences(page_size=3)
-    state = sequences.admit(1, Request("x", (5,) * 17, 99), num_tokens=21)
-    span = Span(1, (5,), 16, 17, judged=(0,), read=Read.SAMPLE, num_drafts=8)
-    for max_len, kv_len in ((256, 21), (20, 20), (18, None)):
-        probes = BlockProber(MASK, BLOCK, 3, max_len).probes([span], [state])
-        assert [probe.span.kv_len for probe in probes] == ([] if kv_len is None else [kv_len])
-
-
-def test_only_rows_that_decide_a_token_of_a_willing_sequence_are_followed_by_masks() -> None:
+def test_only_rows_that_decide_a_token_are_followed_by_masks() -> None:
     sequences = Sequences()
-    prober = BlockProber(MASK, BLOCK, sequences.page_size, 256)
-    tree, tree_state = span_of(sequences, 16, (5, 6, 7), num_drafts=8, parents=(-1, 0, 0))
-    named, named_state = span_of(sequences, 17, (5,), num_drafts=8, speculation=Speculation(drafter="history"))
-    own, own_state = span_of(sequences, 18, (5,), num_drafts=8, speculation=Speculation(drafter="diffusion"))
+    plain, plain_state = span_of(sequences, 17, (5,), num_drafts=8)
+    asks, asks_state = span_of(sequences, 18, (5,), num_drafts=8, num_masks=4)
     chunk_state = sequences.admit(30, Request("x", (5,) * 40, 99), 64)
-    chunk = Span(30, (5,) * 10, 0, 10, num_drafts=8)
-    probes = prober.probes([tree, named, chunk, own], [tree_state, named_state, chunk_state, own_state])
-    assert [probe.at for probe in probes] == [3]
+    chunk = Span(30, (5,) * 10, 0, 10, num_drafts=8, num_masks=4)
+    probes = BlockProber(MASK, BLOCK).probes([plain, chunk, asks], [plain_state, chunk_state, asks_state])
+    assert [probe.at for probe in probes] == [2]
 
 
 VOCAB = 40

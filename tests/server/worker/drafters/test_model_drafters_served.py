@@ -19,7 +19,7 @@ from scheduler.types import Limits, Request, Sampling, Speculation, SpeculationM
 from server.models.loading import load_model
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
-from server.worker.drafters.config import SpeculatorConfig
+from server.worker.drafters.config import MASK_DRAFTER, SpeculatorConfig
 from server.worker.worker import Worker
 from tests.server.models.paged import PagedRunner
 from tests.tiny import write_tiny_checkpoint
@@ -77,6 +77,8 @@ class Served:
 
 def serve(worker: Worker, asked: list[Request], drafts: int, max_seqs: int = 8, num_pages: int = NUM_PAGES) -> Served:
     settings = SpeculationSettings(policy="fixed", max_drafts=drafts, has_sequential=True) if drafts else None
+    if settings is not None and worker.info.diffusion is not None and MASK_DRAFTER in dict(worker.info.drafters):
+        settings = replace(settings, mask_drafter=MASK_DRAFTER, mask_block=worker.info.diffusion.block_size)
     limits = Limits(8 * max_seqs, max_seqs, 128, num_pages, PAGE, watermark_pages=0, tbt_slo_s=10.0)
     scheduler, served, now = Scheduler(limits, speculation=settings), Served(), 0.0
     waiting = list(asked)

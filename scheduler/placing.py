@@ -1,0 +1,75 @@
+"""Drafts, wishes for new ones and mask rows, put into a step as far as its rows and the pages go.
+
+They take pages only above what decodes and admissions may need soon, and nobody is preempted for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+
+from scheduler.draft_plan import DraftPlan
+from scheduler.kv_memory import KVMemory
+from scheduler.sequence import Sequence
+from scheduler.types import Limits, SpeculationSettings
+
+_RATE = 0.05
+
+
+class Placing:
+    """Places what was decided. `mean_masks`: rows that one sequence's masks are, on average."""
+
+    def __init__(self, limits: Limits, memory: KVMemory, settings: SpeculationSettings) -> None:
+        self._limits, self._memory, self._settings = limits, memory, settings
+        self.mean_masks = 0.5 * settings.mask_block
+
+    def place(self, draft: DraftPlan, lengths: Mapping[int, int], wishes: Many[int], most_masks: int) -> None:
+        """lengths: {index of a decode: drafts to verify}; wishes: new ones of each decode; most_masks: rows in all."""
+        for index, wish in enumerate(wishes):
+            length = lengths.get(index, 0)
+            if length or wish:
+                seq = draft.owners[index]
+                most = seq.decoding.most_drafts
+                room = self._room(draft, seq, min(length + wish, most), draft.num_decodes)
+                length = min(length, room)
+                draft.place_drafts(index, length, min(wish, room - length))
+                self._place_masks(draft, index, most_masks)
+
+    def place_first(self, draft: DraftPlan, index: int, wish: int, most_masks: int) -> bool:
+        """Ask for the first drafts of a prompt that ends in this step; False if there is no room for any."""
+        seq = draft.owners[index]
+        wish = self._room(draft, seq, wish, draft.num_decodes)
+        if wish < 1:
+            return False
+        draft.spans[index] = draft.spans[index]._replace(num_drafts=wish)
+        draft.num_asked += 1
+        self._place_masks(draft, index, most_masks)
+        return True
+
+    def _place_masks(self, draft: DraftPlan, index: int, most: int) -> None:
+        """Masks reach to the end of their block: each answers for its own position, the first one for that of the token
+        which the step itself decides. So one row alone is of no use."""
+        seq, span = draft.owners[index], draft.spans[index]
+        state = seq.drafting
+        if state is None or span.parents or not state.wants_masks or not span.num_drafts:
+            return
+        start, block = span.start + len(span.tokens), self._settings.mask_block
+        pages_end = len(seq.pages) * self._memory.page_size
+        end = min((start // block + 1) * block, self._limits.max_model_len, pages_end, start + span.num_drafts)
+        state.is_masked = end - start > 1 and draft.num_masks + end - start <= most
+        if state.is_masked:
+            draft.place_masks(index, end - start)
+            self.mean_masks += _RATE * (end - start - self.mean_masks)
+
+    def _room(self, draft: DraftPlan, seq: Sequence, wanted: int, num_decodes: int) -> int:
+        """Drafts, up to `wanted`, whose KV has pages behind the sequence's tokens, after taking some that are spare."""
+        memory = self._memory
+        size = memory.page_size
+        known = len(seq.tokens)
+        missing = memory.num_pages_for(known + wanted) - len(seq.pages)
+        if missing > 0:
+            reserve = self._limits.watermark_pages + 1 + num_decodes // size
+            spare = min(missing, memory.pool.num_available - reserve)
+            for _ in range(spare):
+                draft.add_page(seq.seq_id, memory.grow(seq))
+        return max(0, min(wanted, len(seq.pages) * size - known))

@@ -1,0 +1,45 @@
+"""Mask rows behind a decode: to the end of their block, inside the pages, the model's length and the step's rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler.types import Limits, Speculation, SpeculationSettings, StepPlan
+from tests.scheduler.test_drafting import world
+from tests.scheduler.worlds import make_limits, make_request
+
+BLOCK = 8
+SETTINGS = SpeculationSettings("fixed", 8, mask_drafter="masks", mask_block=BLOCK)
+
+
+def plans_of(prompt: int, limits: Limits | None = None, drafter: str = "auto", count: int = 1) -> list[StepPlan]:
+    running = world(limits, settings=SETTINGS)
+    for number in range(count):
+        running.add(make_request(f"r{number}", prompt, max_tokens=24, speculation=Speculation(drafter=drafter)))
+    running.finish()
+    return list(running.plans)
+
+
+@pytest.mark.parametrize("prompt", [5, 7, 8, 15])
+def test_masks_reach_from_the_last_draft_to_the_end_of_their_block(prompt: int) -> None:
+    spans = [span for plan in plans_of(prompt) for span in plan.spans if span.num_drafts]
+    assert any(span.num_masks for span in spans)
+    for span in spans:
+        start = span.start + len(span.tokens)
+        count = min((start // BLOCK + 1) * BLOCK - start, span.num_drafts)
+        assert span.num_masks == (count if count > 1 else 0)
+
+
+def test_masks_count_in_the_budget_and_stay_inside_pages_and_length() -> None:
+    limits = make_limits(max_batched_tokens=24, max_seqs=4, max_model_len=30, num_pages=32)
+    plans = plans_of(5, limits, count=4)
+    assert any(span.num_masks for plan in plans for span in plan.spans)
+    for plan in plans:
+        assert sum(len(span.tokens) + span.num_masks for span in plan.spans) <= 24
+        for span in plan.spans:
+            assert span.start + len(span.tokens) + span.num_masks <= 30
+
+
+def test_a_request_for_another_drafter_has_none() -> None:
+    assert not any(span.num_masks for plan in plans_of(5, drafter="suffix") for span in plan.spans)
+    assert any(span.num_masks for plan in plans_of(5, drafter="masks") for span in plan.spans)
