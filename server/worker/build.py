@@ -15,11 +15,11 @@ import torch
 
 from kernels.ops import Ops
 from kernels.select import select_ops
+from server.models.checkpoint import checkpoint_hash
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
 from server.worker.accelerator import Accelerator, CudaAccelerator
 from server.worker.assembly import Parts, captured_sizes, measure_needs
-from server.worker.attention_calibration import checkpoint_hash
 from server.worker.config import WorkerConfig
 from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.draft_model import DraftModel, load_draft_model

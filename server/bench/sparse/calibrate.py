@@ -14,9 +14,9 @@ from server.bench.sparse import corpora
 from server.bench.sparse.channels import STATISTICS, ChannelStatistics
 from server.bench.sparse.commands import make_parser, run
 from server.bench.sparse.passes import Reader, windows
+from server.models.checkpoint import checkpoint_hash
 from server.models.locate import resolve_model
 from server.text.tokenizer import Tokenizer
-from server.worker.attention_calibration import checkpoint_hash
 
 
 def main(argv: Sequence[str] | None = None) -> int:
