@@ -275,7 +275,9 @@ def attend(
             page = next_page
 
         left = (inner_lo - start) // BN
-        for edge in tl.range(-num_sinks, left + (stop - inner_hi) // BN, num_stages=1):
+        # Hoisted out of these few tiles of many rows, values would be held through all others and spilled (sm_100).
+        num_edges = left + (stop - inner_hi) // BN
+        for edge in tl.range(-num_sinks, num_edges, num_stages=1, disable_licm=BM > 64):
             tile = tl.where(edge < left, start + edge * BN, inner_hi + (edge - left) * BN)
             tile = tl.where(edge < 0, (first_sink + num_sinks + edge) * BN, tile)
             index = tile + n
@@ -311,7 +313,9 @@ def attend(
             tl.store(out + at, result.to(out.dtype.element_ty), mask=live_d)
         else:
             place = tl.where(has_all, part + head * (num_rows * G), slot * BM)
-            tl.store(partial_out + place.to(tl.int64) * D + (m[:, None] * D + d[None, :]), result, mask=live_d)
+            # d, though the compiler cannot know: the offsets of a whole tile are then not kept from unit to unit.
+            column = d + tl.minimum(num_rows, 0)
+            tl.store(partial_out + place.to(tl.int64) * D + (m[:, None] * D + column[None, :]), result, mask=live_d)
             tl.store(partial_lse + place + m, log_sum(best, total), mask=live)
         x = piece_end
         slot = 2 * program + 1
