@@ -71,6 +71,7 @@ def with_others(first: EngineConfig, others: Sequence[AlsoServed], shares: Seque
             name=other.name,
             model=other.model,
             random_weights=None,
+            kv_cache_scales=None,
             revision=None,
             max_model_len=None,
             denoise_block_size=None,

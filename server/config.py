@@ -50,6 +50,7 @@ class ServerConfig(BaseModel):
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8", "int8"] = _model(
         "auto", "auto = the model's; fp8, int8: lossy, the text changes; refused where the back end has none"
     )
+    kv_cache_scales: str | None = _model(None, "file of scales for fp8; auto = the checkpoint's, else 1", min_length=1)
     deterministic: bool = _model(False, "attention never depends on the batch; on a GPU slower, products still may")
     random_weights: str | None = _model(
         None, "serve a shape without downloading it, e.g. hidden=768,layers=12,heads=12,kv_heads=4,mlp=3072,vocab=8192"
@@ -66,9 +67,7 @@ class ServerConfig(BaseModel):
     tbt_slo_ms: Annotated[Seconds | None, Auto] = _engine(
         None, "time between tokens that 99 in 100 steps keep; auto = 2.1 x a step of all who are here"
     )
-    max_prefill_share: float = _engine(
-        0.5, "most of a step's prefill budget for one prompt while others wait", gt=0, le=1
-    )
+    max_prefill_share: float = _engine(0.5, "most of a step's prefill budget for one prompt if others wait", gt=0, le=1)
     block_size: AutoCount = _engine(None, "tokens of a KV page; auto = what measured best on the device")
     kv_cache_memory: AutoCount = _engine(None, "bytes of the KV pool (2GiB); auto = a share of what is free")
     kv_shares: Shares = _engine((), "parts of that memory for each model, the first one first (3,1); auto = equal")

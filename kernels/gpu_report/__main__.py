@@ -63,7 +63,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--minutes", type=_minutes, default=9.0, help="all the time there is (default: 9)")
     parser.add_argument(
-        "--only", action="append", choices=("checks", "attention", "serving"), help="this section; may be repeated"
+        "--only",
+        action="append",
+        choices=("checks", "attention", "sparse", "serving"),
+        help="this section; may be repeated",
     )
     parser.add_argument("--dry-run", action="store_true", help="tiny cases, interpreted on the CPU; no figures")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="find tile shapes and write their table instead")

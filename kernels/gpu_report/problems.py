@@ -98,10 +98,13 @@ class Prepared:
 Baseline = Callable[[Problem], Prepared]
 
 
-def make_problem(ops: TritonOps, case: Case, device: torch.device, cache_bytes: int) -> Problem:
+def make_problem(
+    ops: TritonOps, case: Case, device: torch.device, cache_bytes: int, read_bytes: int | None = None
+) -> Problem:
     """Raises torch's out-of-memory error if the device cannot hold it.
 
-    cache_bytes  of the device's last cache: the copies of the KV make at least three times as many
+    cache_bytes  of the device's last cache: what is read of the copies of the KV makes at least three times as many
+    read_bytes   that a call reads of one copy; None = all of it
     """
     heads = case.heads
     dtype = case.kv_dtype if case.kv_dtype in _ACTIVATIONS else torch.bfloat16
@@ -110,7 +113,7 @@ def make_problem(ops: TritonOps, case: Case, device: torch.device, cache_bytes: 
         table = world.rows.page_table.clone()
         table[:, : case.shared_keys // PAGE] = table[0, : case.shared_keys // PAGE]
         world = replace(world, rows=replace(world.rows, page_table=table))
-    num_copies = max(1, -(-3 * cache_bytes // case.num_bytes))
+    num_copies = max(1, -(-3 * cache_bytes // (read_bytes or case.num_bytes)))
     pools = [(world.k_pages, world.v_pages)]
     if case.kv_dtype != dtype:
         pools = [_written_pages(ops, heads, world, case.kv_dtype)]

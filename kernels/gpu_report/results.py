@@ -29,11 +29,12 @@ class BaselineResult:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case of attention. Fractions are of what the same run measured.
+    """One case of attention; a sparse one has our dense kernel as its only baseline. Fractions are of what the same run
+    measured.
 
     keys            of its longest sequence
     spread          (third - first quartile) / median of our time
-    noise           our own kernel timed twice: |ratio - 1| plus the ratio's range. A smaller effect is none
+    noise           our own (dense) kernel timed twice: |ratio - 1| plus the ratio's range. A smaller effect is none
     copy_fraction   bytes/s over the copy rate; floor_fraction  floor / time
     parts_ratio     time / sum of the times of its parts, same rounds
     plan_us         host time of planning the step (once a step, for all layers), copies to and from the device included
@@ -102,6 +103,7 @@ class Report:
     matrix_tflop_s: float | None = None
     checks: list[Check] = field(default_factory=list)
     cases: list[CaseResult] = field(default_factory=list)
+    sparse: list[CaseResult] = field(default_factory=list)
     serving: dict[str, object] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The sections in their order, within the time: checks, the machine's rates, attention, serving, verdicts.
+"""The sections in their order, within the time: checks, the machine's rates, attention, sparse, serving, verdicts.
 
 A section's share of the time ends where `_UNTIL` says; one that ends early leaves the rest to those behind it. The JSON
 file is written after every section, and by the watchdog when the time is over whatever hangs.
@@ -24,13 +24,14 @@ from kernels.gpu_report.cases import Case, all_cases, tiny_cases
 from kernels.gpu_report.problems import Baseline
 from kernels.gpu_report.results import Report
 from kernels.gpu_report.serving import run_serving, run_worker_checks, serving_command, worker_checks_command
-from kernels.gpu_report.timing import Timer, free_memory, measure_rates, reason
+from kernels.gpu_report.sparse_cases import SparseCase, all_sparse_cases, tiny_sparse_cases, warm_cases
+from kernels.gpu_report.sparse_times import run_once, time_sparse
+from kernels.gpu_report.timing import Rates, Timer, free_memory, measure_rates, reason
 from kernels.gpu_report.verdicts import all_verdicts
 from kernels.triton.ops import TritonOps
 
-SECTIONS = ("checks", "attention", "serving")
-_UNTIL = {"checks": 0.25, "attention": 0.62, "serving": 0.98}
-NOT_TIMED = {"sparse": "every sparse method at 32k and 128k against own dense: not timed yet, checked only"}
+SECTIONS = ("checks", "attention", "sparse", "serving")
+_UNTIL = {"checks": 0.25, "attention": 0.54, "sparse": 0.66, "serving": 0.98}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Setup:
     """What a run is made of; a dry run differs in nothing else.
 
     cases    of attention, most wanted first
+    sparse   of sparse attention, likewise; sparse_warm  steps that compile their kernels beforehand
     serving  command of the end-to-end part, None where there is none; worker_checks  of the worker's, likewise
     """
 
@@ -49,6 +51,8 @@ class Setup:
     baselines: Mapping[str, Baseline]
     serving: Sequence[str] | None
     worker_checks: Sequence[str] | None = None
+    sparse: Sequence[SparseCase] = ()
+    sparse_warm: Sequence[SparseCase] = ()
     rates_size: tuple[int, int] = (1 << 30, 8192)
 
 
@@ -56,14 +60,16 @@ def gpu_setup(ops: TritonOps, timer: Timer, baselines: Mapping[str, Baseline]) -
     cases = all_cases(declared_kv_dtypes(ops))
     command = serving_command(dry_run=False)
     return Setup(
-        ops, torch.device("cuda"), timer, checks.FULL, cases, baselines, command, worker_checks_command()
+        ops, torch.device("cuda"), timer, checks.FULL, cases, baselines, command, worker_checks_command(),
+        all_sparse_cases(), warm_cases(),
     )  # fmt: skip
 
 
 def dry_setup(ops: TritonOps, timer: Timer, baselines: Mapping[str, Baseline]) -> Setup:
     command = serving_command(dry_run=True)
     return Setup(
-        ops, torch.device("cpu"), timer, checks.DRY, tiny_cases(), baselines, command, rates_size=(1 << 12, 32)
+        ops, torch.device("cpu"), timer, checks.DRY, tiny_cases(), baselines, command, sparse=tiny_sparse_cases(),
+        rates_size=(1 << 12, 32),
     )  # fmt: skip
 
 
@@ -81,6 +87,7 @@ class Run:
     ) -> None:
         self._setup, self._tell, self._json_path = setup, tell, json_path
         self._budget = Budget(seconds, clock)
+        self._rates: Rates | None = None
         self.report = Report(dry_run=not setup.timer.is_meaningful, machine=machine(setup.device))
 
     def all(self, sections: Sequence[str] = SECTIONS) -> int:
@@ -88,11 +95,11 @@ class Run:
         self._tell(", ".join(f"{name} {value}" for name, value in self.report.machine.items()))
         if self.report.dry_run:
             self._tell("DRY RUN: kernels are interpreted; that the parts work is shown, and no figure is one")
-        for name, section in (("checks", self._check), ("attention", self._attention), ("serving", self._serve)):
+        parts = (self._check, self._attention, self._sparse, self._serve)
+        for name, section in zip(SECTIONS, parts, strict=True):
             if name in sections:
                 section()
                 self.write()
-        self.report.left_out |= {name: [why] for name, why in NOT_TIMED.items()}
         self._judge()
         return self.finish()
 
@@ -141,21 +148,9 @@ class Run:
 
     def _attention(self) -> None:
         setup = self._setup
-        try:
-            rates = measure_rates(setup.timer, setup.device, *setup.rates_size)
-        except Exception as error:
-            self._end("attention", [f"all cases: {reason(error)}"], 0.0)
+        bench = self._bench("attention")
+        if bench is None:
             return
-        if not self.report.dry_run:
-            copy, matrix = rates.copy_bytes_per_s / 1e9, rates.matrix_flop_per_s / 1e12
-            self.report.copy_gb_s, self.report.matrix_tflop_s = copy, matrix
-            # Idle clocks say little: these are of a device that has just multiplied.
-            clock = self.report.machine["sm_clock_at_work"] = _ask_driver("clocks.sm")
-            self._tell(
-                f"copy {copy:.0f} GB/s (read + write), bf16 matrix {matrix:.0f} TFLOP/s, SM clock at work {clock}"
-            )
-        free_memory()
-        bench = Bench(setup.ops, setup.device, setup.timer, rates, last_cache_bytes(setup.device), setup.baselines)
         section = self._budget.section("attention", _UNTIL["attention"])
         self._tell(tables.case_header(list(setup.baselines)))
         told: set[tuple[str, str]] = set()
@@ -166,6 +161,52 @@ class Run:
                 self._tell(line)
         self._tell("* = no CUDA graph: the host's launches are in the time")
         self._end(section.name, section.left_out, section.seconds)
+
+    def _sparse(self) -> None:
+        """Compilation is not an item: the first one would seem to say that none like it fits any more."""
+        bench = self._bench("sparse")
+        if bench is None:
+            return
+        section = self._budget.section("sparse", _UNTIL["sparse"])
+        for warm in self._setup.sparse_warm:
+            if section.remaining > 0:
+                self._warm(bench, warm)
+        self._tell(tables.sparse_header())
+        for case in section.each(self._setup.sparse, lambda case: case.label):
+            for result in time_sparse(bench, case):
+                self.report.sparse.append(result)
+                self._tell(tables.sparse_line(result))
+        self._end(section.name, section.left_out, section.seconds)
+
+    def _warm(self, bench: Bench, case: SparseCase) -> None:
+        try:
+            run_once(bench, case)
+        except Exception as error:
+            self._tell(f"{case.label}, untimed: {reason(error)}")
+
+    def _bench(self, section: str) -> Bench | None:
+        """With the machine's rates, measured once a run; None if they cannot be, and `section` is then left out."""
+        setup = self._setup
+        if self._rates is None:
+            try:
+                self._rates = measure_rates(setup.timer, setup.device, *setup.rates_size)
+            except Exception as error:
+                self._end(section, [f"all cases: {reason(error)}"], 0.0)
+                return None
+            self._tell_rates(self._rates)
+            free_memory()
+        return Bench(
+            setup.ops, setup.device, setup.timer, self._rates, last_cache_bytes(setup.device), setup.baselines
+        )  # fmt: skip
+
+    def _tell_rates(self, rates: Rates) -> None:
+        if self.report.dry_run:
+            return
+        copy, matrix = rates.copy_bytes_per_s / 1e9, rates.matrix_flop_per_s / 1e12
+        self.report.copy_gb_s, self.report.matrix_tflop_s = copy, matrix
+        # Idle clocks say little: these are of a device that has just multiplied.
+        clock = self.report.machine["sm_clock_at_work"] = _ask_driver("clocks.sm")
+        self._tell(f"copy {copy:.0f} GB/s (read + write), bf16 matrix {matrix:.0f} TFLOP/s, SM clock at work {clock}")
 
     def _serve(self) -> None:
         section = self._budget.section("serving", _UNTIL["serving"])

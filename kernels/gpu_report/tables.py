@@ -38,6 +38,23 @@ def case_lines(case: CaseResult, told: set[tuple[str, str]]) -> Iterator[str]:
         yield f"    {', '.join(names)}: {reason}"
 
 
+def sparse_header() -> str:
+    return f"{'sparse attention':58}{'us':>10}{'spread':>8}{'/copy':>7}{'/floor':>7}{'dense / ours':>14}{'noise':>8}"
+
+
+def sparse_line(case: CaseResult) -> str:
+    if case.reason is not None:
+        return f"{case.case:58}{case.reason}"
+    [dense] = case.baselines
+    ratio = _number(dense.ratio, ".2f") + _mark(dense.is_graph)
+    why = "" if dense.reason is None else f"  dense: {dense.reason}"
+    return (
+        f"{case.case:58}{_number(case.us, '.1f') + _mark(case.is_graph):>10}{_number(case.spread, '.1%'):>8}"
+        f"{_number(case.copy_fraction, '.2f'):>7}{_number(case.floor_fraction, '.2f'):>7}{ratio:>14}"
+        f"{_number(case.noise, '.1%'):>8}{why}"
+    )
+
+
 def _number(value: float | None, form: str) -> str:
     return NO_FIGURE if value is None else format(value, form)
 

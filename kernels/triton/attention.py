@@ -31,6 +31,37 @@ def find_unit(cum, num_units, tile):
 
 
 @triton.jit
+def _first_unit(header, cum, program, head_tiles, num_units, is_whole):
+    """A program's share of the tile space, [x, end), and where it begins: a head and a unit of it."""
+    budget = tl.load(header)
+    x = program * budget
+    end = tl.minimum(x + budget, tl.load(header + 2))
+    head = x // head_tiles
+    unit = find_unit(cum, num_units, x % head_tiles)
+    # Units that stay whole belong to the program whose share holds their first tile.
+    skips = is_whole & (x % head_tiles != tl.load(cum + unit))
+    x = tl.where(skips, head * head_tiles + tl.load(cum + unit + 1), x)
+    unit = tl.where(skips, unit + 1, unit)
+    head = tl.where(unit == num_units, head + 1, head)
+    unit = tl.where(unit == num_units, 0, unit)
+    return x, end, head, unit
+
+
+@triton.jit
+def _keys_of(lo, first_tile, end_tile, SINKS: tl.constexpr, BN: tl.constexpr):
+    """The keys of a unit's tiles [first_tile, end_tile): first sink tile and how many of them, then [start, stop)."""
+    # Before the tiles from lo on there are those of the sinks, unless lo is among them.
+    base = lo // BN * BN
+    SINK_TILES: tl.constexpr = (SINKS + BN - 1) // BN
+    num_extra = tl.where(base >= SINK_TILES * BN, SINK_TILES, 0)
+    first_sink = tl.minimum(first_tile, num_extra)
+    num_sinks = tl.minimum(end_tile, num_extra) - first_sink
+    start = base + tl.maximum(first_tile - num_extra, 0) * BN
+    stop = base + tl.maximum(end_tile - num_extra, 0) * BN
+    return first_sink, num_sinks, start, stop
+
+
+@triton.jit
 def _load_pages(table, tile, lo, hi, SINKS: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr):
     """Physical page of the tile's keys: one number where a tile lies in one page, else one for each key."""
     if PAGE % BN == 0:
@@ -198,20 +229,10 @@ def attend(
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
-    budget = tl.load(header)
     head_tiles = tl.load(header + 1)
     num_units = tl.load(header + 3)
     is_whole = tl.load(header + 4) != 0
-    x = program * budget
-    end = tl.minimum(x + budget, tl.load(header + 2))
-    head = x // head_tiles
-    unit = find_unit(cum, num_units, x % head_tiles)
-    # Units that stay whole belong to the program whose share holds their first tile.
-    skips = is_whole & (x % head_tiles != tl.load(cum + unit))
-    x = tl.where(skips, head * head_tiles + tl.load(cum + unit + 1), x)
-    unit = tl.where(skips, unit + 1, unit)
-    head = tl.where(unit == num_units, head + 1, head)
-    unit = tl.where(unit == num_units, 0, unit)
+    x, end, head, unit = _first_unit(header, cum, program, head_tiles, num_units, is_whole)
     slot = 2 * program  # of the first piece; the next that is cut is the program's last
     m = tl.arange(0, BM)
     d = tl.arange(0, DP)
@@ -225,15 +246,8 @@ def attend(
         unit_start = head * head_tiles + tl.load(cum + unit)
         unit_end = head * head_tiles + tl.load(cum + unit + 1)
         piece_end = tl.where(is_whole, unit_end, tl.minimum(unit_end, end))
-        # Before the tiles from lo on there are those of the sinks, unless lo is among them.
-        base = lo // BN * BN
-        SINK_TILES: tl.constexpr = (SINKS + BN - 1) // BN
-        num_extra = tl.where(base >= SINK_TILES * BN, SINK_TILES, 0)
-        first_sink = tl.minimum(x - unit_start, num_extra)
-        num_sinks = tl.minimum(piece_end - unit_start, num_extra) - first_sink
-        # The piece's keys, and the part of them that every row sees.
-        start = base + tl.maximum(x - unit_start - num_extra, 0) * BN
-        stop = base + tl.maximum(piece_end - unit_start - num_extra, 0) * BN
+        first_sink, num_sinks, start, stop = _keys_of(lo, x - unit_start, piece_end - unit_start, SINKS, BN)
+        # The part of them that every row sees.
         inner_lo = tl.minimum(tl.maximum(start, tl.load(fields + 4)), stop)
         inner_hi = tl.maximum(tl.minimum(stop, tl.load(fields + 5)), inner_lo)
 
@@ -275,7 +289,9 @@ def attend(
             page = next_page
 
         left = (inner_lo - start) // BN
-        for edge in tl.range(-num_sinks, left + (stop - inner_hi) // BN, num_stages=1):
+        # Hoisted out of these few tiles of many rows, values would be held through all others and spilled (sm_100).
+        num_edges = left + (stop - inner_hi) // BN
+        for edge in tl.range(-num_sinks, num_edges, num_stages=1, disable_licm=BM > 64):
             tile = tl.where(edge < left, start + edge * BN, inner_hi + (edge - left) * BN)
             tile = tl.where(edge < 0, (first_sink + num_sinks + edge) * BN, tile)
             index = tile + n
@@ -311,7 +327,9 @@ def attend(
             tl.store(out + at, result.to(out.dtype.element_ty), mask=live_d)
         else:
             place = tl.where(has_all, part + head * (num_rows * G), slot * BM)
-            tl.store(partial_out + place.to(tl.int64) * D + (m[:, None] * D + d[None, :]), result, mask=live_d)
+            # d, though the compiler cannot know: the offsets of a whole tile are then not kept from unit to unit.
+            column = d + tl.minimum(num_rows, 0)
+            tl.store(partial_out + place.to(tl.int64) * D + (m[:, None] * D + column[None, :]), result, mask=live_d)
             tl.store(partial_lse + place + m, log_sum(best, total), mask=live)
         x = piece_end
         slot = 2 * program + 1

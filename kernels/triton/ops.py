@@ -52,13 +52,22 @@ class TritonOps:
     def __init__(
         self, quantization: str | None = None, num_programs: int | None = None, deterministic: bool = False
     ) -> None:
+        self._quantization, self._num_programs = quantization, num_programs
         self._torch = ReferenceOps(quantization)
         self._num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
-        self._attention = PagedAttention(self._num_sms, num_programs, deterministic)
         self.deterministic = deterministic
+        self._attention = self.another_attention()
         self._sparse = SparseAttention(self._attention, self._num_sms, num_programs, deterministic)
         self.owns_threads = False
         self.name = "triton" if quantization is None else f"triton-{quantization}"
+
+    def another(self) -> TritonOps:
+        """One with the same settings that shares no plan, list or scratch: for a graph that outlives others' steps."""
+        return type(self)(self._quantization, self._num_programs, self.deterministic)
+
+    def another_attention(self) -> PagedAttention:
+        """Likewise, what it runs dense attention with."""
+        return PagedAttention(self._num_sms, self._num_programs, self.deterministic)
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> DenseLinear:
         return self._torch.pack_linear(weight_NK, bias_N)

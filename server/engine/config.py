@@ -160,6 +160,7 @@ class EngineConfig:
     random_weights: str | None = None
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
+    kv_cache_scales: str | None = None
     deterministic: bool = False
     kv_cache_bytes: int | None = None
     kv_share: float = 1.0

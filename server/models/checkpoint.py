@@ -7,6 +7,7 @@ read into fresh memory one at a time, never mapped, so a file that changes later
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,7 @@ _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16
 _ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
+_HASHED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,20 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             "are loaded. Ask its publisher for them, or convert it in a sandbox."
         )
     raise CheckpointError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """SHA-256 over the files that the model's tensors are in, in the order of their names.
+
+    Other files of the folder do not count: a filter or a head that is put beside the weights leaves them what they are.
+    Raises CheckpointError as `read_entries` does.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({entry.file for entry in read_entries(folder).values()}):
+        with path.open("rb") as file:
+            while chunk := file.read(_HASHED_AT_ONCE):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, Entry]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from server.models.quantization import refusal
 from server.models.rope import Rope, read_rope
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _REFUSED = {
-    "quantization_config": "quantised checkpoints are not supported; load the original weights (see --quantization)",
     "attn_logit_softcapping": "attention soft-capping is not supported",
     "final_logit_softcapping": "logit soft-capping is not supported",
     "attention_sinks": "attention sinks are not supported",
@@ -267,6 +267,9 @@ def _refuse_unsupported(fields: Fields) -> None:
     for name, reason in _REFUSED.items():
         if fields.raw.get(name) not in (None, False):
             raise CheckpointError(f"config.json: {name} is set, but {reason}")
+    quantization = fields.get("quantization_config")
+    if quantization not in (None, False) and (problem := refusal(quantization)) is not None:
+        raise CheckpointError(f"config.json: quantization_config is set, but {problem}")
     activation = fields.get("hidden_act") or "silu"
     if activation not in ("silu", "swish"):
         raise CheckpointError(f"config.json: hidden_act is {activation!r}; supported: silu")

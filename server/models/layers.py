@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Protocol
 
@@ -174,6 +175,10 @@ class DenseRun:
     def through(self, ops: LayerOps) -> DenseRun:
         return DenseRun(self.indices, self._layers.layers, ops)
 
+    def scaled(self, kv_scale_L2K: Tensor) -> DenseRun:
+        layers = [(_scaled(attention, kv_scale_L2K), mlp) for attention, mlp in self._layers.layers]
+        return DenseRun(self.indices, layers, self._ops)
+
 
 class SparseRun:
     """Layers in order, all with experts."""
@@ -195,6 +200,15 @@ class SparseRun:
 
     def through(self, ops: LayerOps) -> SparseRun:
         return SparseRun(self.indices, self._layers, ops)
+
+    def scaled(self, kv_scale_L2K: Tensor) -> SparseRun:
+        layers = [(_scaled(attention, kv_scale_L2K), mlp) for attention, mlp in self._layers]
+        return SparseRun(self.indices, layers, self._ops)
+
+
+def _scaled(attention: AttentionBlock, kv_scale_L2K: Tensor) -> AttentionBlock:
+    scale_2K = kv_scale_L2K[attention.layer].to(attention.cos_sin_MR.device)
+    return replace(attention, kv_scale_2K=scale_2K.contiguous())
 
 
 def layer_runs(config: ModelConfig, packer: Packer, ops: Ops, cos_sin_MR: Tensor) -> list[DenseRun | SparseRun]:
@@ -246,6 +260,12 @@ class Decoder:
         """The same weights whose layers run through `ops`, which has them from the back end that packed them."""
         part = copy.copy(self)
         part._runs = [run.through(ops) for run in self._runs]
+        return part
+
+    def scaled(self, kv_scale_L2K: Tensor) -> Decoder:
+        """The same weights over fp8 pages with these scales, `Ops.qkv_rope_write`'s of each layer."""
+        part = copy.copy(self)
+        part._runs = [run.scaled(kv_scale_L2K) for run in self._runs]
         return part
 
     def logits(self, hidden_JH: Tensor) -> Tensor:

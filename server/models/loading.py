@@ -22,6 +22,7 @@ from tqdm import tqdm
 from kernels.ops import Ops
 from server.models.checkpoint import Entry, check_against, file_names, read_entries, read_tensor
 from server.models.config import CheckpointError, ModelConfig, read_raw
+from server.models.kv_scales import find_scales
 from server.models.layers import FLOAT32, weight_shapes
 from server.models.locate import resolve_model
 from server.models.registry import MODELS, Model, build_model, parse_config
@@ -67,6 +68,7 @@ def load_model(
     progress       a progress bar on stderr, if that is a terminal
     max_model_len  longest sequence served, in tokens; None = all positions. It sizes the rotary table and decides the
                    length-dependent RoPE scalings (rope.py)
+    Scales of fp8 KV that the files carry are left where they are (`kv_scales.load_scales`, `Model.scaled`).
     Raises CheckpointError naming the field, tensor or file.
     """
     raw = read_raw(path)
@@ -76,7 +78,8 @@ def load_model(
     entries, shapes = read_entries(path), dict(weight_shapes(config))
     names = file_names((*shapes, _HEAD), MODELS[config.model_type].names)
     unused = (*_UNUSED, names[_HEAD]) if config.tie_word_embeddings else _UNUSED
-    check_against(entries, {names[name]: shape for name, shape in shapes.items()}, unused)
+    scales = [name for pair in find_scales(entries, config) or () for name in pair]
+    check_against(entries, {names[name]: shape for name, shape in shapes.items()}, (*unused, *scales))
     config = replace(config, dtype=dtype or config.dtype or torch.float32)
     bar_off = not (progress and sys.stderr.isatty())
     with tqdm(total=len(shapes), desc="weights", unit="tensor", disable=bar_off) as bar:

@@ -84,6 +84,10 @@ class Model(Protocol):
         """The same weights whose layers run through `ops`: a wrapper of the back end that packed them."""
         ...
 
+    def scaled(self, kv_scale_L2K: Tensor) -> Model:
+        """The same weights over fp8 pages; kv_scale_L2K: float32 [layers, 2, kv heads] as in `Ops.qkv_rope_write`."""
+        ...
+
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a config.json; CheckpointError if its `model_type` or a feature is not supported."""

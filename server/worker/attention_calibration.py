@@ -9,7 +9,6 @@ A file of another checkpoint would serve and choose badly, so the hash must be t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -19,18 +18,6 @@ from torch import Tensor
 
 from kernels.sparse import DENSE_LAYERS
 from server.models.config import ModelConfig
-
-_CHUNK = 1 << 24
-
-
-def checkpoint_hash(folder: Path) -> str:
-    """SHA-256 over a checkpoint's weight files, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Calibration:

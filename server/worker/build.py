@@ -15,17 +15,18 @@ import torch
 
 from kernels.ops import Ops
 from kernels.select import select_ops
+from server.models.checkpoint import checkpoint_hash
 from server.models.loading import load_model, random_model, resolve_model
 from server.models.registry import Model
 from server.worker.accelerator import Accelerator, CudaAccelerator
 from server.worker.assembly import Parts, captured_sizes, measure_needs
-from server.worker.attention_calibration import checkpoint_hash
 from server.worker.config import WorkerConfig
 from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.host_memory import keep_step_buffers, return_free_memory
 from server.worker.info import WorkerInfo, diffusion_model
 from server.worker.kv_pool import KVPool, choose_kv_dtype, choose_page_size, size_pool
+from server.worker.kv_scales import check_asked, choose_scales
 from server.worker.machine import choose_device, choose_dtype, device_name, usable_cores
 from server.worker.memory import MemoryReading, kv_budget, ledger, show
 from server.worker.profile import SHAPES, ProfileMemory
@@ -47,6 +48,7 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
     accelerator  in place of the CUDA device's own, for tests
     Raises ValueError or OSError with a sentence for the user when something cannot be loaded or does not fit.
     """
+    check_asked(config.kv_cache_scales, config.kv_cache_dtype, config.random_weights)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     num_threads = config.num_threads or usable_cores()
@@ -62,7 +64,11 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
     torch.set_num_threads(1 if ops.owns_threads else num_threads)
     model, folder = _load(config, ops, dtype, device, progress)
     return_free_memory()
+    weights_folder = folder if config.random_weights is None else None
+    model = _scaled(model, config.kv_cache_scales, kv_dtype, weights_folder)
     draft = _load_draft(config, model, folder, ops, dtype, device, progress)
+    if draft is not None:
+        draft = replace(draft, model=_scaled(draft.model, None, kv_dtype, draft.folder))
     diffusion = diffusion_model(model.config, config.denoise_block_size)
     learnt = load_filter(folder) if folder is not None and diffusion is not None else None
     if diffusion is not None and learnt is not None:
@@ -87,6 +93,11 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
     if accelerator is None or before is None:
         return _on_host(parts, remember)
     return _on_accelerator(parts, accelerator, before, remember, progress)
+
+
+def _scaled(model: Model, file: str | None, kv_dtype: torch.dtype, folder: Path | None) -> Model:
+    scale_L2K = choose_scales(file, kv_dtype, model.config, folder)
+    return model if scale_L2K is None else model.scaled(scale_L2K)
 
 
 def _size(parts: Parts, device_bytes: int | None = None) -> tuple[int, int]:

@@ -18,6 +18,7 @@ class WorkerConfig:
     random_weights  a shape such as "hidden=768,layers=12,heads=12"; then `model` is not read
     quantization    None, int8 or int4: weight-only, lossy
     kv_cache_dtype  auto (the model's dtype), bfloat16, float16, float32, fp8 or int8; the last two are lossy
+    kv_cache_scales  file of `kv_scales.write_scales`, for fp8; None = the checkpoint's scales, or 1
     deterministic   kernels that give a row the same bits whatever rows are beside it, where the back end has a choice
     kv_cache_bytes  size of the KV pool; None = a share of what is free
     gpu_memory_utilization  part of a CUDA device's memory, in (0, 1], for all that this process holds there
@@ -40,6 +41,7 @@ class WorkerConfig:
     random_weights: str | None = None
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
+    kv_cache_scales: str | None = None
     deterministic: bool = False
     kv_cache_bytes: int | None = None
     kv_share: float = 1.0

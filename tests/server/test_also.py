@@ -37,6 +37,7 @@ def test_the_others_have_the_first_models_settings_but_for_its_own_files_and_len
         *("first", "--also-serve", "b=second", "--also-serve", "third", "--dtype", "float32", "--max-num-seqs", "7"),
         *("--max-model-len", "512", "--revision", "main", "--draft-model", "d", "--speculation", "on"),
         *("--random-weights", "hidden=64", "--denoise-block-size", "8", "--tbt-slo-ms", "50"),
+        *("--kv-cache-dtype", "fp8", "--kv-cache-scales", "scales.json"),
     ).engine_config()
     assert [(model.name, model.model) for model in (config, *config.also)] == [
         ("", "first"),
@@ -48,6 +49,7 @@ def test_the_others_have_the_first_models_settings_but_for_its_own_files_and_len
         assert (other.dtype, other.max_seqs, other.tbt_slo_s, other.speculation.mode) == ("float32", 7, 0.05, "on")
         assert (other.max_model_len, other.revision, other.random_weights) == (None, None, None)
         assert (other.speculation.draft_model, other.denoise_block_size, other.also) == (None, None, ())
+        assert (config.kv_cache_scales, other.kv_cache_scales) == ("scales.json", None)
 
 
 def test_drafters_of_the_first_model_alone_leave_the_others_without() -> None:

@@ -16,8 +16,8 @@ from scheduler.types import Attention, AttentionMethod, Request, Sampling, Specu
 from server.engine.config import AttentionConfig, EngineConfig, EngineInfo, SpeculationConfig
 from server.engine.core import EngineCore
 from server.engine.loop import build_core
+from server.models.checkpoint import checkpoint_hash
 from server.models.locate import resolve_model
-from server.worker.attention_calibration import checkpoint_hash
 
 NUM_OUT, PAGE = 24, 16
 QUEST, LABELS, TIDAL = AttentionMethod.QUEST, AttentionMethod.DOUBLE_SPARSITY, AttentionMethod.TIDAL

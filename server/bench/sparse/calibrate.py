@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from server.bench.sparse import corpora
 from server.bench.sparse.channels import STATISTICS, ChannelStatistics
-from server.bench.sparse.commands import make_parser, run
+from server.bench.sparse.commands import add_reading, make_parser, run
 from server.bench.sparse.passes import Reader, windows
+from server.models.checkpoint import checkpoint_hash
 from server.models.locate import resolve_model
 from server.text.tokenizer import Tokenizer
-from server.worker.attention_calibration import checkpoint_hash
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("calibrate", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="safetensors file: `channels`, int16 [L, K, D]")
     parser.add_argument("--statistic", choices=STATISTICS, default="qk", help="whose mean ranks the channels")
-    parser.add_argument("--tokens", type=int, default=100_000, help="to read, at most")
-    parser.add_argument("--window", type=int, default=512, help="tokens read at once")
+    add_reading(parser)
     return run("calibrate", _calibrate, parser, argv)
 
 

@@ -27,6 +27,12 @@ def make_parser(name: str, about: str | None, seed: int = 0) -> argparse.Argumen
     return parser
 
 
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Of commands that read the corpus once from its beginning."""
+    parser.add_argument("--tokens", type=int, default=100_000, help="to read, at most")
+    parser.add_argument("--window", type=int, default=512, help="tokens read at once")
+
+
 def add_rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=2048, help="tokens of a text")
     parser.add_argument("--texts", type=int, default=4)

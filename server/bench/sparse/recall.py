@@ -21,8 +21,9 @@ from server.bench.sparse.attended import Row
 from server.bench.sparse.commands import add_rows, asking_rows, make_parser, run
 from server.bench.sparse.passes import Reader
 from server.bench.sparse.selection import exact_scores, keep, label_scores, mass, probabilities
+from server.models.checkpoint import checkpoint_hash
 from server.models.locate import resolve_model
-from server.worker.attention_calibration import Calibration, checkpoint_hash, load_channels
+from server.worker.attention_calibration import Calibration, load_channels
 
 TITLE = "Show how good labels of r channels are, on real q and k."
 Point = tuple[int, int]

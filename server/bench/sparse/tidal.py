@@ -28,8 +28,8 @@ from server.bench.sparse.attended import Row
 from server.bench.sparse.commands import add_rows, asking_rows, make_parser, run
 from server.bench.sparse.passes import Reader
 from server.bench.sparse.selection import exact_scores, keep, mass, probabilities
+from server.models.checkpoint import checkpoint_hash
 from server.models.locate import resolve_model
-from server.worker.attention_calibration import checkpoint_hash
 
 TITLE = "Find the layers at which TidalDecode selects its keys."
 

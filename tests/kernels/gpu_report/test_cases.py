@@ -11,6 +11,16 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("pip install triton: shows that the report's cases cost what they say", allow_module_level=True)
 
 from kernels.gpu_report.cases import Case, Heads, Kind, all_cases, binary_tree, decode, num_seen, tiny_cases
+from kernels.gpu_report.sparse_cases import (
+    ChunkVariant,
+    Reading,
+    RowVariant,
+    all_sparse_cases,
+    tiny_sparse_cases,
+    warm_cases,
+)
+from kernels.sparse import Method, least_budget
+from kernels.sparse_prefill import PermutedBlocks, XAttention
 from kernels.triton.gpu_checks import Span
 
 
@@ -77,3 +87,49 @@ def test_other_page_types_are_timed_where_the_back_end_declares_them() -> None:
     cases = [case for case in all_cases((torch.int8,)) if case.kv_dtype == torch.int8]
     assert len({(len(case.spans), case.spans[0].kv_len) for case in cases}) == len(cases) >= 4
     assert Case("decode", Kind.DECODE, decode(1, 9), Heads(32, 8, 64), torch.int8).label == "decode G4 D64 int8"
+
+
+def test_sparse_decode_costs_its_ranking_and_its_budget() -> None:
+    case = Case("", Kind.DECODE, decode(8, 32768))
+    dense, one = case.num_bytes, 8 * 8 * 128 * 2  # a key of each of 8 sequences and 8 heads
+    assert dense == 2 * 32768 * one
+    follow = RowVariant(Reading.TIDAL_FOLLOW, 2048)
+    assert follow.num_bytes(case) == dense // 16
+    assert follow.num_flop(case) == case.num_flop // 16
+    # Smallest and largest of 512 pages.
+    assert RowVariant(Reading.QUEST, 2048).num_bytes(case) == dense // 16 + 2 * 512 * one
+    # Labels of 16 of 128 channels of keys alone: a sixteenth of keys and values.
+    assert RowVariant(Reading.DOUBLE_SPARSITY, 2048).num_bytes(case) == dense // 16 + dense // 16
+    assert RowVariant(Reading.TIDAL_LIST, 2048).num_bytes(case) == dense
+    assert RowVariant(Reading.TIDAL_LIST, 2048).num_flop(case) == case.num_flop
+
+
+def test_a_sparse_chunk_costs_its_keys_once_and_its_share_of_keys_and_values() -> None:
+    case = Case("", Kind.CHUNK, (Span(32768, 2048),))
+    keys = case.num_bytes // 2
+    for method in (XAttention(threshold=0.1), PermutedBlocks(threshold=0.1)):
+        assert ChunkVariant(method).num_bytes(case) == round(1.2 * keys)
+    # One product of 16 x 16, without the values'.
+    assert ChunkVariant(XAttention(threshold=0.1)).num_flop(case) == round(case.num_flop * (0.1 + 1 / 32))
+    probe = 2 * 128 * 32 * 128 * 32768
+    assert ChunkVariant(PermutedBlocks(threshold=0.1)).num_flop(case) == round(0.1 * case.num_flop + probe)
+
+
+def test_the_sparse_list_has_its_grid_and_every_method() -> None:
+    cases = all_sparse_cases()
+    assert len({case.label for case in cases}) == len(cases)
+    rows = {(len(c.dense.spans), c.dense.spans[0].kv_len): c for c in cases if c.dense.kind == Kind.DECODE}
+    assert rows.keys() == {(batch, keys) for batch in (1, 8, 32) for keys in (8192, 32768, 131072)}
+    for (_, keys), case in rows.items():
+        assert {(v.reading, v.budget) for v in case.variants if isinstance(v, RowVariant)} == {
+            *((reading, keys // 16) for reading in Reading),
+            *((reading, 1024) for reading in Reading if reading is not Reading.TIDAL_LIST),
+        }
+    chunks = [case for case in cases if case.dense.kind == Kind.CHUNK]
+    assert {case.dense.spans[0].kv_len for case in chunks} == {8192, 32768, 131072}
+    for case in [*cases, *tiny_sparse_cases(), *warm_cases()]:
+        for variant in case.variants:
+            if isinstance(variant, RowVariant):
+                method = Method.QUEST if variant.reading is Reading.QUEST else Method.TIDAL
+                assert least_budget(method, 64) <= variant.budget < case.dense.spans[0].kv_len
+    assert {type(v) for case in tiny_sparse_cases() for v in case.variants} == {RowVariant, ChunkVariant}

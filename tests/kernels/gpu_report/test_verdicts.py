@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -11,8 +12,15 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("pip install triton: shows that the report's verdicts follow from its figures", allow_module_level=True)
 
 from kernels.gpu_report.results import BaselineResult, CaseResult, Verdict
-from kernels.gpu_report.tables import verdict_line
-from kernels.gpu_report.verdicts import at_least, at_most, attention_verdicts, fp8_slopes, serving_verdicts
+from kernels.gpu_report.tables import sparse_header, sparse_line, verdict_line
+from kernels.gpu_report.verdicts import (
+    at_least,
+    at_most,
+    attention_verdicts,
+    fp8_slopes,
+    serving_verdicts,
+    sparse_verdicts,
+)
 
 
 def case(kind: str, batch: int = 32, keys: int = 8192, kv_dtype: str = "bfloat16", **figures: object) -> CaseResult:
@@ -101,3 +109,46 @@ def test_a_line_tells_the_figure_the_bounds_and_the_case() -> None:
     assert line.startswith("MISSED")
     assert "1.2  <= 1.15 (goal 1.05)" in line
     assert line.endswith("worst of 1: verify 32")
+
+
+def test_double_sparsity_is_judged_by_a_sixteenth_of_many_keys_at_batch_8() -> None:
+    def sparse(variant: str, keys: int, batch: int, ratio: float) -> CaseResult:
+        found = case("sparse decode", batch, keys, baselines=(BaselineResult("dense", 9.0, ratio),))
+        return replace(found, case=f"decode {batch} x {keys}: {variant}")
+
+    cases = [
+        sparse("double sparsity, 2048 keys", 32768, 8, 6.0),
+        sparse("double sparsity, 8192 keys", 131072, 8, 5.0),
+        sparse("double sparsity, 1024 keys", 131072, 8, 9.0),
+        sparse("double sparsity, 512 keys", 8192, 8, 1.0),
+        sparse("double sparsity, 2048 keys", 32768, 1, 2.0),
+        sparse("quest, 2048 keys", 32768, 8, 3.0),
+    ]
+    (found,) = sparse_verdicts(cases)
+    assert (found.outcome, found.figure, found.detail) == (
+        "met",
+        5.0,
+        "worst of 2: decode 8 x 131072: double sparsity, 8192 keys",
+    )
+    assert sparse_verdicts([])[0].outcome == "not measured"
+
+
+def test_a_sparse_line_has_its_figures_or_its_reason() -> None:
+    dense = (BaselineResult("dense", 40.0, 4.04, 0.1, True),)
+    found = case("sparse decode", us=9.9, spread=0.01, copy_fraction=0.5, floor_fraction=0.6, is_graph=False,
+                 noise=0.02, baselines=dense)  # fmt: skip
+    assert sparse_line(found).split() == [
+        "sparse",
+        "decode",
+        "32",
+        "x",
+        "8192",
+        "9.9*",
+        "1.0%",
+        "0.50",
+        "0.60",
+        "4.04",
+        "2.0%",
+    ]
+    assert sparse_line(case("sparse decode", reason="out of memory")).endswith("out of memory")
+    assert len(sparse_header()) == len(sparse_line(found))

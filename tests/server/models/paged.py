@@ -20,7 +20,16 @@ POISON_PAGE = -7
 class PagedRunner:
     """KV pages for `num_seqs` sequences of up to `max_len` tokens, full of NaN until written."""
 
-    def __init__(self, model: Model, ops: Ops, num_seqs: int, max_len: int, page_size: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        ops: Ops,
+        num_seqs: int,
+        max_len: int,
+        page_size: int = 16,
+        seed: int = 0,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         self._model = model
         self._page_size = page_size
         config, device = model.config, torch.device("cpu")
@@ -29,7 +38,8 @@ class PagedRunner:
         shuffled = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed))
         self._tables = shuffled[: num_seqs * pages_each].view(num_seqs, pages_each)
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-        self._kv = [ops.allocate_kv(*shape, config.dtype or torch.float32, device) for _ in range(config.num_layers)]
+        dtype = kv_dtype or config.dtype or torch.float32
+        self._kv = [ops.allocate_kv(*shape, dtype, device) for _ in range(config.num_layers)]
         for pages in (pages for pair in self._kv for pages in pair):
             pages.fill_(float("nan"))
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from server.models.checkpoint import check_against, read_entries, read_header, read_tensor
+from server import embedded as embedded_models
+from server.models.checkpoint import check_against, checkpoint_hash, read_entries, read_header, read_tensor
 from server.models.config import CheckpointError
 from tests.tiny import write_tiny_checkpoint
 
@@ -118,6 +121,28 @@ def test_an_index_must_fit_its_shards(tmp_path: Path) -> None:
     index_path.write_text("{}")
     with pytest.raises(CheckpointError, match="no weight_map"):
         read_entries(folder)
+
+
+def test_the_hash_is_of_the_files_that_tensors_are_loaded_from(tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path, num_shards=2, tokenizer=False)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    expected = hashlib.sha256(b"".join(shard.read_bytes() for shard in shards)).hexdigest()
+    assert checkpoint_hash(folder) == expected
+    save_file({"a": torch.ones(2)}, folder / "filter.safetensors")
+    save_file({"a": torch.ones(2)}, folder / "model.safetensors")  # the index counts where there is one
+    assert checkpoint_hash(folder) == expected
+    shards[1].write_bytes(shards[0].read_bytes())
+    with pytest.raises(CheckpointError, match="does not hold it"):
+        checkpoint_hash(folder)
+
+
+def test_the_calibration_files_of_the_tree_are_of_its_weights() -> None:
+    embedded = Path(embedded_models.__file__).parent
+    own = checkpoint_hash(embedded / "braid-tiny-retrieval")
+    files = embedded / "braid-tiny-retrieval-calibration"
+    assert json.loads((files / "layers.json").read_text())["model_hash"] == own
+    with safe_open(files / "channels.safetensors", framework="pt") as opened:
+        assert opened.metadata()["model_hash"] == own
 
 
 def test_names_shapes_and_types_are_held_against_the_architecture(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kernels.sparse import Method, Role
 from scheduler.types import AttentionMethod, AttentionOffer
-from server.worker.attention_calibration import Calibration, checkpoint_hash, load_tidal
+from server.models.checkpoint import checkpoint_hash
+from server.worker.attention_calibration import Calibration, load_tidal
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
 from server.worker.sparse_config import SparseConfig

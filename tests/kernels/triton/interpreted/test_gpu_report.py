@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from kernels.gpu_report.tune import Tuner
 from kernels.triton.fixed_split import VLLM_LIKE, FixedSplit
 from kernels.triton.gpu_checks import Span, worst_error
 from kernels.triton.ops import TritonOps
+from kernels.triton.paged import DevicePlan, PagedAttention
 from kernels.triton.tile_table import TileShape, WorkClass
 
 CPU = torch.device("cpu")
@@ -45,7 +48,7 @@ def ops() -> TritonOps:
 
 def small_setup(ops: TritonOps, cases: Sequence[Case], serving: Sequence[str] | None = None) -> Setup:
     found = dry_setup(ops, HostTimer(), all_baselines())
-    return replace(found, cases=cases, serving=serving)
+    return replace(found, cases=cases, sparse=(), serving=serving)
 
 
 def test_a_dry_run_goes_through_every_part_and_claims_nothing(ops: TritonOps, tmp_path: Path) -> None:
@@ -71,7 +74,7 @@ def test_a_dry_run_goes_through_every_part_and_claims_nothing(ops: TritonOps, tm
     assert found["copy_gb_s"] is None
     assert found["verdicts"] == []
     assert found["serving"]["shapes"]["8B"]["decode"] == [{"streams": 1, "steps": 3}]
-    assert found["left_out"]["sparse"]
+    assert found["sparse"] == []
     assert any("DRY RUN" in line for line in lines)
     assert "8B decode: streams 1, steps 3" in lines
     assert "8B: no peer" in lines
@@ -145,6 +148,29 @@ def test_figures_follow_from_the_times(ops: TritonOps) -> None:
     assert found.ratio_to("other") == pytest.approx(2.0)
     assert found.plan_us is not None
     assert found.combine_share is None, "there is no device to ask"
+
+
+def test_each_steps_plan_lives_until_all_calls_were_timed(ops: TritonOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured graph reads its plan where it lay: one that the next step's had replaced would be memory of others."""
+    made: list[weakref.ref[DevicePlan]] = []
+    plan = PagedAttention.plan
+
+    def recorded(self: PagedAttention, *arguments: Any) -> DevicePlan:
+        found = plan(self, *arguments)
+        made.append(weakref.ref(found))
+        return found
+
+    class Timer(ScriptedTimer):
+        def time(self, calls: Mapping[str, Call], target_s: float = 0.0) -> dict[str, Times | str]:
+            made.clear()
+            found = super().time(calls, target_s)
+            gc.collect()
+            assert len(made) == 4
+            assert all(reference() is not None for reference in made)
+            return found
+
+    monkeypatch.setattr(PagedAttention, "plan", recorded)
+    assert time_case(bench_of(ops, Timer({})), MIXED).reason is None
 
 
 def test_copies_of_the_keys_make_three_times_the_cache(ops: TritonOps) -> None:

@@ -15,7 +15,8 @@ from server.bench.client import BenchError
 from server.bench.sparse import calibrate
 from server.bench.sparse.channels import STATISTICS, ChannelStatistics
 from server.bench.sparse.passes import Reader, windows
-from server.worker.attention_calibration import Calibration, checkpoint_hash, load_channels
+from server.models.checkpoint import checkpoint_hash
+from server.worker.attention_calibration import Calibration, load_channels
 from tests.tiny import write_tiny_checkpoint
 
 
