@@ -52,3 +52,11 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+
+    @property
+    def needs_tokens(self) -> bool:
+        """What is sampled must be seen on the host before the next token can be, or is reported with what only the host
+        makes of it."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        is_ruled = self.grammar is not None or bool(self.bad_words) or penalties != (1.0, 0.0, 0.0)
+        return is_ruled or self.logprobs is not None
