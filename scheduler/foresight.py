@@ -36,10 +36,12 @@ def foreseen(flight: Flight, running: Many[Sequence]) -> Iterator[list[Sequence]
     """Inside, the sequences that go on after the step in flight, in order, stand where it will leave them. None go on
     if what one of them does next cannot be told."""
     spans = zip(flight.draft.owners, flight.draft.spans, strict=True)
-    in_step = [(seq, span, seq.decoding.foresee(span)) for seq, span in spans if seq.status is Status.RUNNING]
+    in_step = [(seq, span, seq.decoding.foresee(span)) for seq, span in spans]
+    # Of those that have left meanwhile, too: how the step is read does not change with them.
     if any(after is After.OPEN for _, _, after in in_step):
         yield []
         return
+    in_step = [one for one in in_step if one[0].status is Status.RUNNING]
     _advance(in_step)
     try:
         ending = {seq for seq, _, after in in_step if after is After.END}

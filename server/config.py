@@ -66,9 +66,7 @@ class ServerConfig(BaseModel):
     tbt_slo_ms: Annotated[Seconds | None, Auto] = _engine(
         None, "time between tokens that 99 in 100 steps keep; auto = 2.1 x a step of all who are here"
     )
-    max_prefill_share: float = _engine(
-        0.5, "most of a step's prefill budget for one prompt while others wait", gt=0, le=1
-    )
+    max_prefill_share: float = _engine(0.5, "most of a step's prefill for one prompt while others wait", gt=0, le=1)
     block_size: AutoCount = _engine(None, "tokens of a KV page; auto = what measured best on the device")
     kv_cache_memory: AutoCount = _engine(None, "bytes of the KV pool (2GiB); auto = a share of what is free")
     kv_shares: Shares = _engine((), "parts of that memory for each model, the first one first (3,1); auto = equal")
@@ -78,6 +76,9 @@ class ServerConfig(BaseModel):
     enforce_eager: bool = _engine(False, "no CUDA graphs: a faster start, slower small steps")
     max_cudagraph_capture_size: AutoCount = _engine(
         None, "tokens of the largest step in a CUDA graph; auto = 512, or max-num-batched-tokens"
+    )
+    async_scheduling: Annotated[Literal["auto", "on", "off"], Switch] = _engine(
+        "auto", "a step is planned and launched while the one before it runs; auto = on a GPU; never the text"
     )
     enable_prefix_caching: bool = _engine(True, "reuse the KV of prompts that begin alike")
     threads: AutoCount = _engine(None, "CPU threads of a step; auto = physical cores")
@@ -120,9 +121,7 @@ class ServerConfig(BaseModel):
     attention_calibration: Names = _sparse(
         (), "what calibration wrote, repeatable: channels (safetensors), layers (JSON)"
     )
-    attention_channels: AutoCount = _sparse(
-        None, "label channels of double_sparsity; auto = an eighth of the head size"
-    )
+    attention_channels: AutoCount = _sparse(None, "double_sparsity's label channels; auto = an eighth of the head size")
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
     denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")
