@@ -55,8 +55,6 @@ class Sampling:
 
     @property
     def needs_tokens(self) -> bool:
-        """What is sampled must be seen on the host before the next token can be, or is reported with what only the host
-        makes of it."""
+        """What is sampled must be seen on the host before the next token can be."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        is_ruled = self.grammar is not None or bool(self.bad_words) or penalties != (1.0, 0.0, 0.0)
-        return is_ruled or self.logprobs is not None
+        return self.grammar is not None or bool(self.bad_words) or penalties != (1.0, 0.0, 0.0)

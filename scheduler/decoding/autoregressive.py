@@ -109,12 +109,11 @@ class Autoregressive:
         return end == len(self._seq.tokens) and self._max_tokens > 0
 
     def foresee(self, span: Span) -> After:
-        """OPEN where drafts are at work, where log-probabilities are read, and where the host weighs what was sampled
-        before the next token is."""
+        """OPEN where drafts are at work, where prompt log-probabilities are read, and where the host weighs what was
+        sampled before the next token is."""
         num_judged, end = len(span.judged), span.kv_len
         is_last = end == len(self._seq.tokens)
-        is_more = num_judged > is_last or (num_judged and self._wants_logprobs)
-        if span.num_drafts or self.drafts is not None or is_more:
+        if span.num_drafts or self.drafts is not None or num_judged > is_last:
             return After.OPEN
         if not is_last:
             return After.PROMPT

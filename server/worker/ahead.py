@@ -25,7 +25,7 @@ from server.worker.transfer import upload
 
 
 def can_choose_early(spans: Sequence[Span], states: Sequence[SequenceState]) -> bool:
-    """All that is read of the step is a token of some last rows."""
+    """All that is read of the step is a token of some last rows, and its log-probabilities."""
     return all(map(_is_plain, spans, states))
 
 
@@ -34,9 +34,7 @@ def _is_plain(span: Span, state: SequenceState) -> bool:
         return False
     if span.read is Read.NOTHING:
         return True
-    if span.read is not Read.SAMPLE or state.recipe.sampling.logprobs is not None:
-        return False
-    return len(span.judged) == 1 and span.start + span.judged[0] == len(state.history) - 1
+    return span.read is Read.SAMPLE and len(span.judged) == 1 and span.start + span.judged[0] == len(state.history) - 1
 
 
 class _Sampled(NamedTuple):

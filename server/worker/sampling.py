@@ -20,7 +20,7 @@ from kernels.ops import Ops
 from scheduler.types import Drafts, Outcome, TokenLogprob, VerifyMode
 from server.worker.drafters.base import RowTops
 from server.worker.judged import Judged
-from server.worker.logprobs import token_logprobs
+from server.worker.logprobs import Weighed, token_logprobs, weigh
 from server.worker.process_logits import JudgedRow, clear_rows, start_processing, why_empty
 from server.worker.transfer import Download, upload
 from server.worker.verification import Judgement, Verdict, verify_coupled, verify_sampled
@@ -81,11 +81,21 @@ class Chosen(NamedTuple):
     logits_JV: Tensor | None = None
     raw_RV: Tensor | None = None
     wanted: Sequence[int] = ()
+    weighed: Weighed | None = None
 
     @property
+    def num_top(self) -> list[int]:
+        """Alternatives that the rows `wanted` report."""
+        return [self.rows[row].recipe.sampling.logprobs or 0 for row in self.wanted]
+
     def light(self) -> Chosen:
-        """Without what takes memory: then only the tokens can be read."""
-        return self._replace(logits_JV=None, raw_RV=None, wanted=())
+        """Without what takes memory: spans of one row each, which are only to be read."""
+        weighed = None
+        if self.raw_RV is not None:
+            # A row without a token reports nothing in the end.
+            tokens_R = _take(self.ids_J, self.wanted).clamp(min=0)
+            weighed = weigh(self.raw_RV, tokens_R, max(self.num_top))
+        return self._replace(logits_JV=None, raw_RV=None, weighed=weighed)
 
 
 def read_tokens(
@@ -96,7 +106,7 @@ def read_tokens(
 
 
 def choose_tokens(ops: Ops, logits_JV: Tensor, judged: Sequence[Judged]) -> Chosen:
-    """The device's half: nothing here waits for it, unless log-probabilities are wanted.
+    """The device's half: nothing here waits for it.
 
     logits_JV  float32 [J, V], raw: the rows of all spans one after the other; it is overwritten
     """
@@ -137,6 +147,10 @@ def read_chosen(ops: Ops, chosen: Chosen, num_top: int = 0, tops_of: Sequence[in
         _read(one, samples, first, errors, verdicts.get(index))
         for index, (one, first) in enumerate(zip(judged, firsts, strict=False))
     ]
+    if chosen.weighed is not None:
+        for index, entry in zip(chosen.wanted, chosen.weighed.told(chosen.num_top), strict=True):
+            if readings[index].error is None:
+                readings[index] = readings[index]._replace(logprobs=(entry,))
     if chosen.raw_RV is not None:
         _add_logprobs(readings, judged, firsts, chosen.raw_RV, chosen.wanted)
     if num_top and chosen.logits_JV is not None:
@@ -192,7 +206,8 @@ def _take(values_JV: Tensor, at: Sequence[int]) -> Tensor:
     """Some rows, ascending; the whole if they are all of it."""
     if len(at) == values_JV.shape[0]:
         return values_JV
-    return values_JV[torch.tensor(at, device=values_JV.device)]
+    (index,) = upload([np.asarray(at, dtype=np.int64)], values_JV.device)
+    return values_JV[index]
 
 
 def _sample(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> Tensor:

@@ -220,7 +220,7 @@ class Worker:
         begun = _Begun(plan, started_at, num_compiled, errors, states, probes, batch, hidden_TH)
         if self.plans_ahead and not probes and can_choose_early(spans, states):
             choose = self._reader.choose(partial(self._logits, hidden_TH), spans, states, batch.first_rows, errors)
-            parts = [part._replace(chosen=part.chosen.light) for part in choose]
+            parts = [part._replace(chosen=part.chosen.light()) for part in choose]
             self._ahead.keep(plan.step, spans, parts)
             begun = begun._replace(parts=parts)
         return begun

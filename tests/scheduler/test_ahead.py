@@ -231,7 +231,6 @@ def test_who_ends_by_length_leaves_no_surplus_row() -> None:
         Sampling(presence_penalty=0.1),
         Sampling(frequency_penalty=0.1),
         Sampling(bad_words=((1,),)),
-        Sampling(logprobs=0),
     ],
 )
 def test_who_needs_its_tokens_on_the_host_keeps_the_next_step_waiting(sampling: Sampling) -> None:

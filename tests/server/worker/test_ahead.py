@@ -23,6 +23,7 @@ from scheduler.types import (
     Request,
     Sampling,
     StepPlan,
+    TokenLogprob,
 )
 from server.engine.core import EngineCore
 from server.worker import process_logits
@@ -46,11 +47,12 @@ KINDS = (
     Sampling(temperature=1.2, min_p=0.05, logit_bias=((5, 3.0), (9, -100.0))),
     Sampling(temperature=1.0, min_tokens=4),
     Sampling(temperature=1.0, allowed_token_ids=(2, 4, 8, 15, 16, 23)),
+    Sampling(temperature=1.0, logprobs=2),
+    Sampling(temperature=0.0, logprobs=0),
 )
 HOSTS = (
     Sampling(temperature=0.9, repetition_penalty=1.3, presence_penalty=0.4),
     Sampling(temperature=1.0, bad_words=((7, 8), (9,))),
-    Sampling(temperature=1.0, logprobs=2),
     Sampling(temperature=1.0, prompt_logprobs=1),
 )
 
@@ -77,6 +79,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprob]] = {}
         self.ends: dict[str, FinishReason | None] = {}
         self.num_ahead = self.num_surplus = self.num_preempted = self.num_steps = 0
 
@@ -109,6 +112,7 @@ def serve(
 def note(found: Counted, delta: Delta) -> None:
     assert found.ends.get(delta.request_id) is None, "news after the end"
     found.tokens.setdefault(delta.request_id, []).extend(delta.tokens)
+    found.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)
     found.ends[delta.request_id] = delta.finish_reason
 
 
@@ -150,6 +154,12 @@ def test_planned_ahead_or_not_the_tokens_are_the_same(
             assert plain.tokens[name][:same] == found.tokens[name][:same]
         else:
             assert (found.tokens[name], found.ends[name]) == (plain.tokens[name], plain.ends[name])
+            # Torch's products depend on the batch in their last bits.
+            for one, other in zip(found.logprobs[name], plain.logprobs[name], strict=True):
+                assert (one.token, one.rank, len(one.top)) == (other.token, other.rank, len(other.top))
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+                assert [p for _, p in one.top] == pytest.approx([p for _, p in other.top], abs=1e-4)
+            assert len(found.logprobs[name]) == (0 if request.sampling.logprobs is None else len(found.tokens[name]))
     if not seed % 2:
         assert found.num_surplus > 0
 
@@ -295,18 +305,20 @@ def test_choosing_tokens_does_not_look_at_them(monkeypatch: pytest.MonkeyPatch) 
     """As on a device, where a look would wait. Told afterwards: one row is not finite, and one is empty."""
     monkeypatch.setattr(process_logits, "can_look", lambda logits: False)
     rules = [
-        Sampling(temperature=0.0),
+        Sampling(temperature=0.0, logprobs=2),
         Sampling(temperature=1.0),
         Sampling(allowed_token_ids=(4,), logit_bias=((4, -torch.inf),)),
     ]
     rows = [JudgedRow(make_recipe(Request("r", (1,), 4, rule), (EOS,)), [1], 0) for rule in rules]
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
-    best = int(logits[0].argmax())
+    best, logits_before = int(logits[0].argmax()), logits[0].clone()
     logits[1, 3] = torch.nan
     with NoLook():
-        chosen = choose_tokens(Deviceless(), logits, [Judged([row]) for row in rows])
-    first, broken, empty = read_chosen(Deviceless(), chosen.light)
+        chosen = choose_tokens(Deviceless(), logits, [Judged([row]) for row in rows]).light()
+    first, broken, empty = read_chosen(Deviceless(), chosen)
     assert first.tokens == (best,)
+    assert first.logprobs == (TokenLogprob(best, first.logprobs[0].logprob, 1, first.logprobs[0].top),)
+    assert [token for token, _ in first.logprobs[0].top] == logits_before.topk(2).indices.tolist()
     assert broken.error == NOT_FINITE
     assert empty.error is not None
     assert "ALLOWED" in empty.error
