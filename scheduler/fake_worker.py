@@ -14,6 +14,7 @@ from functools import partial
 from scheduler.fake_denoiser import run_block_span
 from scheduler.hashing import EMPTY, mix
 from scheduler.types import (
+    UNKNOWN,
     Admission,
     DiffusionModel,
     Drafts,
@@ -153,6 +154,8 @@ class FakeWorker:
 
     def _run_span(self, span: Span) -> Outcome:
         known = self._known[span.seq_id]
+        if span.tokens == (UNKNOWN,):
+            span = span._replace(tokens=(known.tokens[span.start],))
         if known.request.decoding is not None:
             assert self._diffusion is not None, "a model that cannot denoise is asked to"
             read, write = partial(self._read, known), partial(self._write, known)

@@ -15,7 +15,7 @@ _ORDER = attrgetter("order")
 class Queues:
     """All sequences of a scheduler, by id and in order of service.
 
-    running    admitted sequences; while a step is in flight also those of it that ended meanwhile
+    running    admitted sequences, and those that ended until the last step they are in is over
     waiting    sequences without KV
     num_denoisers   of the running ones, those that denoise, or will
     """
@@ -65,26 +65,30 @@ class Queues:
         seq.num_preemptions += 1
         self.enqueue(seq, now)
 
-    def end(self, seq: Sequence) -> None:
-        """Forget a request. If it was running its pages stay its own until `bury`: the worker may be writing them."""
+    def end(self, seq: Sequence, last_step: int) -> None:
+        """Forget a request. If it was running its pages stay its own until `last_step` is over: the worker may be
+        writing them."""
         del self.by_id[seq.request.id]
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
             self.num_queued_tokens -= len(seq.tokens)
         else:
             self._ended.append(seq)
+            seq.last_step = last_step
         seq.status = Status.FINISHED
 
-    def bury(self) -> None:
-        """Free the pages of sequences that ended. Only when no step is in flight."""
+    def bury(self, step: int) -> None:
+        """Free the pages of sequences that ended and whose last step is over, now that `step` is."""
         if not self._ended:
             return
+        gone = {seq for seq in self._ended if seq.last_step <= step}
         for seq in self._ended:
-            self._memory.drop(seq)
-            self._released.append(seq.seq_id)
-            self.num_denoisers -= seq.decoding.is_denoiser
-        self._ended = []
-        self.running = [seq for seq in self.running if seq.status is Status.RUNNING]
+            if seq in gone:
+                self._memory.drop(seq)
+                self._released.append(seq.seq_id)
+                self.num_denoisers -= seq.decoding.is_denoiser
+        self._ended = [seq for seq in self._ended if seq not in gone]
+        self.running = [seq for seq in self.running if seq not in gone]
 
     def take_released(self) -> tuple[int, ...]:
         """The seq_ids whose worker-side state can go, each told once."""

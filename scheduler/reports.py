@@ -54,6 +54,7 @@ def step_stats(
     """The gauges after a step, with the counts of the step itself."""
     return replace(
         gauges,
+        step=result.step,
         elapsed_s=result.elapsed_s,
         predicted_s=predicted_s,
         budget=draft.budget,

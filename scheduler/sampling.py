@@ -52,3 +52,9 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+
+    @property
+    def needs_tokens(self) -> bool:
+        """What is sampled must be seen on the host before the next token can be."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return self.grammar is not None or bool(self.bad_words) or penalties != (1.0, 0.0, 0.0)

@@ -2,20 +2,24 @@
 
 Readable top to bottom: add, abort, schedule (four passes under one token budget), update. No clock, no I/O, no
 tensors, no threads; time enters as an argument (R6). One plan is in flight at a time: schedule, run, update, in this
-order.
+order. A second one may join it where it can be told what the first will leave: `schedule_ahead`.
 
 Source: Sarathi-Serve (Agrawal et al., OSDI 2024), Algorithm 3, with vLLM v1's recompute preemption and prefix cache.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from scheduler.admission import check_limits, refuse_impossible, refuse_overload
 from scheduler.budget import BudgetPolicy, StepPolicy
+from scheduler.decodes import Decodes
 from scheduler.decoding.base import BadOutcome
 from scheduler.decoding.factory import make_decoding, refuse_decoding
 from scheduler.denoising import Denoising
 from scheduler.draft_plan import ALONE, DraftPlan, Others
 from scheduler.drafting import make_step_policy
+from scheduler.foresight import Flight, foreseen, without_surplus
 from scheduler.kv_memory import KVMemory
 from scheduler.prefilling import Prefilling
 from scheduler.queues import Queues
@@ -67,8 +71,9 @@ class Scheduler:
         budget = BudgetPolicy(limits, StepCost() if cost is None else cost)
         self._policy = make_step_policy(budget, limits, self._memory, speculation)
         self._denoising = Denoising(limits, budget)
+        self._decodes = Decodes(self._memory, self._queues)
         self._prefilling = Prefilling(limits, self._memory, self._queues)
-        self._in_flight: DraftPlan | None = None
+        self._in_flight: list[Flight] = []
         self._before: DraftPlan | None = None
         self._num_arrived = 0
         self._step = 0
@@ -80,7 +85,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._queues.by_id) or self._in_flight is not None
+        return bool(self._queues.by_id) or bool(self._in_flight)
 
     def add(self, request: Request, now: float, is_resubmission: bool = False) -> Fault | None:
         """Queue a request. Returns why it is refused: 400 if it can never run, 429 if the queue is full."""
@@ -118,19 +123,40 @@ class Scheduler:
         return make_delta(seq, self._now, fault=fault)
 
     def _end(self, seq: Sequence) -> None:
-        self._queues.end(seq)
-        if self._in_flight is None:
-            self._queues.bury()
+        """Its pages are its own until the last step that may write them is over."""
+        steps = [flight.step for flight in self._in_flight if seq in flight.draft.owners]
+        self._queues.end(seq, max(steps, default=self._step))
+        if not self._in_flight:
+            self._queues.bury(self._step)
 
     def schedule(self, now: float, others: Others = ALONE) -> StepPlan | None:
         """The next step, or None; `others` take turns with us. Raises RuntimeError while a plan is in flight."""
-        if self._in_flight is not None:
+        if self._in_flight:
             raise RuntimeError(f"step {self._step} is in flight; update() must come before schedule()")
         self._now = now
         if not self._queues.by_id:
             return None
-        draft = DraftPlan(others, now, self._host_s(others))
-        prefills = self._place_decodes(draft)
+        return self._compose(DraftPlan(others, now, self._host_s(others)), self._queues.running)
+
+    def schedule_ahead(self, now: float) -> StepPlan | None:
+        """The step after the one in flight, before that one's tokens are known: `UNKNOWN` stands for them. None where
+        it cannot be told what the step leaves, where nobody goes on, and where it would take a preemption.
+
+        A sequence that the step in flight turns out to end has a row too many: its outcome is passed over.
+        """
+        if len(self._in_flight) != 1 or self._queues.num_denoisers:
+            return None
+        self._now, before = now, self._in_flight[0]
+        with foreseen(before, self._queues.running) as running:
+            if not running or self._decodes.num_missing(running) > self._memory.pool.num_available:
+                return None
+            # Nothing is between two steps of which one was planned while the other ran.
+            host_s = 0.0 if before.is_ahead else None
+            return self._compose(DraftPlan(ALONE, now, host_s), running, after=before.step)
+
+    def _compose(self, draft: DraftPlan, running: list[Sequence], after: int | None = None) -> StepPlan:
+        """The passes, over the sequences that go on. after: the step in flight."""
+        prefills = self._decodes.place(draft, running, self._now)
         denoisers: list[Sequence] = []
         if self._queues.num_denoisers:
             denoisers = [seq for seq in prefills if seq.decoding.is_denoising]
@@ -140,11 +166,11 @@ class Scheduler:
         self._denoising.place(draft, denoisers, backlog)
         self._policy.shape(draft, backlog)
         if backlog is not None:
-            self._prefilling.place(draft, prefills, may_admit, now)
+            self._prefilling.place(draft, prefills, may_admit, self._now)
         self._policy.finish(draft)
         assert draft.spans, "a step with work to do has no spans (forward progress)"
         self._step += 1
-        self._in_flight = draft
+        self._in_flight.append(Flight(self._step, draft, after is not None))
         return StepPlan(
             step=self._step,
             spans=tuple(draft.spans),
@@ -154,6 +180,7 @@ class Scheduler:
             budget=draft.budget,
             predicted_s=self._policy.predict(draft),
             draft_depth=draft.draft_depth,
+            after=after,
         )
 
     def _host_s(self, others: Others) -> float | None:
@@ -163,58 +190,19 @@ class Scheduler:
             return None
         return self._now - before.planned_at_s - before.elapsed_s
 
-    def _place_decodes(self, draft: DraftPlan) -> list[Sequence]:
-        """Pass 1: every decode, whatever the budget (R1), no drafts yet. Returns all others, oldest first: unfinished
-        prompts, and those that denoise."""
-        memory, queues = self._memory, self._queues
-        page_size = memory.page_size
-        # KVMemory.num_missing, written out: the call would cost a quarter of `schedule`.
-        short = [s for s in queues.running if s.prefill_end <= s.num_committed >= len(s.pages) * page_size]
-        if queues.num_denoisers:
-            short += [s for s in queues.running if s.decoding.is_denoiser and memory.num_missing(s)]
-        if short:
-            draft.num_preempted = self._preempt_for(sum(map(memory.num_missing, short)))
-            for seq in short:
-                if seq.status is Status.RUNNING:
-                    for _ in range(memory.num_missing(seq)):
-                        draft.add_page(seq.seq_id, memory.grow(seq))
-        others = []
-        spans, owners, context = draft.spans, draft.owners, 0
-        for seq in queues.running:
-            if seq.num_committed < seq.prefill_end:
-                others.append(seq)
-                continue
-            span = seq.decoding.next_span(1)
-            spans.append(span)
-            owners.append(seq)
-            context += span.kv_len
-        draft.num_decodes = len(spans)
-        draft.context_tokens = context
-        return others
-
-    def _preempt_for(self, needed: int) -> int:
-        """One wave: the last in order (lowest priority, then youngest) lose their pages until each decode, and each
-        that denoises, has what its next span needs.
-
-        It ends: the first sequence alone always fits, or `add` would have refused it.
-        """
-        num_preempted = 0
-        while needed > self._memory.pool.num_available:
-            needed -= self._memory.num_missing(self._queues.running[-1])
-            self._queues.preempt_last(self._now)
-            num_preempted += 1
-        return num_preempted
-
     def update(self, plan: StepPlan, result: StepResult, now: float) -> tuple[list[Delta], StepStats]:
         """Learn what the step in flight gave. Raises ValueError, having changed nothing, if it is another step's."""
-        draft = self._in_flight
-        if draft is None or not plan.step == result.step == self._step:
-            raise ValueError(f"result of step {result.step} for plan {plan.step}, but step {self._step} is due")
+        due = self._in_flight[0].step if self._in_flight else None
+        if not plan.step == result.step == due:
+            raise ValueError(f"result of step {result.step} for plan {plan.step}, but step {due} is due")
+        flight = self._in_flight[0]
+        draft = flight.draft
         if [span.seq_id for span in draft.spans] != [outcome.seq_id for outcome in result.outcomes]:
             raise ValueError(f"the outcomes of step {plan.step} are not one per span, in the order of its spans")
         self._now = now
         deltas: list[Delta] = []
         has_failed = False
+        is_over = [seq.status is not Status.RUNNING for seq in draft.owners] if flight.is_ahead else []
         for seq, span, outcome in zip(draft.owners, draft.spans, result.outcomes, strict=True):
             has_failed = has_failed or outcome.error is not None
             if seq.status is not Status.RUNNING:
@@ -222,17 +210,20 @@ class Scheduler:
             delta = self._absorb(seq, span, outcome)
             if delta is not None:
                 deltas.append(delta)
-        self._in_flight = None
-        draft.elapsed_s = result.elapsed_s
+        del self._in_flight[0]
+        draft.elapsed_s, num_surplus = result.elapsed_s, 0
+        if flight.is_ahead:
+            result, num_surplus = without_surplus(draft, result, is_over)
         # Without work the engine waits.
-        self._before = draft if self._queues.by_id else None
+        self._before = draft if self._queues.by_id and not flight.is_ahead else None
         if draft.num_denoising:
             self._denoising.learn(draft)
-        self._queues.bury()
+        self._queues.bury(flight.step)
         # A step with a failed row may have been run several times to find it; its time says nothing.
         report = self._policy.learn(draft, result, is_timed=not has_failed)
         generated = sum(len(delta.tokens) for delta in deltas)
-        return deltas, step_stats(self.stats(), draft, result, plan.predicted_s, generated, report)
+        stats = step_stats(self.stats(), draft, result, plan.predicted_s, generated, report)
+        return deltas, replace(stats, is_ahead=True, num_surplus=num_surplus) if flight.is_ahead else stats
 
     def _absorb(self, seq: Sequence, span: Span, outcome: Outcome) -> Delta | None:
         try:
@@ -241,7 +232,7 @@ class Scheduler:
             news = seq.decoding.absorb(span, outcome)
         except BadOutcome as error:
             seq.finish_reason = FinishReason.ERROR
-            self._queues.end(seq)
+            self._end(seq)
             return make_delta(seq, self._now, fault=Fault(500, str(error)))
         if seq.num_committed - seq.num_entered * self._memory.page_size >= self._memory.page_size:
             self._memory.publish(seq)
@@ -250,7 +241,7 @@ class Scheduler:
         if news.tokens and seq.first_token_s is None:
             seq.first_token_s = self._now
         if seq.finish_reason is not None:
-            self._queues.end(seq)
+            self._end(seq)
         return make_delta(seq, self._now, news)
 
     def stats(self) -> StepStats:

@@ -35,6 +35,7 @@ class Sequence:
     num_announced   pages announced as pending in the index
     deferred_on     name of the page it waits for a running sequence to compute
     waiting_since_s when it entered the queue, last time
+    last_step       of one that ended: its pages are its own until this step is over
     denoising       what is known of its denoise spans; None until it has one
     drafting        what is known of its drafts; None where nobody drafts
     """
@@ -64,6 +65,7 @@ class Sequence:
     has_sent: bool = False
     drafting: DraftState | None = None
     denoising: DenoiseState | None = None
+    last_step: int = 0
 
     @property
     def num_output(self) -> int:

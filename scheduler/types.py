@@ -38,9 +38,14 @@ from scheduler.speculation import SpeculationMode as SpeculationMode
 from scheduler.speculation import SpeculationSettings as SpeculationSettings
 from scheduler.speculation import SpeculationUsage as SpeculationUsage
 from scheduler.speculation import VerifyMode as VerifyMode
+from scheduler.step_stats import StepStats as StepStats
 
 MASK_ALL = 1 << 30
 """`mask_block` of a bidirectional span: every row sees every key of its sequence."""
+
+
+UNKNOWN = -1
+"""In the span of a step that is planned ahead: the token that the step before it will have sampled for the sequence."""
 
 
 class Read(IntEnum):
@@ -145,6 +150,7 @@ class StepPlan:
     released   sequences whose worker-side state is dropped (finished, aborted or preempted before this step)
     budget     the token budget this step was built under; predicted_s the step-time model's forecast (0 = none yet)
     draft_depth  most sequential draft steps a model drafter may take at the end of this step; 0 = it does not run
+    after      the step before, if this one was planned ahead of its tokens: spans of one token may then be `UNKNOWN`
     """
 
     step: int
@@ -155,6 +161,7 @@ class StepPlan:
     budget: int = 0
     predicted_s: float = 0.0
     draft_depth: int = 0
+    after: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -251,50 +258,3 @@ class Delta:
     speculation: SpeculationUsage | None = None
     decoding: DecodingUsage | None = None
     snapshot: Snapshot | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """One step in numbers, for metrics and the status line. Counts are of this step; gauges are as it ends.
-
-    prefill_tokens    prompt rows computed; recomputed_tokens of these had been computed before a preemption
-    generated_tokens  output tokens in this step's deltas
-    num_preempted     sequences that lost their pages in this step
-    prefix_queries    tokens of the requests admitted for the first time that looked into the prefix cache
-    prefix_hits       of these, tokens whose pages were found
-    pages_used        pages owned by sequences; pages_cached are idle but hold a prefix; the rest of pages_total is
-    free
-    draft_tokens   drafts verified, of drafted_seqs sequences; accepted_tokens of these became output; draft_s seconds
-                   spent on proposing
-    drafts         the same per drafter and position
-    goodput_predicted   tokens per second the planner expected of this step (0 = no planner, or nothing known yet)
-    model          whose step it was, as `Request.model`; the gauges are of this model alone
-    num_compiled   as in `StepResult`
-    """
-
-    step: int = 0
-    elapsed_s: float = 0.0
-    predicted_s: float = 0.0
-    budget: int = 0
-    decode_tokens: int = 0
-    prefill_tokens: int = 0
-    draft_tokens: int = 0
-    denoise_tokens: int = 0
-    generated_tokens: int = 0
-    num_running: int = 0
-    num_waiting: int = 0
-    num_preempted: int = 0
-    recomputed_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    pages_used: int = 0
-    pages_cached: int = 0
-    pages_total: int = 0
-    oldest_waiting_s: float = 0.0
-    accepted_tokens: int = 0
-    drafted_seqs: int = 0
-    draft_s: float = 0.0
-    drafts: tuple[DraftTally, ...] = ()
-    goodput_predicted: float = 0.0
-    model: str = ""
-    num_compiled: int = 0

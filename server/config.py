@@ -78,6 +78,9 @@ class ServerConfig(BaseModel):
     max_cudagraph_capture_size: AutoCount = _engine(
         None, "tokens of the largest step in a CUDA graph; auto = 512, or max-num-batched-tokens"
     )
+    async_scheduling: Annotated[Literal["auto", "on", "off"], Switch] = _engine(
+        "auto", "a step is planned and launched while the one before it runs; auto = on a GPU; never the text"
+    )
     enable_prefix_caching: bool = _engine(True, "reuse the KV of prompts that begin alike")
     threads: AutoCount = _engine(None, "CPU threads of a step; auto = physical cores")
     grammar_timeout: Seconds = _engine(5.0, "seconds to compile a structured-output constraint")
@@ -119,9 +122,7 @@ class ServerConfig(BaseModel):
     attention_calibration: Names = _sparse(
         (), "what calibration wrote, repeatable: channels (safetensors), layers (JSON)"
     )
-    attention_channels: AutoCount = _sparse(
-        None, "label channels of double_sparsity; auto = an eighth of the head size"
-    )
+    attention_channels: AutoCount = _sparse(None, "double_sparsity's label channels; auto = an eighth of the head size")
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
     denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")

@@ -6,7 +6,7 @@ A sequence is prompt + output; a resubmitted or preempted one arrives with outpu
 
 from __future__ import annotations
 
-from scheduler.decoding.base import BadOutcome, News, Widths
+from scheduler.decoding.base import After, BadOutcome, News, Widths
 from scheduler.decoding.drafts import accepted_path, span_parents
 from scheduler.sequence import Sequence
 from scheduler.types import Drafts, FinishReason, Outcome, Read, Span, SpeculationUsage, TokenLogprob
@@ -25,6 +25,7 @@ class Autoregressive:
         "_num_logprobs_sent",
         "_seq",
         "_stop_ids",
+        "_waits_for_tokens",
         "_wants_logprobs",
         "drafts",
     )
@@ -44,6 +45,7 @@ class Autoregressive:
         self._num_logprobs_due = len(request.prompt) - 1 if wanted else 0
         self._num_logprobs_sent = 0
         self._wants_logprobs = request.sampling.logprobs is not None
+        self._waits_for_tokens = request.sampling.needs_tokens
         self.drafts: Drafts | None = None
 
     @property
@@ -105,6 +107,19 @@ class Autoregressive:
 
     def _samples_at(self, end: int) -> bool:
         return end == len(self._seq.tokens) and self._max_tokens > 0
+
+    def foresee(self, span: Span) -> After:
+        """OPEN where drafts are at work, where prompt log-probabilities are read, and where the host weighs what was
+        sampled before the next token is."""
+        num_judged, end = len(span.judged), span.kv_len
+        is_last = end == len(self._seq.tokens)
+        if span.num_drafts or self.drafts is not None or num_judged > is_last:
+            return After.OPEN
+        if not is_last:
+            return After.PROMPT
+        if not num_judged or end + 1 >= self._max_total:
+            return After.END
+        return After.OPEN if self._waits_for_tokens else After.TOKEN
 
     def absorb(self, span: Span, outcome: Outcome) -> News:
         if span.read is Read.VERIFY:

@@ -5,6 +5,7 @@ The scheduler knows no decoding method; it asks. Tensors, logits and sampling ru
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from scheduler.types import DecodingUsage, Drafts, Outcome, Snapshot, Span, SpeculationUsage, TokenLogprob
@@ -28,6 +29,21 @@ class News(NamedTuple):
     speculation: SpeculationUsage | None = None
     decoding: DecodingUsage | None = None
     snapshot: Snapshot | None = None
+
+
+class After(IntEnum):
+    """What can be told of a sequence before the span that is computed right now has given anything.
+
+    OPEN    its next span depends on what this one gives
+    PROMPT  rows of its prompt are left; no token comes of this one
+    TOKEN   one token comes, and the next span is that token's row, unless the token ends the sequence
+    END     the span is its last, whatever it gives
+    """
+
+    OPEN = 0
+    PROMPT = 1
+    TOKEN = 2
+    END = 3
 
 
 class Widths(NamedTuple):
@@ -112,6 +128,10 @@ class Decoding(Protocol):
         A decode takes its first `budget` - 1 drafts along. `num_drafts` is passed on (`Span.num_drafts`). A prompt
         chunk has a multiple of `grain` rows; a denoise span is as wide as `widths` and `budget` allow.
         """
+        ...
+
+    def foresee(self, span: Span) -> After:
+        """What `absorb` will have made of the sequence. OPEN is always right, and keeps the next step waiting."""
         ...
 
     def absorb(self, span: Span, outcome: Outcome) -> News:

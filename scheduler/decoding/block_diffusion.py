@@ -12,7 +12,7 @@ reference, sections 1, 7 and 9.5-9.8.
 from __future__ import annotations
 
 from scheduler.decoding.auto_threshold import AutoThreshold
-from scheduler.decoding.base import BadOutcome, News, Widths
+from scheduler.decoding.base import After, BadOutcome, News, Widths
 from scheduler.decoding.block import Block, block_rules, most_tokens, shadow_rows
 from scheduler.sequence import Sequence
 from scheduler.types import (
@@ -181,6 +181,9 @@ class BlockDiffusion:
             if window == block.fresh_window and has_first:
                 return window
         return block.lo, block.hi
+
+    def foresee(self, span: Span) -> After:
+        return After.OPEN
 
     def absorb(self, span: Span, outcome: Outcome) -> News:
         seq = self._seq

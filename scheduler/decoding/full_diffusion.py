@@ -12,7 +12,7 @@ Sources: LLaDA, Dream (samplers); diffusion reference, sections 3, 5, 6 and 9.
 from __future__ import annotations
 
 from scheduler.decoding.auto_threshold import AutoThreshold
-from scheduler.decoding.base import BadOutcome, News, Widths
+from scheduler.decoding.base import After, BadOutcome, News, Widths
 from scheduler.decoding.caches import View, plan_rows
 from scheduler.decoding.canvas import (
     ADABLOCK_SHARE,
@@ -176,6 +176,9 @@ class FullDiffusion:
         if asked.selector.name == "auto" or asked.stopper.name == "eotp":
             return [mask for mask in masks if min(at.lo, window[0]) <= mask < max(at.hi, window[1])]
         return [mask for mask in masks if window[0] <= mask < window[1]]
+
+    def foresee(self, span: Span) -> After:
+        return After.OPEN
 
     def absorb(self, span: Span, outcome: Outcome) -> News:
         denoised, denoise, at = outcome.denoised, span.denoise, self._canvas

@@ -167,6 +167,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     max_graph_tokens: int | None = None
+    async_scheduling: str = "auto"
     max_model_len: int | None = None
     page_size: int | None = None
     max_batched_tokens: int = 1024

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Protocol
 
 from scheduler.budget import StepPolicy
 from scheduler.draft_plan import ALONE, Others
 from scheduler.types import Delta, Fault, FinishReason, Request, StepPlan, StepResult, StepStats
-from server.engine.isolation import Failure, run_isolated
+from server.engine.isolation import Failure
 from server.engine.patience import Patience
 from server.engine.preparation import Preparation
+from server.engine.under_way import UnderWay
 
 
 class WorkerLike(Protocol):
@@ -33,14 +32,6 @@ class WorkerLike(Protocol):
     def close(self) -> None: ...
 
 
-class _Launched(NamedTuple):
-    """A step that has begun. finish() gives its result, or raises what went wrong in either half."""
-
-    plan: StepPlan
-    started_at: float
-    finish: Callable[[], StepResult]
-
-
 class SchedulerLike(Protocol):
     """What the loop asks of a scheduler (`scheduler/scheduler.py`)."""
 
@@ -51,6 +42,7 @@ class SchedulerLike(Protocol):
     @property
     def policy(self) -> StepPolicy: ...
     def schedule(self, now: float, others: Others = ALONE) -> StepPlan | None: ...
+    def schedule_ahead(self, now: float) -> StepPlan | None: ...
     def update(self, plan: StepPlan, result: StepResult, now: float) -> tuple[list[Delta], StepStats]: ...
     def fail(self, request_id: str, fault: Fault) -> Delta | None: ...
     def stats(self) -> StepStats: ...
@@ -62,6 +54,7 @@ class EngineCore:
     clock  monotonic seconds
     wake   called from another thread when a compiled grammar is waiting to be taken up
     queue_timeout_s  a request that no step has touched for so long fails with 503; None = it may wait for ever
+    plans_ahead  the worker takes a step before the one before it is over
     """
 
     def __init__(
@@ -72,6 +65,7 @@ class EngineCore:
         grammar_timeout_s: float = 5.0,
         wake: Callable[[], None] = lambda: None,
         queue_timeout_s: float | None = None,
+        plans_ahead: bool = False,
     ) -> None:
         self._worker, self._scheduler, self._clock = worker, scheduler, clock
         self._preparation = Preparation(worker.prepare, worker.forget, clock, grammar_timeout_s, wake)
@@ -79,7 +73,7 @@ class EngineCore:
         self._patience = Patience(queue_timeout_s)
         self._resubmitted: set[str] = set()
         self._request_of: dict[int, str] = {}
-        self._launched: _Launched | None = None
+        self._steps, self._plans_ahead = UnderWay(worker, clock), plans_ahead
         self._outbox: list[Delta] = []
 
     @property
@@ -130,6 +124,10 @@ class EngineCore:
 
         others  the engine's other models that have work (`several.py`)
         """
+        self._take_up()
+        return self._scheduler.schedule(self._clock(), others)
+
+    def _take_up(self) -> None:
         for request, fault in self._preparation.collect():
             if fault is None:
                 self._prepared.add(request.id)
@@ -139,7 +137,6 @@ class EngineCore:
                 self._refuse(request.id, fault)
         for request_id in self._patience.expired(self._clock()):
             self._give_up(request_id)
-        return self._scheduler.schedule(self._clock(), others)
 
     def take_outbox(self) -> list[Delta]:
         """Deltas that no step made: refusals."""
@@ -151,6 +148,19 @@ class EngineCore:
         """There is time between `launch` and `collect` for other work: the device computes beside the host."""
         return self._worker.is_asynchronous
 
+    @property
+    def under_way(self) -> StepPlan | None:
+        """The step that `collect` will end; None = nothing was launched that is not over."""
+        return self._steps.plan
+
+    def launch_ahead(self) -> None:
+        """Plan and launch the step behind the one that is under way, where it can be told now."""
+        if self._plans_ahead and self._steps.may_follow:
+            self._take_up()
+            plan = self._scheduler.schedule_ahead(self._clock())
+            if plan is not None:
+                self.launch(plan)
+
     def launch(self, plan: StepPlan) -> None:
         """Begin the step. What goes wrong comes out of `collect`; until then requests may come and go."""
         for seq_id in plan.released:
@@ -158,21 +168,12 @@ class EngineCore:
         for admission in plan.admitted:
             self._request_of[admission.seq_id] = admission.request.id
             self._patience.forget(admission.request.id)
-        started_at = self._clock()
-        try:
-            finish = self._worker.launch(plan)
-        except Exception as error:
-            finish = partial(_raise, error)
-        self._launched = _Launched(plan, started_at, finish)
+        self._steps.launch(plan)
 
     def collect(self) -> tuple[list[Delta], StepStats]:
-        """End the step that was launched. Raises what isolation cannot pin on a request: then the engine must end."""
-        launched, self._launched = self._launched, None
-        assert launched is not None, "collect() follows launch()"
-        plan, started_at, finish = launched
-        result, failures = run_isolated(self._worker.run, plan, finish)
-        if failures:
-            result = replace(result, elapsed_s=self._clock() - started_at)
+        """End the step that was launched first. Raises what isolation cannot pin on a request: then the engine must
+        end."""
+        plan, result, failures = self._steps.collect()
         failed = [delta for failure in failures if (delta := self._fail(failure)) is not None]
         deltas, stats = self._scheduler.update(plan, result, self._clock())
         # A failed sequence has left the scheduler: whatever `update` still says of it would be a second end.
@@ -183,18 +184,25 @@ class EngineCore:
                 self._release(delta.request_id)
         return deltas, stats
 
+    def drain(self) -> None:
+        """End what is under way, if nobody listens any more."""
+        while self.under_way is not None:
+            self.collect()
+
     def execute(self, plan: StepPlan) -> tuple[list[Delta], StepStats]:
         """Both halves of a step, one after the other."""
         self.launch(plan)
         return self.collect()
 
     def step(self) -> tuple[list[Delta], StepStats | None]:
-        """Plan and run one step; (deltas, None) if there was nothing to run."""
-        plan = self.plan()
+        """Plan and run one step, and launch the one behind it; (deltas, None) if there was nothing to run."""
+        if self.under_way is None and (plan := self.plan()) is not None:
+            self.launch(plan)
         deltas = self.take_outbox()
-        if plan is None:
+        if self.under_way is None:
             return deltas, None
-        more, stats = self.execute(plan)
+        self.launch_ahead()
+        more, stats = self.collect()
         return deltas + more, stats
 
     def _undenoisable(self, request: Request) -> Fault | None:
@@ -235,7 +243,3 @@ class EngineCore:
         if request_id in self._prepared:
             self._prepared.discard(request_id)
             self._worker.forget(request_id)
-
-
-def _raise(error: Exception) -> NoReturn:
-    raise error

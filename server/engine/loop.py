@@ -148,6 +148,7 @@ def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) ->
         config.grammar_timeout_s,
         wake,
         config.queue_timeout_s,
+        worker.plans_ahead,
     )
     return core, describe(config, worker, tuple(phases))
 

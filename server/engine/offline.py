@@ -174,8 +174,7 @@ class Engine:
         choices = self._submit(prompts, max_tokens, stop, stop_ids, speculation, decoding, sampling, seeds, attention)
         try:
             for name, delta in self._deltas(choices):
-                choice = choices[name]
-                choice.absorb(delta)
+                choices[name].absorb(delta)
         finally:
             self._abort(choices)
         return [choice.completion() for choice in choices.values()]
@@ -298,3 +297,4 @@ class Engine:
     def _abort(self, choices: dict[str, _Choice]) -> None:
         for name in choices:
             self._core.abort(name)
+        self._core.drain()

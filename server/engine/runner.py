@@ -1,4 +1,5 @@
-"""An engine process: bootstrap, then `drain; plan; launch; send; collect` until it is told to stop or is orphaned.
+"""An engine process: bootstrap, then `drain; plan; launch; send; launch ahead; collect` until it is told to stop or is
+orphaned.
 
 Nothing here waits for the network or the front end (R9): sends are queued by zmq, an idle loop blocks on its sockets.
 A fault that is not one request's ends the process with a non-zero code; the front end starts another one.
@@ -81,17 +82,19 @@ class Loop:
             self._drain(core)
             if self._is_stopped:
                 return
-            plan = core.plan()
+            plan = core.under_way
+            if plan is None and (plan := core.plan()) is not None:
+                core.launch(plan)
             self._outgoing.add(core.take_outbox(), None)
             if plan is None:
                 self._send_if_due(None)
                 self._wait(core)
                 continue
-            core.launch(plan)
             # Beside a device that computes: the last step's tokens leave, and what has arrived is taken in.
             self._send_if_due(plan)
             if core.is_asynchronous:
                 self._drain(core)
+                core.launch_ahead()
             self._outgoing.add(*core.collect())
             if not core.is_asynchronous:
                 self._send_if_due(None, more=core.has_work)

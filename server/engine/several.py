@@ -93,6 +93,16 @@ class SeveralCores:
         """As `EngineCore.is_asynchronous`, of the models together: they are on one device."""
         return any(turn.core.is_asynchronous for turn in self._turns)
 
+    @property
+    def under_way(self) -> StepPlan | None:
+        """As `EngineCore.under_way`: one model's at a time."""
+        return None if self._planned is None else self._planned.core.under_way
+
+    def launch_ahead(self) -> None:
+        """As `EngineCore.launch_ahead`, unless it is another model's turn next."""
+        if self._planned is not None and not any(t.core.has_work for t in self._turns if t is not self._planned):
+            self._planned.core.launch_ahead()
+
     def launch(self, plan: StepPlan) -> None:
         """Begin the step; as `EngineCore.launch`."""
         assert self._planned is not None, "launch() follows plan()"
@@ -104,7 +114,9 @@ class SeveralCores:
         turn = self._planned
         assert turn is not None, "collect() follows launch()"
         deltas, stats = turn.core.collect()
-        turn.last_s = self._clock() - self._launched_at
+        # A step that was launched ahead has the time from here on.
+        started_at, self._launched_at = self._launched_at, self._clock()
+        turn.last_s = self._launched_at - started_at
         turn.used_s += turn.last_s
         turn.stream_s = turn.core.stream_s if turn.core.has_work else 0.0
         return deltas, replace(stats, model=turn.name)

@@ -111,6 +111,7 @@ class Parts:
             attention=self._attention_probe(),
             place=None if graphs is None else graphs.place,
             num_compiled=None if self.accelerator is None else self.accelerator.num_compiled,
+            plans_ahead=not is_trial and config.plans_ahead(device.type),
         )
         return Assembled(worker, graphs, pool)
 

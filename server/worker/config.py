@@ -24,6 +24,8 @@ class WorkerConfig:
     gpu_memory_utilization  part of a CUDA device's memory, in (0, 1], for all that this process holds there
     enforce_eager   no forward is captured in a CUDA graph
     max_graph_tokens  rows of the largest captured step; None = `graphs.MOST_TOKENS`, or max_batched_tokens if less
+    async_scheduling  auto, on or off: steps are begun before the tokens of the one before are on the host; auto = on
+                    a device that computes beside it
     kv_share        part of that share, in (0, 1]: what is left is for the pools of other models
     max_model_len   longest sequence in tokens; None = the model's, or what the pool holds
     max_batched_tokens, max_seqs   what a plan may bring; they size the KV pool and the page table
@@ -48,6 +50,7 @@ class WorkerConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     max_graph_tokens: int | None = None
+    async_scheduling: str = "auto"
     max_model_len: int | None = None
     page_size: int | None = None
     max_batched_tokens: int = 1024
@@ -60,3 +63,8 @@ class WorkerConfig:
     speculation: SpeculatorConfig | None = None
     attention: SparseConfig | None = None
     remember_profile: bool = True
+
+    def plans_ahead(self, device_type: str) -> bool:
+        if self.async_scheduling not in ("auto", "on", "off"):
+            raise ValueError(f"async-scheduling is {self.async_scheduling!r}: expected auto, on or off")
+        return self.async_scheduling == "on" or (self.async_scheduling == "auto" and device_type != "cpu")

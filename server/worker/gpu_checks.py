@@ -2,6 +2,7 @@
 
 - A captured step, replayed, equals the same step run as it is, bit for bit: hidden states and all KV pages.
 - Random steps of all kinds compile nothing after warm-up, and every one of them is answered.
+- Steps launched before the one before is over give the tokens of steps that wait, and no launch waits for the device.
 - The memory that is really held agrees with the ledger.
 
 Exit code 0 if all is right, 1 if a check failed, 2 without a GPU: then nothing is claimed.
@@ -20,6 +21,7 @@ from kernels.select import select_ops
 from server.models.loading import random_model
 from server.models.registry import Model
 from server.worker.accelerator import CudaAccelerator, CudaGraphs
+from server.worker.ahead_checks import ahead_checks
 from server.worker.build import build_worker
 from server.worker.config import WorkerConfig
 from server.worker.graphs import Capture, GraphedForward, graph_sizes
@@ -62,7 +64,8 @@ def check_model(model: str, shape: str | None, num_steps: int) -> int:
     config = WorkerConfig(model, device="cuda", random_weights=shape, kv_cache_bytes=1 << 30, remember_profile=False)
     worker = build_worker(config, progress=True, accelerator=accelerator)
     worker.profile()
-    for check in random_checks(worker, config.max_batched_tokens, num_steps):
+    ahead = ahead_checks(worker, 24, 60) + ahead_checks(worker, 3, 200)
+    for check in (*random_checks(worker, config.max_batched_tokens, num_steps), *ahead):
         failures += told(check)
     reading, ledger = accelerator.read(), dict(worker.info.memory)
     held = reading.total - reading.free

@@ -22,6 +22,7 @@ from scheduler.types import Sampling
 from server.worker.grammar import GrammarMask
 from server.worker.recipe import CONSTRAINED, FILTERS, Feature, Recipe
 from server.worker.sequences import Counts
+from server.worker.transfer import upload
 
 _UNFILTERED = Sampling()
 
@@ -53,14 +54,55 @@ def process_logits(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> di
     logits_JV  float32 [J, V], finite; banned tokens become -inf
     A row with a message is left with no meaning and must not be sampled.
     """
-    errors = _edit(ops, logits_JV, rows, _temperatures(rows))
+    return start_processing(ops, logits_JV, rows).told(rows)
+
+
+class Processed(NamedTuple):
+    """What went wrong with some rows: what the host knows already, and what the device has to tell.
+
+    errors    {row: message}
+    at        the rows that are constrained
+    is_empty  bool [len(at)], on the device: no token is left; None = nobody is constrained
+    """
+
+    errors: dict[int, str]
+    at: Sequence[int] = ()
+    is_empty: Tensor | None = None
+
+    def told(self, rows: Sequence[JudgedRow]) -> dict[int, str]:
+        """{row: message} for rows that no token can answer. Waits for the device."""
+        if self.is_empty is None:
+            return self.errors
+        empty = (row for row, is_empty in zip(self.at, self.is_empty.tolist(), strict=True) if is_empty)
+        return {row: why_empty(rows, row) for row in empty} | self.errors
+
+
+def start_processing(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> Processed:
+    """`process_logits` without a look at what came out: on a device of its own, nothing waits for it."""
+    processed = _edit(ops, logits_JV, rows, _temperatures(rows))
     _filter(ops, logits_JV, rows)
-    return errors
+    return processed
+
+
+def why_empty(rows: Sequence[JudgedRow], row: int) -> str:
+    features = [feature.name for feature in CONSTRAINED & Feature(rows[row].recipe.features) if feature.name]
+    return f"no token is allowed at output position {rows[row].num_output} by {', '.join(features)}"
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether asking for its values waits for nobody. Elsewhere a pass over everything costs less than the wait."""
+    return tensor.device.type == "cpu"
+
+
+def clear_rows(logits_JV: Tensor, is_bad_J: Tensor) -> None:
+    """Write zeros over some rows, so that nothing that follows is NaN."""
+    if not can_look(logits_JV) or bool(is_bad_J.any()):
+        logits_JV.masked_fill_(is_bad_J.unsqueeze(1), 0.0)
 
 
 def constrain(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> dict[int, str]:
     """The first half: bias, penalties, bans and grammar. For readers that measure the distribution in between."""
-    return _edit(ops, logits_JV, rows, None)
+    return _edit(ops, logits_JV, rows, None).told(rows)
 
 
 def temper(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
@@ -71,7 +113,7 @@ def temper(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
 
 def _edit(
     ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow], temperatures: NDArray[np.float32] | None
-) -> dict[int, str]:
+) -> Processed:
     used = _used(rows)
     errors: dict[int, str] = {}
     edits = Edits(
@@ -82,9 +124,10 @@ def _edit(
         temperatures=temperatures,
     )
     ops.edit_logits(logits_JV, edits)
-    if used & CONSTRAINED:
-        _find_empty(logits_JV, rows, errors)
-    return errors
+    if not used & CONSTRAINED:
+        return Processed(errors)
+    at = _with(rows, CONSTRAINED)
+    return Processed(errors, at, _clear_empty(logits_JV, at))
 
 
 def _filter(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> None:
@@ -201,17 +244,14 @@ def _bits(ids: NDArray[np.int64], vocab_size: int) -> NDArray[np.int32]:
     return np.packbits(is_set, bitorder="little").view(np.int32)
 
 
-def _find_empty(logits_JV: Tensor, rows: Sequence[JudgedRow], errors: dict[int, str]) -> None:
-    """Rows whose constraints contradict each other: no token is left. Such a row is cleared so that nothing is NaN."""
-    at = _with(rows, CONSTRAINED)
-    index = torch.tensor(at, device=logits_JV.device)
-    is_empty = torch.isneginf(logits_JV[index].amax(dim=1))
-    for row in index[is_empty].tolist():
-        features = [feature.name for feature in CONSTRAINED & Feature(rows[row].recipe.features) if feature.name]
-        errors.setdefault(
-            row, f"no token is allowed at output position {rows[row].num_output} by {', '.join(features)}"
-        )
-        logits_JV[row].zero_()
+def _clear_empty(logits_JV: Tensor, at: Sequence[int]) -> Tensor:
+    """Which of the rows `at` have constraints that contradict each other: no token is left. They are cleared."""
+    (index,) = upload([np.asarray(at, dtype=np.int64)], logits_JV.device)
+    part_RV = logits_JV[index]
+    is_empty = torch.isneginf(part_RV.amax(dim=1))
+    if not can_look(logits_JV) or bool(is_empty.any()):
+        logits_JV[index] = part_RV.masked_fill_(is_empty.unsqueeze(1), 0.0)
+    return is_empty
 
 
 def _temperatures(rows: Sequence[JudgedRow]) -> NDArray[np.float32] | None:

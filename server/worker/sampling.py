@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +20,16 @@ from kernels.ops import Ops
 from scheduler.types import Drafts, Outcome, TokenLogprob, VerifyMode
 from server.worker.drafters.base import RowTops
 from server.worker.judged import Judged
-from server.worker.logprobs import token_logprobs
-from server.worker.process_logits import JudgedRow, process_logits
+from server.worker.logprobs import Weighed, token_logprobs, weigh
+from server.worker.process_logits import JudgedRow, clear_rows, start_processing, why_empty
+from server.worker.transfer import Download, upload
 from server.worker.verification import Judgement, Verdict, verify_coupled, verify_sampled
 
 NOT_FINITE = "the model's logits are not finite (NaN or infinite); no token can be chosen from them"
 FAILED = -1
 """Stands for the token of a row that none can be drawn from; no draft equals it."""
+_EMPTY = -3
+"""The same where its constraints leave none: what no draft is either (`judged.NO_TOKEN`)."""
 _PLAIN_PATH = (0,)
 
 
@@ -47,8 +51,8 @@ def outcome_of(
     seq_id: int,
     reading: Reading | None,
     error: str | None,
-    prompt_logprobs: Sequence[TokenLogprob],
-    drafts: Drafts | None,
+    prompt_logprobs: Sequence[TokenLogprob] = (),
+    drafts: Drafts | None = None,
 ) -> Outcome:
     """What a step says of a span that was sampled, verified or only computed."""
     if error is not None:
@@ -58,37 +62,99 @@ def outcome_of(
     return Outcome(seq_id, reading.tokens, reading.logprobs, tuple(prompt_logprobs), drafts=drafts)
 
 
+class Chosen(NamedTuple):
+    """The tokens of some spans' judged rows, chosen on the device; the host has not seen them.
+
+    rows       the judged rows of all spans, one after the other; firsts: where each span's begin, and their number
+    ids_J      int64 [J], on the device: a token, or `FAILED`, or `_EMPTY`
+    ids        the same on its way to the host
+    errors     {row: message} where the host knows already
+    logits_JV  processed, for who reads more of them than a token; raw_RV: log-probabilities of the rows `wanted`
+    """
+
+    judged: Sequence[Judged]
+    rows: list[JudgedRow]
+    firsts: list[int]
+    ids_J: Tensor
+    ids: Download
+    errors: dict[int, str]
+    logits_JV: Tensor | None = None
+    raw_RV: Tensor | None = None
+    wanted: Sequence[int] = ()
+    weighed: Weighed | None = None
+
+    @property
+    def num_top(self) -> list[int]:
+        """Alternatives that the rows `wanted` report."""
+        return [self.rows[row].recipe.sampling.logprobs or 0 for row in self.wanted]
+
+    def light(self) -> Chosen:
+        """Without what takes memory: spans of one row each, which are only to be read."""
+        weighed = None
+        if self.raw_RV is not None:
+            # A row without a token reports nothing in the end.
+            tokens_R = _take(self.ids_J, self.wanted).clamp(min=0)
+            weighed = weigh(self.raw_RV, tokens_R, max(self.num_top))
+        return self._replace(logits_JV=None, raw_RV=None, weighed=weighed)
+
+
 def read_tokens(
     ops: Ops, logits_JV: Tensor, judged: Sequence[Judged], num_top: int = 0, tops_of: Sequence[int] = ()
 ) -> list[Reading]:
-    """Choose the tokens of some spans.
+    """Choose the tokens of some spans and read them; as the two halves below."""
+    return read_chosen(ops, choose_tokens(ops, logits_JV, judged), num_top, tops_of)
+
+
+def choose_tokens(ops: Ops, logits_JV: Tensor, judged: Sequence[Judged]) -> Chosen:
+    """The device's half: nothing here waits for it.
 
     logits_JV  float32 [J, V], raw: the rows of all spans one after the other; it is overwritten
-    num_top    best tokens to report of each row on the paths of the spans `tops_of`, indices into `judged`
     """
     rows = [row for one in judged for row in one.rows]
-    errors = dict.fromkeys(not_finite(logits_JV), NOT_FINITE)
-    if errors:
-        logits_JV[torch.tensor(list(errors), device=logits_JV.device)] = 0.0
-    wanted = [index for index, row in enumerate(rows) if row.recipe.sampling.logprobs is not None]
-    raw = _log_softmax(logits_JV, wanted) if wanted else None
-    errors = process_logits(ops, logits_JV, rows) | errors
-    samples = _sample(ops, logits_JV, rows).tolist()
-    for index in errors:
-        samples[index] = FAILED
     firsts = [0]
     for one in judged:
         firsts.append(firsts[-1] + len(one.rows))
+    is_bad_J = ~torch.isfinite(logits_JV.amax(dim=1))
+    clear_rows(logits_JV, is_bad_J)
+    wanted = [index for index, row in enumerate(rows) if row.recipe.sampling.logprobs is not None]
+    raw = _log_softmax(logits_JV, wanted) if wanted else None
+    processed = start_processing(ops, logits_JV, rows)
+    ids_J = _sample(ops, logits_JV, rows)
+    if processed.is_empty is not None:
+        (at,) = upload([np.asarray(processed.at, dtype=np.int64)], logits_JV.device)
+        ids_J.index_copy_(0, at, ids_J[at].masked_fill_(processed.is_empty, _EMPTY))
+    ids_J.masked_fill_(is_bad_J, FAILED)
+    return Chosen(judged, rows, firsts, ids_J, Download(ids_J), processed.errors, logits_JV, raw, wanted)
+
+
+def read_chosen(ops: Ops, chosen: Chosen, num_top: int = 0, tops_of: Sequence[int] = ()) -> list[Reading]:
+    """The host's half. Waits for the tokens, and for nothing that was begun after them.
+
+    num_top    best tokens to report of each row on the paths of the spans `tops_of`, indices into `chosen.judged`
+    """
+    judged, firsts = chosen.judged, chosen.firsts
+    samples: list[int] = chosen.ids.wait().tolist()
+    errors = {row: why_empty(chosen.rows, row) for row, token in enumerate(samples) if token == _EMPTY}
+    errors |= chosen.errors
+    errors |= {row: NOT_FINITE for row, token in enumerate(samples) if token == FAILED}
+    for index in errors:
+        samples[index] = FAILED
     rejecting = [index for index, one in enumerate(judged) if one.drafts and one.mode is not VerifyMode.COUPLED]
-    verdicts = _verify_sampled(ops, logits_JV, judged, rejecting, firsts, errors) if rejecting else {}
+    verdicts: dict[int, Verdict] = {}
+    if rejecting and chosen.logits_JV is not None:
+        verdicts = _verify_sampled(ops, chosen.logits_JV, judged, rejecting, firsts, errors)
     readings = [
         _read(one, samples, first, errors, verdicts.get(index))
         for index, (one, first) in enumerate(zip(judged, firsts, strict=False))
     ]
-    if raw is not None:
-        _add_logprobs(readings, judged, firsts, raw, wanted)
-    if num_top:
-        _add_tops(readings, judged, tops_of, firsts, logits_JV, num_top)
+    if chosen.weighed is not None:
+        for index, entry in zip(chosen.wanted, chosen.weighed.told(chosen.num_top), strict=True):
+            if readings[index].error is None:
+                readings[index] = readings[index]._replace(logprobs=(entry,))
+    if chosen.raw_RV is not None:
+        _add_logprobs(readings, judged, firsts, chosen.raw_RV, chosen.wanted)
+    if num_top and chosen.logits_JV is not None:
+        _add_tops(readings, judged, tops_of, firsts, chosen.logits_JV, num_top)
     return readings
 
 
@@ -140,26 +206,26 @@ def _take(values_JV: Tensor, at: Sequence[int]) -> Tensor:
     """Some rows, ascending; the whole if they are all of it."""
     if len(at) == values_JV.shape[0]:
         return values_JV
-    return values_JV[torch.tensor(at, device=values_JV.device)]
+    (index,) = upload([np.asarray(at, dtype=np.int64)], values_JV.device)
+    return values_JV[index]
 
 
 def _sample(ops: Ops, logits_JV: Tensor, rows: Sequence[JudgedRow]) -> Tensor:
-    device = logits_JV.device
-    keys = torch.tensor(
+    keys = np.asarray(
         [
             [row.recipe.seed for row in rows],
             [row.recipe.sampling.sample_index for row in rows],
             [row.num_output for row in rows],
+            [row.recipe.is_greedy for row in rows],
         ],
-        dtype=torch.int64,
-        device=device,
+        dtype=np.int64,
     )
-    greedy = torch.tensor([row.recipe.is_greedy for row in rows], dtype=torch.bool, device=device)
-    return ops.sample(logits_JV, keys[0], keys[1], keys[2], greedy)
+    seeds, sample_index, positions, greedy = upload(list(keys), logits_JV.device)
+    return ops.sample(logits_JV, seeds, sample_index, positions, greedy != 0)
 
 
 def _add_logprobs(
-    readings: list[Reading], judged: Sequence[Judged], firsts: Sequence[int], raw_RV: Tensor, wanted: list[int]
+    readings: list[Reading], judged: Sequence[Judged], firsts: Sequence[int], raw_RV: Tensor, wanted: Sequence[int]
 ) -> None:
     """raw_RV: log-probabilities of the rows `wanted`. Rows beside the path are left out: nobody sees their tokens."""
     places = {row: place for place, row in enumerate(wanted)}

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scheduler.types import Admission, Read, Request, Span, StepPlan
+from scheduler.types import UNKNOWN, Admission, Read, Request, Span, StepPlan
 from server.worker.grammar import GrammarMatcher
 from server.worker.kv_pool import pages_for
 from server.worker.recipe import Recipe
@@ -82,7 +82,7 @@ class SequenceState:
     slot        its row of the page table
     history     prompt and output tokens; a span's tokens are put in at its start, drafts only once they are accepted,
                 a block's only once a span brings them as clean ones: before its own block
-    num_pages   entries of its page-table row in use; pages_step is the step that last added some
+    num_pages   entries of its page-table row in use; pages_step is the last step that added some
     failure     set when its grammar cannot be used: it ends with this message when its row is read
     draft_q     float32 [drafts, V]: what a drafter that samples drew its last offer from; it sets this. None = its
                 drafts were not drawn
@@ -108,7 +108,12 @@ class SequenceState:
         self.num_prompt = len(self.request.prompt)
 
     def put(self, span: Span) -> None:
-        """Enter a span's tokens into the history. The same span twice is the same as once."""
+        """Enter a span's tokens into the history. The same span twice is the same as once.
+
+        A token that is not known yet takes its place as `UNKNOWN`: the step before it will `settle` it. Until then
+        there is no other behind it, and a step that is run again takes it back.
+        """
+        self.forget_unknown()
         if span.denoise is not None:
             self._put_clean(span, span.denoise.lo)
             return
@@ -121,6 +126,15 @@ class SequenceState:
             self.history[span.start :] = span.tokens[:1]
         else:
             self.history[span.start : span.start + len(span.tokens)] = span.tokens
+
+    def settle(self, position: int, token: int) -> None:
+        """Tell the token that is `UNKNOWN`, if it is the one at `position`."""
+        if position == len(self.history) - 1 and self.history[position] == UNKNOWN:
+            self.history[position] = token
+
+    def forget_unknown(self) -> None:
+        if self.history and self.history[-1] == UNKNOWN:
+            self.history.pop()
 
     def _put_clean(self, span: Span, lo: int) -> None:
         """Enter the tokens before the block; the history ends there, whatever the block holds.
@@ -186,7 +200,8 @@ class SequenceTable:
             self._admit(admission, plan.step, make_state)
         for seq_id, pages in plan.new_pages:
             state = self[seq_id]
-            if state.pages_step != plan.step:
+            # A step that is run again may have been followed by one that took pages, too.
+            if state.pages_step is None or state.pages_step < plan.step:
                 self._append_pages(state, seq_id, pages)
                 state.pages_step = plan.step
 

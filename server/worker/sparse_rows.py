@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kernels.sparse import Method, SparseRows
 from scheduler.types import Span
 from server.worker.sequences import SequenceState
 from server.worker.sparse_memory import METHODS, SparseMemory
+from server.worker.transfer import upload
 
 
 def sparse_rows(
@@ -50,8 +50,6 @@ def sparse_rows(
         return None
     most = max((budget for method, budget in zip(methods, budgets, strict=True) if method == Method.TIDAL), default=0)
     lists = torch.empty((len(methods), memory.num_kv_heads, most), dtype=torch.int32, device=device) if most else None
-    return SparseRows(torch.from_numpy(index).to(device), _ints(methods, device), _ints(budgets, device), lists)
-
-
-def _ints(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+    arrays = [index, np.asarray(methods, dtype=np.int32), np.asarray(budgets, dtype=np.int32)]
+    of_row, method, budget = upload(arrays, device)
+    return SparseRows(of_row, method, budget, lists)

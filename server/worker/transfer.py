@@ -1,6 +1,8 @@
-"""A step's inputs on their way to the device: packed into one buffer of pinned memory and sent in one copy.
+"""A step's inputs on their way to the device, packed into one buffer of pinned memory and sent in one copy; and what
+was sampled on its way back.
 
-A copy from pinned memory does not wait for the device; torch keeps the memory from being used again before it is done.
+A copy from or to pinned memory does not wait for the device; torch keeps the memory from being used again before it is
+done.
 """
 
 from __future__ import annotations
@@ -68,3 +70,22 @@ def upload(arrays: Sequence[Array], device: torch.device, transfer: Transfer | N
     target = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
     transfer.send(staged, target)
     return layout.on_device(target)
+
+
+class Download:
+    """A tensor on its way to the host, from where the stream is now. Later work on the stream does not hold it up."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cpu":
+            self._host = tensor
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def wait(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

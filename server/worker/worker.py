@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from scheduler.types import (
     StepResult,
     StepSample,
 )
+from server.worker.ahead import TokensAhead, can_choose_early, forget_unknown
 from server.worker.attention_probe import AttentionProbe
 from server.worker.batch import Batch, HostBatch, host_batch
 from server.worker.batch import place as place_batch
@@ -35,16 +37,18 @@ from server.worker.denoising.reader import DenoiseReader
 from server.worker.forward import ForwardModel as ForwardModel
 from server.worker.grammar import GrammarCompiler
 from server.worker.info import WorkerInfo as WorkerInfo
-from server.worker.judged import Judged, embedded, in_parts, judge
+from server.worker.judged import embedded
 from server.worker.kv_pool import KVPool
 from server.worker.probes import Probe, Prober, beside, states_of
 from server.worker.profile import ProfileMemory, measure_steps
 from server.worker.prompt_logprobs import read_prompts
 from server.worker.proposals import Proposer, propose
-from server.worker.recipe import make_recipe
-from server.worker.sampling import NOT_FINITE, Reading, outcome_of, read_tokens
+from server.worker.reader import Part, TokenReader
+from server.worker.recipe import Feature, make_recipe
+from server.worker.sampling import NOT_FINITE, Reading, outcome_of
 from server.worker.sequences import SequenceState, SequenceTable, TokenCounts
 from server.worker.sparse_rows import sparse_rows
+from server.worker.transfer import upload
 
 LOGITS_BYTES = 64 << 20
 """Most bytes of float32 logits held at once; sampling and log-probabilities may need four times this while they run."""
@@ -54,15 +58,19 @@ class _Begun(NamedTuple):
     """A step whose forward is under way: its spans and probes, their rows and hidden states [rows, H].
 
     num_compiled  kernels that had been compiled before it
+    errors        {index of a span: message} so far
+    parts         the tokens that were chosen early; then nothing else is read of the step
     """
 
     plan: StepPlan
     started_at: float
     num_compiled: int
+    errors: dict[int, str]
     states: Sequence[SequenceState] = ()
     probes: Sequence[Probe] = ()
     batch: Batch | None = None
     hidden_TH: Tensor | None = None
+    parts: list[Part] | None = None
 
 
 class Worker:
@@ -87,17 +95,23 @@ class Worker:
         attention: AttentionProbe | None = None,
         place: Callable[[HostBatch], Batch] | None = None,
         num_compiled: Callable[[], int] | None = None,
+        plans_ahead: bool = False,
     ) -> None:
+        """plans_ahead: a step may be launched before the one before it is finished (`StepPlan.after`)."""
         self.info, self._prober, self._attention = info, prober, attention
         self._sequences, self._speculator, self._profile_memory = sequences, speculator, profile_memory
         self._model, self._ops, self._pool, self._grammars, self._device = model, ops, pool, grammars, device
         self._max_seqs, self._max_batched_tokens = max_seqs, max_batched_tokens
         self._rows_at_once = max(1, logits_bytes // (4 * info.vocab_size))
-        self.is_asynchronous = device.type != "cpu"
-        diffusion = info.diffusion
+        self._reader = TokenReader(ops, info.vocab_size, self._rows_at_once)
+        self.plans_ahead, self._ahead = plans_ahead, TokensAhead()
+        # A CPU that is to follow steps ahead does in `launch` what a device would do beside the host.
+        self.is_asynchronous = device.type != "cpu" or plans_ahead
+        self._finished_at, self._num_seen = 0.0, 0
         self._place = place or partial(place_batch, device=device, layers=pool.metadata)
         self._num_compiled = num_compiled or (lambda: 0)
-        self._denoiser = None if diffusion is None else DenoiseReader(ops, diffusion, self._rows_at_once, learnt)
+        diffusion, rows = info.diffusion, self._rows_at_once
+        self._denoiser = None if diffusion is None else DenoiseReader(ops, diffusion, rows, learnt)
 
     def prepare(self, request: Request) -> None:
         """Compile what the request needs before it is scheduled (its grammar). May be slow: call it off the loop.
@@ -134,10 +148,11 @@ class Worker:
         return self._finish(self._begin(plan))
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Begin a step; what comes back ends it and gives what `run` gives. One step at a time.
+        """Begin a step; what comes back ends it and gives what `run` gives. One step at a time, and the one after it if
+        the plan says so: they end in their order.
 
         On a device that computes beside the host, the forward is under way when this returns. On a CPU nothing is done
-        before the end is asked for: there is nobody to do it meanwhile. Raises as `run` does, in either half.
+        before the end is asked for, unless steps are planned ahead. Raises as `run` does, in either half.
         """
         if not self.is_asynchronous:
             return partial(self.run, plan)
@@ -150,13 +165,14 @@ class Worker:
             if span.read is Read.DENOISE and self._denoiser is None:
                 raise ValueError(f"span of sequence {span.seq_id} is to be denoised, which this model cannot")
         if self._speculator is not None and plan.released:
-            known = (seq_id for seq_id in plan.released if seq_id in self._sequences)
-            self._speculator.release([(seq_id, self._sequences[seq_id]) for seq_id in known])
+            known = [(seq_id, self._sequences[seq_id]) for seq_id in plan.released if seq_id in self._sequences]
+            forget_unknown(state for _, state in known)
+            self._speculator.release(known)
         if self._attention is not None:
             self._attention.forget(plan.released)
         self._sequences.apply(plan, self._make_state)
         if not plan.spans:
-            return _Begun(plan, started_at, self._num_compiled())
+            return _Begun(plan, started_at, self._num_compiled(), {})
         with torch.inference_mode():
             return self._forward(plan, started_at, self._num_compiled())
 
@@ -166,15 +182,17 @@ class Worker:
         if begun.batch is not None and begun.hidden_TH is not None:
             with torch.inference_mode():
                 outcomes, draft_s = self._read(begun, begun.batch, begun.hidden_TH)
-        elapsed_s, num_compiled = time.perf_counter() - begun.started_at, self._num_compiled() - begun.num_compiled
+        # What passed before the step ahead of this one was over is that one's.
+        started_at, num_before = max(begun.started_at, self._finished_at), max(begun.num_compiled, self._num_seen)
+        self._finished_at, self._num_seen = time.perf_counter(), self._num_compiled()
+        elapsed_s, num_compiled = self._finished_at - started_at, self._num_seen - num_before
         return StepResult(begun.plan.step, tuple(outcomes), elapsed_s, draft_s, num_compiled)
 
     def _make_state(self, admission: Admission, slot: int, step: int) -> SequenceState:
         request = admission.request
         recipe = make_recipe(request, self.info.eos_ids)
         state = SequenceState(request, recipe, slot, list(admission.tokens), step)
-        sampling = request.sampling
-        if (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0):
+        if recipe.features & Feature.PENALTY:
             state.counts = TokenCounts(request.prompt, with_prompt=recipe.counts_prompt)
         try:
             state.matcher = self._grammars.matcher(request)
@@ -195,24 +213,38 @@ class Worker:
             sparse = sparse_rows(memory, all_spans, all_states, host.first_rows, self._device)
         # Which rows are sparse is part of a step's shape: such a one is not captured.
         batch = self._place(host) if sparse is None else place_batch(host, self._device, self._pool.metadata, sparse)
+        self._ahead.fill(plan, batch)
         watched = self._attention.watch(plan.step, spans, states, batch.first_rows) if self._attention else None
         hidden_TH = (watched or self._model).forward(batch.tokens, batch.rows, self._pool.layers)
-        return _Begun(plan, started_at, num_compiled, states, probes, batch, hidden_TH)
+        errors = {index: state.failure for index, state in enumerate(states) if state.failure is not None}
+        begun = _Begun(plan, started_at, num_compiled, errors, states, probes, batch, hidden_TH)
+        if self.plans_ahead and not probes and can_choose_early(spans, states):
+            choose = self._reader.choose(partial(self._logits, hidden_TH), spans, states, batch.first_rows, errors)
+            parts = [part._replace(chosen=part.chosen.light()) for part in choose]
+            self._ahead.keep(plan.step, spans, parts)
+            begun = begun._replace(parts=parts)
+        return begun
+
+    def _logits(self, hidden_TH: Tensor, rows: list[int]) -> Tensor:
+        if rows == list(range(hidden_TH.shape[0])):
+            return self._model.logits(hidden_TH)
+        (index,) = upload([np.asarray(rows, dtype=np.int64)], self._device)
+        return self._model.logits(hidden_TH[index])
 
     def _read(self, begun: _Begun, batch: Batch, hidden_TH: Tensor) -> tuple[list[Outcome], float]:
         """Outcomes in span order and the seconds that went into proposing drafts."""
         plan, states, probes = begun.plan, begun.states, begun.probes
-        spans = plan.spans
-
-        def logits_of(rows: list[int]) -> Tensor:
-            if rows == list(range(hidden_TH.shape[0])):
-                return self._model.logits(hidden_TH)
-            return self._model.logits(hidden_TH[torch.tensor(rows, device=self._device)])
-
+        spans, errors = plan.spans, begun.errors
+        if begun.parts is not None:
+            readings = self._reader.read(begun.parts, spans, errors)
+            self._ahead.settle(plan.step, spans, states, readings)
+            return [outcome_of(span.seq_id, readings.get(i), errors.get(i)) for i, span in enumerate(spans)], 0.0
+        logits_of = partial(self._logits, hidden_TH)
         prompts, broken = read_prompts(logits_of, spans, states, batch.first_rows, self._rows_at_once)
-        errors = {index: state.failure for index, state in enumerate(states) if state.failure is not None}
         errors.update(dict.fromkeys(broken, NOT_FINITE))
-        readings = self._read_tokens(logits_of, spans, states, batch, errors)
+        parts = self._reader.choose(logits_of, spans, states, batch.first_rows, errors)
+        num_top = self._speculator.needs_top if self._speculator is not None else 0
+        readings = self._reader.read(parts, spans, errors, num_top)
         denoised = self._denoiser.read(logits_of, spans, states, batch.first_rows, errors) if self._denoiser else {}
         if self._attention is not None:
             self._attention.report(denoised)
@@ -227,38 +259,6 @@ class Worker:
             )
             for index, span in enumerate(spans)
         ], draft_s
-
-    def _read_tokens(
-        self,
-        logits_of: Callable[[list[int]], Tensor],
-        spans: Sequence[Span],
-        states: Sequence[SequenceState],
-        batch: Batch,
-        errors: dict[int, str],
-    ) -> dict[int, Reading]:
-        """{index of a span: what its rows gave}, for the spans that tokens are read from; errors are added to."""
-        found: list[tuple[int, Judged]] = []
-        for index, (span, state) in enumerate(zip(spans, states, strict=True)):
-            if index not in errors:
-                judged = judge(span, state, self.info.vocab_size)
-                if isinstance(judged, str):
-                    errors[index] = judged
-                elif judged is not None:
-                    found.append((index, judged))
-        num_top = self._speculator.needs_top if self._speculator is not None else 0
-        readings: dict[int, Reading] = {}
-        for part in in_parts(found, self._rows_at_once):
-            rows: list[int] = []
-            for index, judged in part:
-                first = batch.first_rows[index] + judged.first
-                rows.extend(range(first, first + len(judged.rows)))
-            tops_of = [place for place, (index, _) in enumerate(part) if spans[index].num_drafts] if num_top else ()
-            read = read_tokens(self._ops, logits_of(rows), [judged for _, judged in part], num_top, tops_of)
-            for (index, _), reading in zip(part, read, strict=True):
-                readings[index] = reading
-                if reading.error is not None:
-                    errors[index] = reading.error
-        return readings
 
     def _accept(
         self,

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from scheduler import sequence
+from scheduler.decodes import Decodes
 from scheduler.decoding.autoregressive import Autoregressive
 from scheduler.draft_plan import DraftPlan
 from scheduler.kv_memory import KVMemory
 from scheduler.pages import PagePool
 from scheduler.prefix import PrefixIndex
 from scheduler.queues import Queues
-from scheduler.scheduler import Scheduler
 from tests.scheduler.worlds import World, play, random_limits
 
 NUM_WORLDS = 400
@@ -82,9 +82,9 @@ def _share_without_counting(pool: PagePool, pages: list[int]) -> None:
             _original_share(pool, [page])
 
 
-def _free_in_flight(queues: Queues, seq: sequence.Sequence) -> None:
-    _original_end(queues, seq)
-    queues.bury()
+def _free_in_flight(queues: Queues, seq: sequence.Sequence, last_step: int) -> None:
+    _original_end(queues, seq, last_step)
+    queues.bury(last_step)
 
 
 def _keep_after_preemption(memory: KVMemory, seq: sequence.Sequence) -> None:
@@ -119,17 +119,19 @@ def test_a_broken_scheduler_is_caught_by_the_worlds(
 
 
 def test_a_scheduler_that_refuses_decodes_is_caught_by_the_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Scheduler._place_decodes
+    original = Decodes.place
 
-    def forgetful(self: Scheduler, draft: DraftPlan) -> list[sequence.Sequence]:
-        prefills = original(self, draft)
+    def forgetful(
+        self: Decodes, draft: DraftPlan, running: list[sequence.Sequence], now: float
+    ) -> list[sequence.Sequence]:
+        prefills = original(self, draft, running, now)
         if prefills and draft.spans:
             draft.spans.pop()
             draft.owners.pop()
             draft.num_decodes -= 1
         return prefills
 
-    monkeypatch.setattr(Scheduler, "_place_decodes", forgetful)
+    monkeypatch.setattr(Decodes, "place", forgetful)
     failure = _find_a_failing_world()
     assert failure is not None
     assert "R1" in failure

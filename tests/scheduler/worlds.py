@@ -87,6 +87,8 @@ class World:
         self.plans: list[StepPlan] = []
         self.stats: list[StepStats] = []
         self.is_flying = False
+        self.plans_ahead: Callable[[], bool] = lambda: False
+        self._ahead: tuple[StepPlan, tuple[Outcome, ...]] | None = None
         self._decoding: dict[int, Story] = {}
 
     def add(self, request: Request) -> None:
@@ -98,26 +100,23 @@ class World:
         self.stories[request_id].is_aborted = True
         pages = self.scheduler.stats().pages_used
         self.scheduler.abort(request_id)
-        if self.is_flying:
+        if self.is_flying or self._ahead is not None:
             assert self.scheduler.stats().pages_used == pages, "pages were freed under a step in flight"
         self.scheduler.check_invariants()
 
     def step(self, between: Callable[[], None] = lambda: None, spoil: str | None = None) -> StepPlan | None:
         """One step. `between` runs while it is in flight; `spoil` names a request whose outcome becomes an error."""
-        plan = self.scheduler.schedule(self.now)
-        self.scheduler.check_invariants()
-        if plan is None:
+        flight = self._ahead or self._launch(self.scheduler.schedule(self.now))
+        if flight is None:
             assert not self.scheduler.has_work
             return None
-        assert plan.spans, "a step without spans"
-        assert plan.num_tokens <= plan.budget <= self.limits.max_batched_tokens, "R1: budget exceeded"
+        plan, outcomes = flight
         self._check_decodes(plan)
-        self._check_drafts(plan)
-        outcomes = self.worker.run(plan)
         decoded = [out for out in outcomes if out.tokens and out.denoised is None]
         owners = {out.seq_id: self.stories[self.worker.request_of(out.seq_id).id] for out in decoded}
         self.is_flying = True
         between()
+        self._ahead = self._launch(self.scheduler.schedule_ahead(self.now) if self.plans_ahead() else None)
         self.is_flying = False
         if spoil is not None:
             outcomes = tuple(self._spoiled(outcome, spoil) for outcome in outcomes)
@@ -134,6 +133,16 @@ class World:
         self.plans.append(plan)
         self.stats.append(stats)
         return plan
+
+    def _launch(self, plan: StepPlan | None) -> tuple[StepPlan, tuple[Outcome, ...]] | None:
+        """A plan and what the worker makes of it, before anybody is told."""
+        self.scheduler.check_invariants()
+        if plan is None:
+            return None
+        assert plan.spans, "a step without spans"
+        assert plan.num_tokens <= plan.budget <= self.limits.max_batched_tokens, "R1: budget exceeded"
+        self._check_drafts(plan)
+        return plan, self.worker.run(plan)
 
     def _check_decodes(self, plan: StepPlan) -> None:
         """R1: who decoded in the step before decodes in this one, unless it ended or lost its pages."""

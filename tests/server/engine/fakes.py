@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from scheduler.scheduler import Scheduler
-from scheduler.types import Limits, Outcome, Read, Request, Sampling, StepPlan, StepResult
+from scheduler.types import UNKNOWN, Limits, Outcome, Read, Request, Sampling, StepPlan, StepResult
 from server.engine.config import EngineConfig, EngineInfo, make_limits
 from server.engine.core import EngineCore
 from server.engine.runner import Core, run_engine
@@ -98,6 +98,11 @@ class FakeWorker:
         outcomes = []
         for span in plan.spans:
             known = self.known[span.seq_id]
+            if span.tokens == (UNKNOWN,):
+                span = span._replace(tokens=(known[span.start],))
+            if span.read is Read.SAMPLE:
+                # What an earlier run of this step, or one behind it, has sampled.
+                del known[span.kv_len :]
             assert tuple(known[span.start : span.start + len(span.tokens)]) == span.tokens, "the span is not the text"
             tokens: tuple[int, ...] = ()
             if span.read is Read.SAMPLE and span.start + len(span.tokens) == len(known):
@@ -116,8 +121,12 @@ def fake_core(
     grammar_timeout_s: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
     queue_timeout_s: float | None = None,
+    plans_ahead: bool = False,
 ) -> EngineCore:
-    return EngineCore(worker, Scheduler(limits), clock, grammar_timeout_s, queue_timeout_s=queue_timeout_s)
+    scheduler = Scheduler(limits)
+    return EngineCore(
+        worker, scheduler, clock, grammar_timeout_s, queue_timeout_s=queue_timeout_s, plans_ahead=plans_ahead
+    )
 
 
 def build_fakes(config: EngineConfig, wake: Callable[[], None]) -> tuple[Core, EngineInfo]:

@@ -82,11 +82,14 @@ def test_masks_are_asked_where_their_drafter_is_loaded() -> None:
 
 def test_how_a_gpus_memory_is_used_arrives_from_the_command_line() -> None:
     flags = ["--gpu-memory-utilization", "0.5", "--enforce-eager", "--max-cudagraph-capture-size", "64"]
+    flags += ["--async-scheduling", "off"]
     worker = worker_config(parse([*flags, "--kv-cache-memory", "2GiB"])[0].engine_config())
     assert (worker.gpu_memory_utilization, worker.enforce_eager, worker.max_graph_tokens) == (0.5, True, 64)
     assert worker.kv_cache_bytes == 2 << 30
+    assert not worker.plans_ahead("cuda")
     plain = worker_config(parse([])[0].engine_config())
     assert (plain.gpu_memory_utilization, plain.enforce_eager, plain.max_graph_tokens) == (0.9, False, None)
+    assert (plain.plans_ahead("cuda"), plain.plans_ahead("cpu")) == (True, False)
 
 
 def test_the_default_policy_is_the_configured_one_where_the_model_can_have_it() -> None:

@@ -44,7 +44,15 @@ def test_names_that_dashboards_know_are_there() -> None:
 def test_a_step_and_a_request_are_counted_once() -> None:
     metrics = Metrics("m")
     metrics.observe_step(
-        StepStats(generated_tokens=5, prefill_tokens=7, prefix_queries=9, prefix_hits=4, num_compiled=2)
+        StepStats(
+            generated_tokens=5,
+            prefill_tokens=7,
+            prefix_queries=9,
+            prefix_hits=4,
+            num_compiled=2,
+            is_ahead=True,
+            num_surplus=3,
+        )
     )
     times = RequestTimes(0.1, 0.2, 0.3)
     metrics.observe_finished(FinishedRequest(FinishReason.LENGTH, 3, 5, 5, 0.9, 0.1, 0.5, times))
@@ -52,6 +60,8 @@ def test_a_step_and_a_request_are_counted_once() -> None:
     assert value("vllm:generation_tokens_total", {"model_name": "m"}) == 5
     assert value("vllm:prefix_cache_hits_total", {"model_name": "m"}) == 4
     assert value("braid_kernel_compilations_total", {"model_name": "m"}) == 2
+    assert value("braid_steps_ahead_total", {"model_name": "m"}) == 1
+    assert value("braid_surplus_tokens_total", {"model_name": "m"}) == 3
     assert value("vllm:request_success_total", {"model_name": "m", "finished_reason": "length"}) == 1
     assert value("vllm:request_time_per_output_token_seconds_sum", {"model_name": "m"}) == 0.1
     assert metrics.totals.generated == 5

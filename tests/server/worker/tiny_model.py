@@ -111,6 +111,7 @@ def make_worker(
     diffusion: DiffusionModel | None = None,
     learnt: Filter | None = None,
     graphed: Callable[[KVPool], GraphedForward] | None = None,
+    plans_ahead: bool = False,
 ) -> Worker:
     """A worker over a poisoned pool: a key that nobody wrote is NaN. graphed: what runs its steps of few rows."""
     vocab_size = model.head.shape[0]
@@ -147,6 +148,7 @@ def make_worker(
         speculator,
         learnt=learnt,
         place=None if forward is None else forward.place,
+        plans_ahead=plans_ahead,
     )
 
 
