@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from scheduler.types import MAX_TREE_NODES
 from server.also import AlsoServed, check_models, name_of, read_also, with_others
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
-from server.engine.config import AttentionConfig, EngineConfig, SpeculationConfig
+from server.engine.config import AttentionConfig, EngineConfig, LabelDtype, SpeculationConfig
 from server.values import Auto, AutoCount, Count, Listed, Names, PolicyName, Seconds, Shares, Switch, Table, settings_of
 
 VERSION = "0.1.0"
@@ -117,12 +117,9 @@ class ServerConfig(BaseModel):
         "dense", "of requests that say nothing; not dense: the text is another"
     )
     attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")
-    attention_calibration: Names = _sparse(
-        (), "what calibration wrote, repeatable: channels (safetensors), layers (JSON)"
-    )
-    attention_channels: AutoCount = _sparse(
-        None, "label channels of double_sparsity; auto = an eighth of the head size"
-    )
+    attention_calibration: Names = _sparse((), "files of calibration, repeatable: .safetensors channels, .json layers")
+    attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = head size / 8")
+    attention_label_dtype: LabelDtype = _sparse("model", "of these labels; int4: less memory and reads, coarser choice")
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
     denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")
@@ -268,6 +265,7 @@ class ServerConfig(BaseModel):
             budget=self.attention_budget,
             calibration=self.attention_calibration,
             num_channels=self.attention_channels,
+            label_dtype=self.attention_label_dtype,
         )
 
     def api_settings(self) -> ApiSettings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Literal
 
 from scheduler.types import (
     Attention,
@@ -88,6 +89,7 @@ class SpeculationConfig:
             raise ValueError(f"layer-subset is {self.layer_subset!r}: expected uniform:0.5 (a share), search or exit")
 
 
+LabelDtype = Literal["model", "int4"]
 DENSE = "dense"
 """The attention method of whoever wants every key read."""
 
@@ -99,7 +101,7 @@ class AttentionConfig:
     methods      those that requests may choose; the KV memory keeps what they need
     default      of requests that say nothing: dense, or one of `methods`
     budget       keys that a row reads where a request does not say
-    calibration, num_channels   as `server/worker/sparse_config.py` has them
+    calibration, num_channels, label_dtype   as `server/worker/sparse_config.py` has them
     """
 
     methods: tuple[str, ...] = ()
@@ -107,6 +109,7 @@ class AttentionConfig:
     budget: int = 1024
     calibration: tuple[str, ...] = ()
     num_channels: int | None = None
+    label_dtype: LabelDtype = "model"
 
     def allowed(self) -> tuple[AttentionMethod, ...]:
         """The methods, and the default one wherever it is not among them."""
@@ -123,6 +126,11 @@ class AttentionConfig:
             raise ValueError(
                 "double_sparsity needs the model's label channels: set attention-calibration to their file"
             )
+        if self.label_dtype != "model" and AttentionMethod.DOUBLE_SPARSITY not in self.allowed():
+            raise ValueError(
+                f"attention-label-dtype is {self.label_dtype}, but only double_sparsity has labels: name it with "
+                "sparse-attention"
+            )
         if self.calibration and not self.allowed():
             raise ValueError("attention-calibration is set, but no method is: name some with sparse-attention")
 
@@ -130,7 +138,7 @@ class AttentionConfig:
         """For another model: what was calibrated is the first one's."""
         methods = tuple(name for name in self.methods if name != AttentionMethod.DOUBLE_SPARSITY)
         default = DENSE if self.default == AttentionMethod.DOUBLE_SPARSITY else self.default
-        return replace(self, methods=methods, default=default, calibration=())
+        return replace(self, methods=methods, default=default, calibration=(), label_dtype="model")
 
 
 @dataclass(frozen=True, slots=True)
