@@ -66,9 +66,7 @@ class ServerConfig(BaseModel):
     tbt_slo_ms: Annotated[Seconds | None, Auto] = _engine(
         None, "time between tokens that 99 in 100 steps keep; auto = 2.1 x a step of all who are here"
     )
-    max_prefill_share: float = _engine(
-        0.5, "most of a step's prefill budget for one prompt while others wait", gt=0, le=1
-    )
+    max_prefill_share: float = _engine(0.5, "most of a step's prefill tokens for one of several prompts", gt=0, le=1)
     block_size: AutoCount = _engine(None, "tokens of a KV page; auto = what measured best on the device")
     kv_cache_memory: AutoCount = _engine(None, "bytes of the KV pool (2GiB); auto = a share of what is free")
     kv_shares: Shares = _engine((), "parts of that memory for each model, the first one first (3,1); auto = equal")
@@ -110,15 +108,15 @@ class ServerConfig(BaseModel):
         None, "capacity tests only: repeated requests get drafts that are right this often; the text stays the model's"
     )
 
-    sparse_attention: Listed = _sparse(
-        None, "methods that requests may choose: quest,tidal,double_sparsity; their KV metadata takes memory"
-    )
+    sparse_attention: Listed = _sparse(None, "methods requests may choose: quest,tidal,double_sparsity; take KV memory")
     attention_method: Literal["dense", "quest", "double_sparsity", "tidal"] = _sparse(
         "dense", "of requests that say nothing; not dense: the text is another"
     )
     attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")
     attention_calibration: Names = _sparse((), "files of calibration, repeatable: .safetensors channels, .json layers")
     attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = head size / 8")
+    kv_offload: bool = _sparse(False, "K and V of the middle layers in host memory; for double_sparsity alone")
+    kv_offload_memory: AutoCount = _sparse(None, "most host memory for them (64GiB); auto = half of what is free")
     attention_label_dtype: LabelDtype = _sparse("model", "of these labels; int4: less memory and reads, coarser choice")
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
@@ -266,6 +264,8 @@ class ServerConfig(BaseModel):
             calibration=self.attention_calibration,
             num_channels=self.attention_channels,
             label_dtype=self.attention_label_dtype,
+            offload=self.kv_offload,
+            offload_bytes=self.kv_offload_memory,
         )
 
     def api_settings(self) -> ApiSettings:

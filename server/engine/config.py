@@ -6,7 +6,7 @@ Data only, no torch: the front end builds the one and shows the other. Nothing h
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -101,7 +101,7 @@ class AttentionConfig:
     methods      those that requests may choose; the KV memory keeps what they need
     default      of requests that say nothing: dense, or one of `methods`
     budget       keys that a row reads where a request does not say
-    calibration, num_channels, label_dtype   as `server/worker/sparse_config.py` has them
+    calibration, num_channels, label_dtype, offload, offload_bytes   as `server/worker/sparse_config.py` has them
     """
 
     methods: tuple[str, ...] = ()
@@ -110,6 +110,8 @@ class AttentionConfig:
     calibration: tuple[str, ...] = ()
     num_channels: int | None = None
     label_dtype: LabelDtype = "model"
+    offload: bool = False
+    offload_bytes: int | None = None
 
     def allowed(self) -> tuple[AttentionMethod, ...]:
         """The methods, and the default one wherever it is not among them."""
@@ -131,6 +133,10 @@ class AttentionConfig:
                 f"attention-label-dtype is {self.label_dtype}, but only double_sparsity has labels: name it with "
                 "sparse-attention"
             )
+        if self.offload and self.allowed() != (AttentionMethod.DOUBLE_SPARSITY,):
+            raise ValueError("kv-offload fetches keys for double_sparsity: name it alone with sparse-attention")
+        if self.offload_bytes is not None and not self.offload:
+            raise ValueError("kv-offload-memory is set, but kv-offload is not")
         if self.calibration and not self.allowed():
             raise ValueError("attention-calibration is set, but no method is: name some with sparse-attention")
 
@@ -138,7 +144,7 @@ class AttentionConfig:
         """For another model: what was calibrated is the first one's."""
         methods = tuple(name for name in self.methods if name != AttentionMethod.DOUBLE_SPARSITY)
         default = DENSE if self.default == AttentionMethod.DOUBLE_SPARSITY else self.default
-        return replace(self, methods=methods, default=default, calibration=(), label_dtype="model")
+        return AttentionConfig(methods, default, self.budget)
 
 
 @dataclass(frozen=True, slots=True)
