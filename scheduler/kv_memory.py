@@ -6,7 +6,6 @@ committed, and it writes past its committed tokens (R2, R3).
 
 from __future__ import annotations
 
-from scheduler.attention import leaves_keys_out
 from scheduler.pages import PagePool
 from scheduler.prefix import PageName, PrefixIndex
 from scheduler.sequence import Sequence
@@ -34,11 +33,10 @@ class KVMemory:
     def num_shareable(self, seq: Sequence, num_tokens: int) -> int:
         """Full pages of the first `num_tokens` tokens whose KV is what any other request would compute.
 
-        Behind a sparse row's first sparse layer, keys and values are approximations: such pages are the request's own.
+        Behind a sparse row's first sparse layer, keys and values are approximations: such pages are the request's own
+        until they are corrected.
         """
-        if leaves_keys_out(seq.request.attention):
-            num_tokens = min(num_tokens, len(seq.request.prompt))
-        return num_tokens // self.page_size
+        return min(num_tokens, seq.dense_end) // self.page_size
 
     def num_missing(self, seq: Sequence) -> int:
         """Pages that a running sequence lacks for its next span."""

@@ -109,6 +109,7 @@ class Span(NamedTuple):
                 ancestors and itself. At most `MAX_TREE_NODES` tokens
     num_drafts  most drafts wanted for the sequence's next span, proposed at the end of this step; 0 = no drafter works
     denoise     there if `read` is DENOISE
+    dense_end   where the request's attention is sparse: rows before this KV index read everything, as the prompt's do
     positions   of a bidirectional span that brings only some rows: the sequence position (= KV index) of each token,
                 ascending; () = start, start + 1, ...
     """
@@ -124,6 +125,7 @@ class Span(NamedTuple):
     num_drafts: int = 0
     denoise: Denoise | None = None
     positions: tuple[int, ...] = ()
+    dense_end: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,15 +257,14 @@ class Delta:
 class StepStats:
     """One step in numbers, for metrics and the status line. Counts are of this step; gauges are as it ends.
 
-    prefill_tokens    prompt rows computed; recomputed_tokens of these had been computed before a preemption
+    prefill_tokens    prompt rows computed; recomputed_tokens of these had been computed before a preemption, and
+                      corrected_tokens are rows of output computed again because they had left keys out
     generated_tokens  output tokens in this step's deltas
     num_preempted     sequences that lost their pages in this step
     prefix_queries    tokens of the requests admitted for the first time that looked into the prefix cache
     prefix_hits       of these, tokens whose pages were found
-    pages_used        pages owned by sequences; pages_cached are idle but hold a prefix; the rest of pages_total is
-    free
-    draft_tokens   drafts verified, of drafted_seqs sequences; accepted_tokens of these became output; draft_s seconds
-                   spent on proposing
+    pages_used        pages owned by sequences; pages_cached are idle but hold a prefix; the rest of pages_total is free
+    draft_tokens   drafts verified, of drafted_seqs sequences; accepted_tokens became output; draft_s spent on proposing
     drafts         the same per drafter and position
     goodput_predicted   tokens per second the planner expected of this step (0 = no planner, or nothing known yet)
     model          whose step it was, as `Request.model`; the gauges are of this model alone
@@ -283,6 +284,7 @@ class StepStats:
     num_waiting: int = 0
     num_preempted: int = 0
     recomputed_tokens: int = 0
+    corrected_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     pages_used: int = 0

@@ -117,12 +117,9 @@ class ServerConfig(BaseModel):
         "dense", "of requests that say nothing; not dense: the text is another"
     )
     attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")
-    attention_calibration: Names = _sparse(
-        (), "what calibration wrote, repeatable: channels (safetensors), layers (JSON)"
-    )
-    attention_channels: AutoCount = _sparse(
-        None, "label channels of double_sparsity; auto = an eighth of the head size"
-    )
+    attention_correct_every: int = _sparse(0, "output tokens whose KV is computed again at a time; 0 = never", ge=0)
+    attention_calibration: Names = _sparse((), "calibration's files, repeatable: channels (safetensors), layers (JSON)")
+    attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = an eighth of head size")
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
     denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")
@@ -266,6 +263,7 @@ class ServerConfig(BaseModel):
             methods=self.sparse_attention or (),
             default=self.attention_method,
             budget=self.attention_budget,
+            correct_every=self.attention_correct_every,
             calibration=self.attention_calibration,
             num_channels=self.attention_channels,
         )

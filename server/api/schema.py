@@ -136,13 +136,14 @@ class DecodingFields(BaseModel):
 
 
 class AttentionFields(BaseModel):
-    """`attention`: how many keys the tokens of the answer read. `budget` None = the server's."""
+    """`attention`: how many keys the tokens of the answer read. `budget`, `correct_every` None = the server's."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     method: str
     budget: int | None = None
     lossless: bool = False
+    correct_every: int | None = None
 
 
 class GenerationBody(BaseModel):

@@ -104,7 +104,9 @@ class Services:
                 info.model_len,
                 max(self.admission.max_tokens, info.model_len),
             ),
-            attention=AttentionFacts(info.attention, info.default_attention, info.attention_budget),
+            attention=AttentionFacts(
+                info.attention, info.default_attention, info.attention_budget, info.attention_correct_every
+            ),
             diffusion=info.diffusion,
             delimiters=self.delimiters,
             max_step=info.max_batched_tokens,

@@ -99,12 +99,14 @@ class AttentionConfig:
     methods      those that requests may choose; the KV memory keeps what they need
     default      of requests that say nothing: dense, or one of `methods`
     budget       keys that a row reads where a request does not say
+    correct_every   output tokens between two corrections where a request does not say; 0 = none
     calibration, num_channels   as `server/worker/sparse_config.py` has them
     """
 
     methods: tuple[str, ...] = ()
     default: str = DENSE
     budget: int = 1024
+    correct_every: int = 0
     calibration: tuple[str, ...] = ()
     num_channels: int | None = None
 
@@ -204,7 +206,8 @@ class EngineInfo:
     max_drafts  most drafts of one sequence in one step
     speculation, synthetic_acceptance   as configured (`SpeculationConfig`)
     attention   the sparse methods that requests may choose
-    default_attention, attention_budget   what requests get that say nothing, or no budget
+    default_attention   what requests get that say nothing
+    attention_budget, attention_correct_every   of those that leave them out
     name, also  of several models: this one's name in `Request.model`, and what there is besides the first
     """
 
@@ -238,6 +241,7 @@ class EngineInfo:
     attention: tuple[AttentionOffer, ...] = ()
     default_attention: Attention | None = None
     attention_budget: int = 1024
+    attention_correct_every: int = 0
     name: str = ""
     also: tuple[EngineInfo, ...] = ()
 
