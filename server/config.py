@@ -119,7 +119,7 @@ class ServerConfig(BaseModel):
     attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")
     attention_correct_every: int = _sparse(0, "output tokens whose KV is computed again at a time; 0 = never", ge=0)
     attention_calibration: Names = _sparse((), "calibration's files, repeatable: channels (safetensors), layers (JSON)")
-    attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = an eighth of head size")
+    attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = a quarter of head size")
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
     denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")

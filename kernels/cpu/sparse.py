@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kernels.cpu import library
 from kernels.ops import AttentionRows
-from kernels.sparse import Method, Role, SparseLayer, SparseRows, least_budget
+from kernels.sparse import Method, Role, SparseLayer, SparseRows, least_budget, sub_page
 
 
 def allocate(
     k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
 ) -> SparseLayer:
-    """bounds [P, K, 2 D padded to whole vectors], labels [P, K, C, padded S]: a lane is a key, as in K pages."""
+    """bounds [P, K, N, 2 D padded to whole vectors], labels [P, K, C, padded S]: a lane is a key, as in K pages."""
     num_pages, num_kv, page_size, head_dim = k_pages.shape
     labels = None
     if channels_KC is not None:
@@ -30,7 +30,8 @@ def allocate(
         labels = k_pages.new_empty((num_pages, num_kv, channels_KC.shape[1], -(-page_size // tile) * tile))
         channels_KC = channels_KC.contiguous()
     vector = 64 // k_pages.element_size()
-    bounds = k_pages.new_empty((num_pages, num_kv, -(-2 * head_dim // vector) * vector)) if has_bounds else None
+    shape = (num_pages, num_kv, page_size // sub_page(page_size), -(-2 * head_dim // vector) * vector)
+    bounds = k_pages.new_empty(shape) if has_bounds else None
     return SparseLayer(roles, bounds, labels, channels_KC)
 
 

@@ -13,7 +13,7 @@ class SparseConfig:
 
     methods      those that requests may choose, at least one
     calibration  files of the calibration commands: channels (safetensors) for double_sparsity, layers (JSON) for tidal
-    num_channels of a label; None = an eighth of the head size, at least 4
+    num_channels of a label; None = a quarter of the head size, at least 4: an eighth loses single keys
     """
 
     methods: tuple[AttentionMethod, ...]

@@ -48,10 +48,13 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "labels of 32 channels", Case(scores.key_scores, {**labels, "C": 32, "CP": 32, "BN": 64, "DOT": True}, 40, 3)
     probe = {**keys, "C": 128, "CP": 128, "BN": 64, "CHANNELS": False, "DOT": True}
     yield "probe", Case(scores.key_scores, probe, 44, 3)
-    yield "pages", Case(scores.page_scores, {**ROWS, **SIZES, "bounds": BF16, "LAST": 64, "BN": 32}, 121, 2)
-    written = {"k_pages": BF16, "slots": LONG, "bounds": BF16, "labels": BF16, "channels": INT, "PAGE_P": 64}
+    yield (
+        "pages",
+        Case(scores.page_scores, {**ROWS, **SIZES, "bounds": BF16, "LAST": 64, "BN": 4, "N": 8, "NP": 8}, 117, 2),
+    )
+    written = {"k_pages": BF16, "slots": LONG, "bounds": BF16, "labels": BF16, "channels": INT, "SUB": 8, "SUB_P": 8}
     written |= {"C": 16, "CP": 16, "BOUNDS": True, "LABELS": True}
-    yield "metadata", Case(metadata.metadata, {**SIZES, **written}, 42, 0)
+    yield "metadata", Case(metadata.metadata, {**SIZES, **written}, 32, 0)
     chosen = {**ROWS, **SIZES, "histograms": INT, "ids": INT, "indices": INT, "list_stride": "i32"}
     chosen |= {"index_stride": "i32", "UNIT": 64, "PAGE": 0, "FIRST": 4, "LAST": 64, "INDICES": True, "BLOCK": 1024}
     for number in range(4):
