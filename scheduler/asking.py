@@ -1,15 +1,17 @@
 """Which sequences are asked for drafts at the end of a step, and how deep a model drafter may go.
 
 Proposing costs time whether or not the drafts are used, so it must be earned. Per request there is the time that its
-recent offers saved: those whose savings exceed the measured cost of proposing are asked. The others are asked in turn
-for at most `_SPARE` of the step's time, and each of them every `probe_every` steps, so that a text that becomes
-predictable, or a machine that becomes idle, is noticed. Where nobody is asked no drafter works: k = 0 is free.
+recent answers saved: those whose savings exceed what asking them costs are asked, if together they also save what is
+paid once a step. The others are asked in turn for at most `_SPARE` of the step's time, and one of them at the latest
+after 8 x `probe_every` steps in which nobody was, so that a text that becomes predictable, or a machine that becomes
+idle, is noticed. Where nobody is asked no drafter works: k = 0 is free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 from math import inf
 
 from scheduler.acceptance import RequestCounts
@@ -19,16 +21,15 @@ from scheduler.types import Speculation, SpeculationMode, SpeculationSettings
 
 _PROBE_SHARE = 64
 """One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
-_SPARE = 0.015
-"""Share of a step's time for proposals that have not paid lately."""
-_GAIN_RISE, _GAIN_FALL = 0.5, 0.25
+_SPARE, _SPARE_EARLY = 0.005, 0.05
+"""Share of a step's time for proposals that have not paid lately; while there were few proposals at all, more."""
+_EARLY_STEPS = 64
+_GAIN_RATE = 0.25
 _MOST_SPARED = 2
 """Sequences whose price may be set aside for later steps."""
 _MOST_PATIENCE = 8
-"""The probing interval of a request doubles with each probe in vain, up to so many times `probe_every`."""
-_YOUNG = 4
-"""Offers after which a request says nothing about new ones any more."""
-_YOUNG_RATE = 0.1
+"""A request waits twice as long as others with each probe in vain, up to so many times."""
+_FIRST_RATE = 0.1
 _DEPTHS = (0, 1, 2, 3, 5, 8)
 _HYSTERESIS = 1.02
 _DEPTH_EVERY = 4
@@ -64,23 +65,25 @@ class DraftState:
     source: str = ""
 
     def gained(self, seconds: float) -> None:
-        """A mean, or little more: what pays now and then must pay for the answers in between. It rises faster than it
-        falls, because not to ask is not to learn."""
+        """A mean and nothing more: what pays now and then must pay for the answers in between. A mean that rose faster
+        than it falls would be half as much again where every other answer is empty."""
         self.num_gains += 1
         self.patience = 1 if seconds > 0.0 else min(_MOST_PATIENCE, 2 * self.patience)
-        rate = _GAIN_RISE if seconds > self.gain_s else _GAIN_FALL
-        self.gain_s = seconds if self.gain_s == inf else self.gain_s + rate * (seconds - self.gain_s)
+        self.gain_s = seconds if self.gain_s == inf else self.gain_s + _GAIN_RATE * (seconds - self.gain_s)
 
 
 class FirstGain:
-    """What the first offers of requests saved on average: what a new one may expect. inf = nothing is known yet."""
+    """What requests' first offers saved on average: what a new one may expect. inf = nothing is known yet.
+
+    Later offers do not count: those whose first one saved something are asked more often.
+    """
 
     def __init__(self) -> None:
         self.seconds = inf
 
     def observe(self, state: DraftState, seconds: float) -> None:
-        if state.num_gains <= _YOUNG:
-            self.seconds = seconds if self.seconds == inf else self.seconds + _YOUNG_RATE * (seconds - self.seconds)
+        if state.num_gains == 1:
+            self.seconds = seconds if self.seconds == inf else self.seconds + _FIRST_RATE * (seconds - self.seconds)
 
 
 def make_state(asked: Speculation, max_drafts: int, gain_s: float) -> DraftState:
@@ -95,23 +98,24 @@ class DraftCost:
 
     def __init__(self) -> None:
         self._model = NonNegativeRidge((1.0, 0.1, 0.2, 0.02), forgetting=0.97)
-        self._num_observed = 0
+        self.num_observed = 0
 
     def observe(self, num_asked: int, depth: int, seconds: float) -> None:
         """Learn from a step. What is far above the expected (a neighbour took the core) is clipped."""
-        self._num_observed += 1
-        if self._num_observed > _NUM_EARLY:
+        self.num_observed += 1
+        if self.num_observed > _NUM_EARLY:
             seconds = min(seconds, _CLIP * max(self.predict(num_asked, depth), _FLOOR_S))
         self._model.accumulate(_terms(num_asked, depth), seconds, _UNIT_S)
-        if self._num_observed <= _NUM_EARLY or self._num_observed % _FIT_EVERY == 0:
+        if self.num_observed <= _NUM_EARLY or self.num_observed % _FIT_EVERY == 0:
             self._model.fit(_SWEEPS)
 
     def predict(self, num_asked: int, depth: int) -> float:
         return self._model.predict(_terms(num_asked, depth)) if num_asked else 0.0
 
-    def per_sequence(self, num_seqs: int, depth: int) -> float:
-        """Of one sequence among `num_seqs`: its share of what is paid once."""
-        return self.predict(num_seqs, depth) / max(1, num_seqs)
+    def parts(self, depth: int) -> tuple[float, float]:
+        """Seconds that are paid once, and those of each sequence."""
+        one, two = self.predict(1, depth), self.predict(2, depth)
+        return 2.0 * one - two, two - one
 
 
 def _terms(num_asked: int, depth: int) -> tuple[float, ...]:
@@ -132,6 +136,7 @@ class Asking:
         self._depth = min(1, settings.max_drafts) if settings.has_sequential else 0
         self._credit_s = 0.0
         self._num_steps = 0
+        self._num_silent = 0
         self._num_shallow = 0
 
     def choose(self, states: Sequence[DraftState], most: int, step_s: float, num_steps: int = 1) -> list[int]:
@@ -141,7 +146,8 @@ class Asking:
         """
         if not self._is_selective:
             return [min(most, state.limit) for state in states]
-        price_s = self.price_s(len(states))
+        price_s = self._price_s(states)
+        is_paid = False
         wishes, unpaid = [], []
         for index, state in enumerate(states):
             limit = state.limit
@@ -150,30 +156,43 @@ class Asking:
                 unpaid.append(index)
                 limit = 0
             wishes.append(limit)
+            is_paid = is_paid or limit > 0
         self._earn(num_steps * step_s)
-        for index in self._spare(states, unpaid):
+        self._num_silent += num_steps
+        for index in self._spare(states, unpaid, is_paid):
             # An offer of which nothing is verified teaches nothing.
             states[index].num_unverified += states[index].num_quiet
             states[index].num_quiet = 0
             wishes[index] = states[index].limit
+        if any(wishes):
+            self._num_silent = 0
         return wishes
 
-    def price_s(self, num_seqs: int) -> float:
-        """Seconds that asking one of so many sequences costs."""
-        return self.cost.per_sequence(num_seqs, self._depth) + self.extra_s / max(1, num_seqs)
+    def _price_s(self, states: Sequence[DraftState]) -> float:
+        """The gain above which a sequence is asked: what one costs, if those who pay it also pay what is paid once."""
+        once_s, each_s = self.cost.parts(self._depth)
+        surplus_s = -(once_s + self.extra_s)
+        for state in states:
+            if state.is_forced:
+                return each_s
+            if state.limit and state.gain_s > each_s:
+                surplus_s += state.gain_s - each_s
+        return each_s if surplus_s > 0.0 else inf
 
-    def _spare(self, states: Sequence[DraftState], unpaid: list[int]) -> list[int]:
+    def pays(self, state: DraftState, is_paid: bool) -> bool:
+        """Whether to ask one sequence more. is_paid: others of the step are asked."""
+        once_s, each_s = self.cost.parts(self._depth)
+        return state.gain_s > each_s + (0.0 if is_paid else once_s + self.extra_s)
+
+    def _spare(self, states: Sequence[DraftState], unpaid: list[int], is_paid: bool) -> list[int]:
         """Of those that have not paid lately, the ones to ask nevertheless: the longest unasked first."""
-        if not unpaid:
+        count = self._spend(len(unpaid), is_paid)
+        # However dear it seems: a price that cannot be learned again is a trap.
+        if not count and unpaid and self._num_silent >= _MOST_PATIENCE * self._settings.probe_every:
+            count = 1
+        if not count:
             return []
-        count = self._spend(len(unpaid))
-        waits = {index: states[index].num_quiet / states[index].patience for index in unpaid}
-        every = self._settings.probe_every
-        if not count and max(waits.values()) < every:
-            return []
-        unpaid.sort(key=waits.__getitem__, reverse=True)
-        due = sum(1 for index in unpaid[: -(-len(states) // every)] if waits[index] >= every)
-        return unpaid[: max(count, due)]
+        return nlargest(count, unpaid, key=lambda index: states[index].num_quiet / states[index].patience)
 
     def probe(self, states: Sequence[DraftState], lengths: list[int], room: int) -> None:
         """Let a few of those whose `lengths` are 0 verify one draft: without trials an estimate could never recover."""
@@ -188,24 +207,29 @@ class Asking:
                 lengths[index] = 1
                 probes -= 1
 
-    def may_try(self, state: DraftState) -> bool:
-        """Whether to ask for the first drafts of a request although its like did not pay lately."""
-        return state.num_gains == 0 and self._spend(1) > 0
+    def may_try(self, state: DraftState, is_paid: bool) -> bool:
+        """Whether to ask for a request's first drafts although its like did not pay lately. is_paid: as in `pays`."""
+        return state.num_gains == 0 and self._spend(1, is_paid) > 0
 
     def _earn(self, step_s: float) -> None:
-        allowance_s = _SPARE * step_s
-        self._credit_s = min(self._credit_s + allowance_s, max(allowance_s, _MOST_SPARED * self._spare_price_s))
+        allowance_s = (_SPARE_EARLY if self.cost.num_observed < _EARLY_STEPS else _SPARE) * step_s
+        once_s, each_s = self._spare_prices_s()
+        self._credit_s = min(self._credit_s + allowance_s, max(allowance_s, once_s + _MOST_SPARED * each_s))
 
-    def _spend(self, most: int) -> int:
+    def _spend(self, most: int, is_paid: bool) -> int:
         """Sequences, up to `most`, that may be asked for the time that is set aside."""
-        price_s = self._spare_price_s
-        count = min(most, int(self._credit_s / price_s)) if price_s > 0.0 else most
-        self._credit_s -= count * price_s
+        once_s, each_s = self._spare_prices_s()
+        once_s = 0.0 if is_paid else once_s
+        if not most or self._credit_s < once_s + each_s:
+            return 0
+        count = min(most, int((self._credit_s - once_s) / each_s)) if each_s > 0.0 else most
+        self._credit_s -= once_s + count * each_s
         return count
 
-    @property
-    def _spare_price_s(self) -> float:
-        return self.cost.predict(1, 0) + self.row_s
+    def _spare_prices_s(self) -> tuple[float, float]:
+        """Of asking with lookups alone: what is paid once, and what each sequence costs with a verified row."""
+        once_s, each_s = self.cost.parts(0)
+        return once_s + self.extra_s, each_s + self.row_s
 
     def choose_depth(self, rates: Sequence[float], outlook: Outlook, prefill: int, cutoff: float) -> int:
         """Sequential draft steps at the end of this step, for sequences with these acceptance rates.

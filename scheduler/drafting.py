@@ -16,7 +16,7 @@ from scheduler.attention import leaves_keys_out
 from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
 from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
 from scheduler.draft_plan import Backlog, DraftPlan
-from scheduler.goodput import Allocation, Outlook, make_policy
+from scheduler.goodput import Allocation, Outlook, make_policy, saved_seconds
 from scheduler.host_cost import HostCost
 from scheduler.kv_memory import KVMemory
 from scheduler.prompt_price import PromptPrice
@@ -183,10 +183,8 @@ class DraftingPolicy:
     def _note_gains(self, offers: Many[_Offer], allocation: Allocation, outlook: Outlook) -> None:
         """What each offer saves: its share, by expected tokens, of the time that the step saves over plain decoding."""
         tokens = [sum(offer.survivals[:n]) for offer, n in zip(offers, allocation.lengths, strict=True)]
-        saved_s, total = 0.0, sum(tokens)
-        if total > 0.0 and allocation.plain > 0.0:
-            step_s = outlook.seconds(sum(allocation.lengths), allocation.prefill)
-            saved_s = step_s * max(0.0, allocation.goodput / allocation.plain - 1.0)
+        total = sum(tokens)
+        saved_s = max(0.0, saved_seconds(allocation, outlook, self._draft_s)) if total > 0.0 else 0.0
         for offer, expected in zip(offers, tokens, strict=True):
             self._gained(offer.state, saved_s * expected / total if saved_s else 0.0)
 
@@ -235,7 +233,6 @@ class DraftingPolicy:
         if not self.cost.is_ready:
             return
         most = self._policy.most(draft.num_decodes + 1)
-        price_s = self._asking.price_s(draft.num_decodes + 1)
         for index in range(draft.num_decodes, len(draft.spans)):
             span, seq = draft.spans[index], draft.owners[index]
             if span.read is not Read.SAMPLE or span.kv_len != len(seq.tokens):
@@ -243,7 +240,8 @@ class DraftingPolicy:
             state = seq.drafting or self._meet(seq)
             wish = min(state.limit, most, seq.decoding.most_drafts)
             is_free = state.is_forced or not self._policy.is_selective
-            if not (is_free or state.gain_s > price_s or self._asking.may_try(state)):
+            is_paid = draft.num_asked > 0
+            if not (is_free or self._asking.pays(state, is_paid) or self._asking.may_try(state, is_paid)):
                 continue
             wish = self._room(draft, seq, wish, draft.num_decodes)
             if wish > 0:
@@ -281,7 +279,9 @@ class DraftingPolicy:
             if path is None or seq.drafting is None:
                 continue
             num_accepted += min(len(path), len(seq.tokens) - span.start - 1)
-            for source, depth, *counts in self.acceptance.observe(drafts, length, path, seq.drafting.counts):
+            state = seq.drafting
+            found = self.acceptance.observe(drafts, length, path, state.counts, state.survivals)
+            for source, depth, *counts in found:
                 old = tallies.get((source, depth), (0, 0, 0))
                 tallies[source, depth] = [a + b for a, b in zip(old, counts, strict=True)]
         return DraftReport(num_accepted, [DraftTally(*key, *row) for key, row in sorted(tallies.items())])

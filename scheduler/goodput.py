@@ -175,6 +175,18 @@ def make_policy(settings: SpeculationSettings) -> DraftPolicy:
     return Fixed(settings.max_drafts, settings.table)
 
 
+def saved_seconds(allocation: Allocation, outlook: Outlook, draft_s: float) -> float:
+    """What the drafts of a step save: the time in which plain steps would bring as much, less the step's own.
+
+    draft_s  the share of proposing in `outlook.seconds`, which plain steps do without; the step's own is not taken off
+    """
+    prefill, plain_s = _prefill(outlook, 0, outlook.backlog)
+    plain_s -= draft_s
+    plain = outlook.value + outlook.price * prefill
+    step_s = outlook.seconds(sum(allocation.lengths), allocation.prefill)
+    return allocation.goodput * step_s * _ratio(plain_s, plain) - (step_s - draft_s)
+
+
 class _Search:
     """The S of most goodput, given the value of the best S slots for each S."""
 

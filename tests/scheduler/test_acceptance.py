@@ -110,3 +110,24 @@ def test_a_drafter_that_goes_stale_is_seen() -> None:
     assert model.drift("s") == pytest.approx(1.0, abs=0.1)
     live(model, counts, 0.2, 300, random.Random(7))
     assert model.drift("s") < 0.5
+
+
+def test_what_is_expected_of_the_chosen_drafts_comes_true() -> None:
+    """Each rate is right on average; those that look best are overestimated, and only those are verified."""
+    rng = random.Random(3)
+    acceptance = Acceptance()
+    expected = came = 0.0
+    for number in range(6000):
+        counts, rate = RequestCounts(), 0.5
+        counts.trials = [6.0] * 6
+        counts.successes = [float(sum(rng.random() < rate for _ in range(6)))] * 6
+        drafts = Drafts((1,), (0.6,), "store")
+        survivals = acceptance.survivals(drafts, counts)
+        if survivals[0] < 0.52 * acceptance.calibration_of("store"):
+            continue
+        path = [1] if rng.random() < rate else []
+        acceptance.observe(drafts, 1, path, RequestCounts(), survivals)
+        if number > 1000:
+            expected, came = expected + survivals[0], came + len(path)
+    assert came == pytest.approx(expected, rel=0.06)
+    assert acceptance.calibration_of("store") < 0.95
