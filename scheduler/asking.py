@@ -23,6 +23,7 @@ _PROBE_SHARE = 64
 _SPARE, _SPARE_EARLY = 0.005, 0.05
 """Share of a step's time for proposals that have not paid lately; while there were few proposals at all, more."""
 _EARLY_STEPS = 64
+_MASK_RATE = 0.05
 _MOST_SPARED = 2
 """Sequences whose price may be set aside for later steps."""
 _DEPTHS = (0, 1, 2, 3, 5, 8)
@@ -72,7 +73,7 @@ class Asking:
         """What verifying one draft costs: those who are asked to learn how they fare have one verified."""
         self.extra = (0.0, 0.0)
         """What drafting costs in a step beside the drafters: once, and for each sequence."""
-        self.mean_masks = 0.0
+        self.mean_masks = 0.5 * settings.mask_block
         """Mask rows of a sequence that asks them."""
         self._settings = settings
         self._is_selective = is_selective
@@ -200,8 +201,13 @@ class Asking:
         self._credit_s -= once_s + count * each_s
         return count
 
+    def observe_masks(self, num_masks: int, num_seqs: int) -> None:
+        """Learn how many mask rows a sequence has. num_masks: of a step, of so many sequences."""
+        if num_seqs:
+            self.mean_masks += _MASK_RATE * (num_masks / num_seqs - self.mean_masks)
+
     def _spare_prices_s(self) -> tuple[float, float]:
-        """Of asking with lookups alone: what is paid once, and what each sequence costs with a verified row."""
+        """Without model drafters: what is paid once, and what each sequence costs with mask rows and a verified row."""
         once_s, each_s = self._prices_s(0)
         return once_s, each_s + self.row_s + self._mask_s
 

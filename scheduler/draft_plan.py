@@ -82,7 +82,7 @@ class DraftPlan:
         self.draft_context = 0
         self.verified: list[Verified] = []
         self.num_asked = 0
-        self.num_masks = 0
+        self.num_masks = self.num_masked = 0
         self.draft_depth = 0
         self.goodput = 0.0
 
@@ -161,4 +161,5 @@ class DraftPlan:
         span = self.spans[index]
         self.spans[index] = span._replace(num_masks=num_masks)
         self.num_masks += num_masks
+        self.num_masked += 1
         self.draft_context += num_masks * span.kv_len

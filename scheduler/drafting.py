@@ -225,7 +225,7 @@ class DraftingPolicy:
         if self._settings.mask_block:
             row_s, rows = self._asking.row_s, draft.features.tokens + sum(lengths.values())
             room = max(0, self._limits.max_batched_tokens - rows - MIN_CHUNK)
-            self._most_masks = room if left_s >= room * row_s else max(0, int(left_s / row_s))
+            self._most_masks = room if row_s <= 0.0 or left_s >= room * row_s else max(0, int(left_s / row_s))
         self._placing.place(draft, lengths, wishes, self._most_masks)
 
     def finish(self, draft: DraftPlan) -> None:
@@ -259,7 +259,7 @@ class DraftingPolicy:
         if is_timed:
             self._draft_s += 0.1 * (result.draft_s - self._draft_s)
             if draft.num_asked:
-                self._asking.mean_masks = self._placing.mean_masks
+                self._asking.observe_masks(draft.num_masks, draft.num_masked)
                 self._asking.cost.observe(draft.num_asked, draft.draft_depth, result.draft_s, draft.num_masks)
         report = self._observe(draft, result.outcomes)
         for seq, span, outcome in zip(draft.owners, draft.spans, result.outcomes, strict=True):

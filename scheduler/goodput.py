@@ -51,14 +51,14 @@ class Allocation(NamedTuple):
     prefill   prompt rows planned next to them
     goodput   tokens per second, prompt rows at their price
     cutoff    survival at which one draft more would just pay; 1 where none can be had
-    plain     goodput without any of the offers
+    plain     (value, seconds) of the step without any of the offers
     """
 
     lengths: list[int]
     prefill: int
     goodput: float
     cutoff: float = 1.0
-    plain: float = 0.0
+    plain: tuple[float, float] = (0.0, 0.0)
 
 
 Offers = Sequence[Sequence[float]]
@@ -113,7 +113,7 @@ class Uniform:
         return self._max_drafts
 
     def allocate(self, offers: Offers, outlook: Outlook) -> Allocation:
-        best, plain = Allocation([0] * len(offers), 0, -inf), 0.0
+        best, plain = Allocation([0] * len(offers), 0, -inf), (0.0, 0.0)
         for k in range(1 + max((len(offer) for offer in offers), default=0)):
             lengths = [min(k, len(offer)) for offer in offers]
             count = sum(lengths)
@@ -122,7 +122,7 @@ class Uniform:
             value = outlook.value + sum(sum(offer[:k]) for offer in offers)
             prefill, seconds = _prefill(outlook, count, outlook.backlog)
             goodput = _ratio(value + outlook.price * prefill, seconds)
-            plain = plain if k else goodput
+            plain = plain if k else (value + outlook.price * prefill, seconds)
             if (count == 0 or seconds <= outlook.draft_bound_s) and goodput > best.goodput:
                 best = Allocation(lengths, prefill, goodput, _cutoff(outlook, count, value, goodput), plain)
         return best
@@ -180,11 +180,9 @@ def saved_seconds(allocation: Allocation, outlook: Outlook, draft_s: float) -> f
 
     draft_s  the share of proposing in `outlook.seconds`, which plain steps do without; the step's own is not taken off
     """
-    prefill, plain_s = _prefill(outlook, 0, outlook.backlog)
-    plain_s -= draft_s
-    plain = outlook.value + outlook.price * prefill
+    value, plain_s = allocation.plain
     step_s = outlook.seconds(sum(allocation.lengths), allocation.prefill)
-    return allocation.goodput * step_s * _ratio(plain_s, plain) - (step_s - draft_s)
+    return allocation.goodput * step_s * (plain_s - draft_s) / value - (step_s - draft_s) if value else 0.0
 
 
 class _Search:
@@ -194,7 +192,7 @@ class _Search:
         self._values = values
         self._outlook = outlook
         self.goodput = -inf
-        self.plain = 0.0
+        self.plain = (0.0, 0.0)
         self.prefill = 0
         self._count = 0
 
@@ -222,9 +220,10 @@ class _Search:
                 time_s = seconds(count, 0)
             if time_s > bound_s and count:
                 break
-            goodput = _ratio(values[count] + price * most_prefill, time_s)
+            value = values[count] + price * most_prefill
+            goodput = _ratio(value, time_s)
             if count == 0:
-                self.plain = goodput
+                self.plain = value, time_s
             if goodput > self.goodput:
                 self.goodput, self.prefill, self._count = goodput, most_prefill, count
 

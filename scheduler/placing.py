@@ -13,15 +13,12 @@ from scheduler.kv_memory import KVMemory
 from scheduler.sequence import Sequence
 from scheduler.types import Limits, SpeculationSettings
 
-_RATE = 0.05
-
 
 class Placing:
-    """Places what was decided. `mean_masks`: rows that one sequence's masks are, on average."""
+    """Places what was decided."""
 
     def __init__(self, limits: Limits, memory: KVMemory, settings: SpeculationSettings) -> None:
         self._limits, self._memory, self._settings = limits, memory, settings
-        self.mean_masks = 0.5 * settings.mask_block
 
     def place(self, draft: DraftPlan, lengths: Mapping[int, int], wishes: Many[int], most_masks: int) -> None:
         """lengths: {index of a decode: drafts to verify}; wishes: new ones of each decode; most_masks: rows in all."""
@@ -51,7 +48,9 @@ class Placing:
         which the step itself decides. So one row alone is of no use."""
         seq, span = draft.owners[index], draft.spans[index]
         state = seq.drafting
-        if state is None or span.parents or not state.wants_masks or not span.num_drafts:
+        assert state is not None, "a span is placed whose drafts nobody decided"
+        state.is_masked = False
+        if span.parents or not state.wants_masks or not span.num_drafts:
             return
         start, block = span.start + len(span.tokens), self._settings.mask_block
         pages_end = len(seq.pages) * self._memory.page_size
@@ -59,7 +58,6 @@ class Placing:
         state.is_masked = end - start > 1 and draft.num_masks + end - start <= most
         if state.is_masked:
             draft.place_masks(index, end - start)
-            self.mean_masks += _RATE * (end - start - self.mean_masks)
 
     def _room(self, draft: DraftPlan, seq: Sequence, wanted: int, num_decodes: int) -> int:
         """Drafts, up to `wanted`, whose KV has pages behind the sequence's tokens, after taking some that are spare."""

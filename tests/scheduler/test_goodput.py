@@ -183,7 +183,9 @@ def test_settings_that_contradict_themselves_are_refused(settings: SpeculationSe
 
 
 def test_a_machine_that_has_not_been_measured_gets_no_drafts() -> None:
-    assert Marginal(8).allocate([[0.9]], Outlook(1.0, 9, 0, 0.3, lambda s, c: 0.0)) == Allocation([0], 0, 0.0, 0.0)
+    assert Marginal(8).allocate([[0.9]], Outlook(1.0, 9, 0, 0.3, lambda s, c: 0.0)) == Allocation(
+        [0], 0, 0.0, 0.0, plain=(1.0, 0.0)
+    )
 
 
 def test_planning_256_requests_takes_no_longer_than_a_step_allows() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.types import Limits, Speculation, SpeculationSettings, StepPlan
+from scheduler.step_cost import StepCost
+from scheduler.types import Limits, Speculation, SpeculationSettings, StepFeatures, StepPlan, StepSample
 from tests.scheduler.test_drafting import world
 from tests.scheduler.worlds import make_limits, make_request
 
@@ -43,3 +44,29 @@ def test_masks_count_in_the_budget_and_stay_inside_pages_and_length() -> None:
 def test_a_request_for_another_drafter_has_none() -> None:
     assert not any(span.num_masks for plan in plans_of(5, drafter="suffix") for span in plan.spans)
     assert any(span.num_masks for plan in plans_of(5, drafter="masks") for span in plan.spans)
+
+
+def test_a_step_without_masks_is_not_credited_with_masks() -> None:
+    """What lookups saved in it must not count as what masks saved."""
+    running = world(settings=SETTINGS)
+    running.add(make_request("r", 5, max_tokens=24))
+    running.step()
+    (seq,) = running.scheduler._queues.running
+    state = seq.drafting
+    assert state is not None
+    assert state.is_masked
+    state.may_mask = False
+    for _ in range(2):
+        running.step()
+    assert not state.is_masked
+
+
+def test_where_a_row_costs_nothing_a_step_past_its_bound_is_no_error() -> None:
+    cost = StepCost([StepSample(StepFeatures(1, 0, 1), 0.01)] * 4)
+    running = world(
+        make_limits(tbt_slo_s=1e-6), settings=SpeculationSettings(mask_drafter="masks", mask_block=8), cost=cost
+    )
+    running.elapsed_of = lambda rows: 0.01
+    running.add(make_request("r", 5, max_tokens=24))
+    running.finish()
+    assert running.stats
