@@ -31,6 +31,7 @@ from kernels.triton.gpu_checks import Span, worst_error
 from kernels.triton.ops import TritonOps
 from kernels.triton.paged import DevicePlan, PagedAttention
 from kernels.triton.tile_table import TileShape, WorkClass
+from tests.kernels.triton.scripted_timer import ScriptedTimer
 
 CPU = torch.device("cpu")
 CAN_RUN = {"sdpa flash", "gather", "flex", "fixed split", "vllm-like"}
@@ -102,25 +103,6 @@ def test_a_fixed_split_is_right_where_segments_are_empty(ops: TritonOps, spans: 
         split = FixedSplit(problem.rows, problem.q_TQD, problem.pools[0][0], settings)
         out = split.run(problem.q_TQD, *problem.pools[0], problem.scale)
         assert worst_error(problem.world, out, problem.scale, None) <= 1
-
-
-class ScriptedTimer:
-    """Says that calls took what the test wants, after running them. A list is a call's rounds, a string its failure."""
-
-    is_meaningful = True
-
-    def __init__(self, seconds: Mapping[str, list[float] | str]) -> None:
-        self._seconds = seconds
-        self.called: list[str] = []
-
-    def time(self, calls: Mapping[str, Call], target_s: float = 0.0) -> dict[str, Times | str]:
-        found: dict[str, Times | str] = {}
-        for name, call in calls.items():
-            call()
-            self.called.append(name)
-            value = self._seconds.get(name, [1.0, 1.0])
-            found[name] = value if isinstance(value, str) else Times(tuple(value))
-        return found
 
 
 def bench_of(ops: TritonOps, timer: ScriptedTimer, **baselines: Callable[[Problem], Prepared]) -> Bench:

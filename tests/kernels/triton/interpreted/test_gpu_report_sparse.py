@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,36 +19,18 @@ from kernels.gpu_report.sparse_cases import (
     tiny_sparse_cases,
 )
 from kernels.gpu_report.sparse_times import run_once, time_sparse
-from kernels.gpu_report.timing import Call, HostTimer, Rates, Times
+from kernels.gpu_report.timing import HostTimer, Rates
 from kernels.triton.ops import TritonOps
 from kernels.triton.sparse import prefill
 from kernels.triton.sparse.attend import SparseAttention
+from tests.kernels.triton.scripted_timer import ScriptedTimer
 
 CPU = torch.device("cpu")
 ROWS, CHUNK = tiny_sparse_cases()
 FOLLOWING = SparseCase(ROWS.dense, (RowVariant(Reading.TIDAL_FOLLOW, 70),))
 
 
-class Clockwork:
-    """Runs each call once and says what it took."""
-
-    is_meaningful = True
-
-    def __init__(self, seconds: Mapping[str, list[float] | str]) -> None:
-        self._seconds = seconds
-        self.called: list[str] = []
-
-    def time(self, calls: Mapping[str, Call], target_s: float = 0.0) -> dict[str, Times | str]:
-        found: dict[str, Times | str] = {}
-        for name, call in calls.items():
-            call()
-            self.called.append(name)
-            value = self._seconds[name]
-            found[name] = value if isinstance(value, str) else Times(tuple(value))
-        return found
-
-
-def bench_of(timer: Clockwork | HostTimer) -> Bench:
+def bench_of(timer: ScriptedTimer | HostTimer) -> Bench:
     return Bench(TritonOps(num_programs=2), CPU, timer, Rates(1e6, 1e9), 0, {})
 
 
@@ -71,7 +52,7 @@ def test_a_dry_run_goes_through_all_methods_and_claims_nothing(tmp_path: Path) -
 
 def test_figures_follow_from_the_times_and_failures_are_said() -> None:
     quest, labels, listing, following = (variant.label for variant in ROWS.variants)
-    timer = Clockwork(
+    timer = ScriptedTimer(
         {"dense": [8e-3, 16e-3], "dense again": [8.8e-3, 17.6e-3], quest: [2e-3, 4e-3], labels: "out of memory",
          listing: [8e-3, 8e-3], following: [1e-3, 1e-3]}
     )  # fmt: skip
@@ -110,7 +91,7 @@ def test_a_layer_that_follows_is_timed_without_choosing(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(SparseAttention, "_choose", counted)
     label = FOLLOWING.variants[0].label
-    timer = Clockwork({"dense": [1.0], "dense again": [1.0], label: [1.0]})
+    timer = ScriptedTimer({"dense": [1.0], "dense again": [1.0], label: [1.0]})
     (found,) = time_sparse(bench_of(timer), FOLLOWING)
     assert found.reason is None
     assert len(chosen) == 1
@@ -119,12 +100,12 @@ def test_a_layer_that_follows_is_timed_without_choosing(monkeypatch: pytest.Monk
 def test_copies_of_the_keys_are_so_many_that_what_is_read_of_them_passes_the_cache() -> None:
     case = replace(CHUNK, variants=(ChunkVariant(CHUNK.variants[0].method),))  # type: ignore[union-attr]
     label = case.variants[0].label
-    timer = Clockwork({"dense": [4.0, 4.0], "dense again": [4.0, 4.0], label: [2.0, 2.0]})
+    timer = ScriptedTimer({"dense": [4.0, 4.0], "dense again": [4.0, 4.0], label: [2.0, 2.0]})
     (found,) = time_sparse(replace(bench_of(timer), cache_bytes=case.least_bytes), case)
     assert found.us == pytest.approx(2e6 / 3), "a call runs on all three copies, its time is of one"
 
 
 def test_warming_runs_every_call_and_times_none() -> None:
-    timer = Clockwork({})
+    timer = ScriptedTimer({})
     run_once(bench_of(timer), CHUNK)
     assert timer.called == []
