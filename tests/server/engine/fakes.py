@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from scheduler.scheduler import Scheduler
-from scheduler.types import UNKNOWN, Limits, Outcome, Read, Request, Sampling, StepPlan, StepResult
+from scheduler.types import UNKNOWN, Delta, Limits, Outcome, Read, Request, Sampling, StepPlan, StepResult
 from server.engine.config import EngineConfig, EngineInfo, make_limits
 from server.engine.core import EngineCore
 from server.engine.runner import Core, run_engine
@@ -32,6 +32,10 @@ def expected(prompt: Iterable[int], count: int, model: str = "") -> list[int]:
     while len(tokens) < start + count:
         tokens.append(next_token(tokens, model))
     return tokens[start:]
+
+
+def tokens_of(deltas: Iterable[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.tokens]
 
 
 def request(name: str, prompt: Iterable[int] = (1, 2, 3), max_tokens: int = 8, **sampling: object) -> Request:

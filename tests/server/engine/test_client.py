@@ -19,7 +19,7 @@ import pytest
 from scheduler.types import Delta, FinishReason, StepStats
 from server.engine.client import EngineClient, EngineStartError, EngineUnavailable
 from server.engine.config import EngineConfig, EngineState
-from tests.server.engine.fakes import expected, request
+from tests.server.engine.fakes import expected, request, tokens_of
 
 COMMAND = (sys.executable, "-m", "tests.server.engine.fakes")
 
@@ -38,10 +38,6 @@ async def engine(
 
 async def collect(client: EngineClient, name: str, prompt: tuple[int, ...], count: int) -> list[Delta]:
     return [delta async for delta in client.generate(request(name, prompt, count))]
-
-
-def tokens_of(deltas: list[Delta]) -> list[int]:
-    return [token for delta in deltas for token in delta.tokens]
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:

@@ -11,7 +11,7 @@ import pytest
 from scheduler.policies import plain
 from scheduler.types import Delta, FinishReason, Grammar, GrammarKind, StepPlan
 from server.engine.core import EngineCore
-from tests.server.engine.fakes import LIMITS, POISON, FakeWorker, expected, fake_core, request
+from tests.server.engine.fakes import LIMITS, POISON, FakeWorker, expected, fake_core, request, tokens_of
 
 
 def run(core: EngineCore, timeout_s: float = 60.0) -> dict[str, list[Delta]]:
@@ -22,10 +22,6 @@ def run(core: EngineCore, timeout_s: float = 60.0) -> dict[str, list[Delta]]:
         for delta in core.step()[0]:
             deltas.setdefault(delta.request_id, []).append(delta)
     return deltas
-
-
-def tokens_of(deltas: list[Delta]) -> list[int]:
-    return [token for delta in deltas for token in delta.tokens]
 
 
 @pytest.mark.parametrize("seed", range(30))

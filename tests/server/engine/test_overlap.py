@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import zmq
 
-from scheduler.types import Delta, FinishReason, StepPlan, StepResult
+from scheduler.types import StepPlan, StepResult
 from server.engine.link import Abort, Add, FromEngine, Stop, Update, client_codec
 from server.engine.runner import Core, Loop
 from server.engine.several import SeveralCores
-from tests.server.engine.fakes import POISON, FakeWorker, expected, fake_core, request
+from tests.server.engine.crowd import Crowd
+from tests.server.engine.fakes import FakeWorker, expected, fake_core, request
 
 
 class Device(FakeWorker):
@@ -62,49 +63,24 @@ class Device(FakeWorker):
         return finish
 
 
-def tokens_of(deltas: list[Delta]) -> list[int]:
-    return [token for delta in deltas for token in delta.tokens]
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_requests_that_come_and_go_while_a_step_runs_change_no_text(seed: int) -> None:
     """Poisoned ones too, whichever half of the step says so; every page is free in the end."""
     rng = random.Random(seed)
     worker = Device(late=bool(seed % 2))
     core = fake_core(worker)
-    prompts = {f"r{i}": tuple(rng.randrange(400) for _ in range(rng.randint(1, 40))) for i in range(20)}
-    prompts |= {f"bad{i}": (*prompts[f"r{i}"], POISON) for i in range(2)}
-    waiting, aborted = list(prompts), set[str]()
-    rng.shuffle(waiting)
-    deltas: dict[str, list[Delta]] = {name: [] for name in prompts}
-
-    def come_and_go() -> None:
-        while waiting and rng.random() < 0.6:
-            name = waiting.pop()
-            core.add(request(name, prompts[name], 12))
-        if rng.random() < 0.1 and (here := sorted(set(prompts) - set(waiting) - aborted)):
-            aborted.add(name := rng.choice(here))
-            core.abort(name)
-
-    while waiting or core.has_work:
-        come_and_go()
+    crowd = Crowd(core, rng)
+    while crowd.has_work:
+        crowd.come_and_go()
         plan = core.plan()
         out = core.take_outbox()
         if plan is not None:
             core.launch(plan)
-            come_and_go()
+            crowd.come_and_go()
             more, _ = core.collect()
             out += more
-        for delta in out:
-            assert delta.request_id not in aborted, "an aborted request said something"
-            deltas[delta.request_id].append(delta)
-    for name, prompt in prompts.items():
-        if name.startswith("bad") and name not in aborted:
-            assert [delta.finish_reason for delta in deltas[name]] == [FinishReason.ERROR]
-        elif name not in aborted:
-            assert tokens_of(deltas[name]) == expected(prompt, 12)
-            assert deltas[name][-1].finish_reason is FinishReason.LENGTH
-    assert core.stats().pages_used == 0
+        crowd.take(out)
+    crowd.check()
 
 
 class Recording(Loop):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.types import Delta, FinishReason, Limits, Request, StepPlan, StepResult
+from scheduler.types import Delta, Limits, Request, StepPlan, StepResult
 from server.engine.several import SeveralCores
-from tests.server.engine.fakes import LIMITS, POISON, FakeWorker, expected, fake_core, request
-from tests.server.engine.test_overlap import Device, serve, tokens_of
+from tests.server.engine.crowd import Crowd
+from tests.server.engine.fakes import LIMITS, FakeWorker, expected, fake_core, request, tokens_of
+from tests.server.engine.test_overlap import Device, serve
 
 
 class Timeline:
@@ -74,45 +75,25 @@ def test_requests_that_come_and_go_between_two_steps_change_no_text(seed: int) -
     worker = Device(late=bool(seed % 2), most=2)
     limits = Limits(256, 32, 512, 20, 4) if seed % 4 > 1 else LIMITS
     core = fake_core(worker, limits, plans_ahead=True)
-    prompts = {f"r{i}": tuple(rng.randrange(400) for _ in range(rng.randint(1, 40))) for i in range(20)}
-    prompts |= {f"bad{i}": (*prompts[f"r{i}"], POISON) for i in range(2)}
-    waiting, aborted = list(prompts), set[str]()
-    rng.shuffle(waiting)
-    deltas: dict[str, list[Delta]] = {name: [] for name in prompts}
+    crowd = Crowd(core, rng)
     num_ahead = num_preempted = 0
-
-    def come_and_go() -> None:
-        while waiting and rng.random() < 0.6:
-            name = waiting.pop()
-            core.add(request(name, prompts[name], 12))
-        if rng.random() < 0.1 and (here := sorted(set(prompts) - set(waiting) - aborted)):
-            aborted.add(name := rng.choice(here))
-            core.abort(name)
-
-    while waiting or core.has_work:
-        come_and_go()
+    while crowd.has_work:
+        crowd.come_and_go()
         if core.under_way is None and (plan := core.plan()) is not None:
             core.launch(plan)
         out = core.take_outbox()
         if core.under_way is not None:
-            come_and_go()
+            crowd.come_and_go()
             core.launch_ahead()
-            come_and_go()
+            crowd.come_and_go()
             more, stats = core.collect()
             num_ahead += stats.is_ahead
             num_preempted += stats.num_preempted
             out += more
-        for delta in out:
-            assert delta.request_id not in aborted, "an aborted request said something"
-            deltas[delta.request_id].append(delta)
-    for name, prompt in prompts.items():
-        if name.startswith("bad") and name not in aborted:
-            assert [delta.finish_reason for delta in deltas[name]] == [FinishReason.ERROR]
-        elif name not in aborted:
-            assert tokens_of(deltas[name]) == expected(prompt, 12)
-            assert deltas[name][-1].finish_reason is FinishReason.LENGTH
+        crowd.take(out)
+    crowd.check()
     assert num_ahead > 5
-    assert core.stats().pages_used == 0
+    assert (num_preempted > 0) is (limits is not LIMITS)
 
 
 @pytest.mark.parametrize("late", [False, True])
