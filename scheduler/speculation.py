@@ -113,7 +113,8 @@ class SpeculationSettings:
     table          for `table`: (most decoding sequences, drafts), ascending; beyond the last none
     has_sequential whether a drafter that runs a model step by step is loaded
     tree_max_seqs  trees are verified only while at most this many sequences decode
-    probe_every    steps after which a request without drafts is tried again
+    probe_every    steps after which a request that is offered drafts has one of them verified, and a request that is
+                   asked is asked with mask rows, whatever they pay; after 8 times as many without any, one is asked
     price          of a prompt token, in output tokens; None = learned from finished requests (0 = the myopic rule)
     mask_drafter, mask_block   name of the drafter that asks mask rows, and the model's block; "" = none is loaded
     """
