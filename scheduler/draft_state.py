@@ -11,7 +11,8 @@ from scheduler.types import Speculation, SpeculationMode
 _GAIN_RATE = 0.25
 MOST_PATIENCE = 8
 """A request waits twice as long as others with each probe in vain, up to so many times."""
-_FIRST_RATE = 0.1
+_FIRST_RATE = 0.2
+_MOST_LOADS_APART = 1
 
 
 @dataclass(slots=True)
@@ -31,6 +32,8 @@ class DraftState:
     num_quiet   steps since drafts were asked for; num_unverified since one was verified although some were offered
     patience    how many probing intervals it waits until it is asked again
     source      name of the drafter of the last offer
+    load        class of load (`FirstGains`) that gain_s and mask_gain_s are of
+    is_first, is_first_masked   no answer has been counted since they were last set to what others' first ones saved
     """
 
     limit: int
@@ -50,6 +53,9 @@ class DraftState:
     num_quiet: int = 0
     num_unverified: int = 0
     source: str = ""
+    load: int = 0
+    is_first: bool = True
+    is_first_masked: bool = True
 
     def gained(self, seconds: float, is_of_masks: bool = False) -> None:
         """A mean and nothing more: what pays now and then must pay for the answers in between. A mean that rose faster
@@ -71,23 +77,42 @@ def _mean(old: float, new: float) -> float:
     return new if old == inf else old + _GAIN_RATE * (new - old)
 
 
-class FirstGain:
-    """What requests' first offers saved on average: what a new one may expect. inf = nothing is known yet.
+class FirstGains:
+    """What first offers saved on average: what a new request may expect. inf = nothing is known yet.
 
-    Later offers do not count: those whose first one saved something are asked more often.
+    Kept apart by the octave of the number of decodes: what a draft saves falls with it, and where 32 streams have
+    taught that drafts do not pay, one stream would wait long to find out that they do. A request that has come into
+    another load expects what new ones do. Later offers do not count: those whose first one saved something are asked
+    more often.
     """
 
     def __init__(self) -> None:
-        self.seconds = inf
+        self._means: dict[tuple[int, bool], float] = {}
 
-    def observe(self, num_before: int, seconds: float) -> None:
-        """num_before: offers that the request had had."""
-        if num_before == 0:
-            self.seconds = seconds if self.seconds == inf else self.seconds + _FIRST_RATE * (seconds - self.seconds)
+    def expect(self, state: DraftState, num_decodes: int) -> None:
+        """Let a request expect what others got under this load, if it is new or its own record is of quite another."""
+        load = num_decodes.bit_length()
+        if state.load and abs(state.load - load) <= _MOST_LOADS_APART:
+            return
+        state.load, state.is_first, state.is_first_masked = load, True, True
+        state.gain_s, state.mask_gain_s = self._means.get((load, False), inf), self._means.get((load, True), inf)
+
+    def observe(self, state: DraftState, seconds: float, is_of_masks: bool) -> None:
+        """An answer that the request has not counted yet."""
+        if state.is_masked and state.is_first_masked:
+            state.is_first_masked = False
+            self._learn(state.load, True, seconds if is_of_masks else 0.0)
+        if not is_of_masks and state.is_first:
+            state.is_first = False
+            self._learn(state.load, False, seconds)
+
+    def _learn(self, load: int, is_masked: bool, seconds: float) -> None:
+        old = self._means.get((load, is_masked), seconds)
+        self._means[load, is_masked] = old + _FIRST_RATE * (seconds - old)
 
 
-def make_state(asked: Speculation, max_drafts: int, gain_s: float) -> DraftState:
+def make_state(asked: Speculation, max_drafts: int) -> DraftState:
     limit = max_drafts if asked.max_tokens is None else min(max_drafts, asked.max_tokens)
     if asked.mode is SpeculationMode.OFF:
         limit = 0
-    return DraftState(limit, asked.mode is SpeculationMode.ON, asked.tree is not False, gain_s)
+    return DraftState(limit, asked.mode is SpeculationMode.ON, asked.tree is not False)

@@ -15,7 +15,7 @@ from scheduler.attention import leaves_keys_out
 from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
 from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
 from scheduler.draft_plan import Backlog, DraftPlan
-from scheduler.draft_state import DraftState, FirstGain, make_state
+from scheduler.draft_state import DraftState, FirstGains, make_state
 from scheduler.goodput import Allocation, Outlook, make_policy, saved_seconds
 from scheduler.host_cost import HostCost
 from scheduler.kv_memory import KVMemory
@@ -62,7 +62,7 @@ class DraftingPolicy:
         self._asking = Asking(settings, self._policy.is_selective)
         self._placing = Placing(limits, memory, settings)
         self._most_masks = limits.max_batched_tokens
-        self._first_gain, self._first_mask_gain = FirstGain(), FirstGain()
+        self._first_gains = FirstGains()
         self._host = HostCost()
         self._num_drafting = 0
         self._num_rested, self._num_skipped = _REST, 0
@@ -93,6 +93,8 @@ class DraftingPolicy:
     def _draft(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
         """Verify what waits and pays, ask for what may pay."""
         states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
+        for state in states:
+            self._first_gains.expect(state, draft.num_decodes)
         offers = self._offers(draft, states)
         if offers or self._settings.has_sequential:
             free = [offer for offer in offers if not offer.state.is_forced]
@@ -127,10 +129,9 @@ class DraftingPolicy:
 
     def _meet(self, seq: Sequence) -> DraftState:
         asked = seq.request.speculation
-        seq.drafting = state = make_state(asked, self._settings.max_drafts, self._first_gain.seconds)
-        if self._settings.mask_block and asked.drafter in ("auto", self._settings.mask_drafter):
-            state.may_mask = state.wants_masks = True
-            state.mask_gain_s = self._first_mask_gain.seconds
+        seq.drafting = state = make_state(asked, self._settings.max_drafts)
+        names = ("auto", self._settings.mask_drafter)
+        state.may_mask = state.wants_masks = self._settings.mask_block > 0 and asked.drafter in names
         state.takes_trees = state.takes_trees and not leaves_keys_out(seq.request.attention)
         return state
 
@@ -201,10 +202,7 @@ class DraftingPolicy:
 
     def _gained(self, state: DraftState, seconds: float) -> None:
         is_of_masks = state.source == self._settings.mask_drafter
-        if state.is_masked:
-            self._first_mask_gain.observe(state.num_masked, seconds if is_of_masks else 0.0)
-        if not is_of_masks:
-            self._first_gain.observe(state.num_gains, seconds)
+        self._first_gains.observe(state, seconds, is_of_masks)
         state.gained(seconds, is_of_masks)
 
     def _ask(self, draft: DraftPlan, states: list[DraftState], allocation: Allocation, outlook: Outlook) -> list[int]:
@@ -239,6 +237,7 @@ class DraftingPolicy:
             if span.read is not Read.SAMPLE or span.kv_len != len(seq.tokens):
                 continue
             state = seq.drafting or self._meet(seq)
+            self._first_gains.expect(state, draft.num_decodes + 1)
             wish = min(state.limit, most, seq.decoding.most_drafts)
             is_free = state.is_forced or not self._policy.is_selective
             is_paid = draft.num_asked > 0

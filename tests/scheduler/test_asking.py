@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from math import inf
 
 import pytest
 
 from scheduler.asking import Asking, DraftCost
-from scheduler.draft_state import DraftState, FirstGain, make_state
+from scheduler.draft_state import DraftState, FirstGains, make_state
 from scheduler.goodput import Outlook
 from scheduler.types import Speculation, SpeculationMode, SpeculationSettings
 
@@ -39,8 +40,8 @@ def test_who_saves_more_than_proposing_costs_is_asked() -> None:
 
 
 def test_off_is_never_asked_and_on_always() -> None:
-    off = make_state(Speculation(SpeculationMode.OFF), 8, gain_s=1.0)
-    forced = make_state(Speculation(SpeculationMode.ON, max_tokens=3), 8, gain_s=0.0)
+    off = make_state(Speculation(SpeculationMode.OFF), 8)
+    forced = make_state(Speculation(SpeculationMode.ON, max_tokens=3), 8)
     made = asking()
     for _ in range(100):
         assert made.choose([off, forced], 8, step_s=1e-9) == [0, 3]
@@ -181,11 +182,36 @@ def test_a_new_request_is_tried_once_out_of_the_time_set_aside() -> None:
     assert not made.may_try(new, is_paid=True)
 
 
+def first_gain(gains: FirstGains, num_decodes: int) -> float:
+    new = DraftState(8)
+    gains.expect(new, num_decodes)
+    return new.gain_s
+
+
 def test_new_requests_expect_what_the_first_offers_of_others_saved() -> None:
-    first = FirstGain()
-    for number in range(400):
-        first.observe(number % 4, 1e-3 if number % 4 == 0 else 1.0)
-    assert first.seconds == pytest.approx(1e-3)
+    gains = FirstGains()
+    assert first_gain(gains, 1) == inf
+    for _ in range(100):
+        state = DraftState(8)
+        gains.expect(state, 1)
+        for number in range(4):
+            gains.observe(state, 1.0 if number else 1e-3, is_of_masks=False)
+    assert first_gain(gains, 1) == pytest.approx(1e-3)
+
+
+def test_what_many_streams_have_taught_is_nothing_to_one() -> None:
+    gains, old = FirstGains(), DraftState(8)
+    gains.expect(old, 32)
+    gains.observe(old, 0.0, is_of_masks=False)
+    old.gained(0.0)
+    assert first_gain(gains, 33) == 0.0
+    assert first_gain(gains, 1) == inf
+    gains.expect(old, 20)
+    assert old.gain_s == 0.0, "about as many streams: its own record holds"
+    gains.expect(old, 2)
+    assert old.gain_s == inf
+    gains.observe(old, 5e-3, is_of_masks=False)
+    assert first_gain(gains, 3) == 5e-3, "its next answer is a first one of this load"
 
 
 def outlook() -> Outlook:
