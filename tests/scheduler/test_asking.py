@@ -81,12 +81,23 @@ def test_however_dear_proposing_is_somebody_is_asked() -> None:
     assert len(asked_at) == 1200 // (8 * SETTINGS.probe_every)
 
 
+def num_asked(made: Asking, num_seqs: int) -> int:
+    states = [DraftState(8, gain_s=0.0) for _ in range(num_seqs)]
+    return sum(sum(wish > 0 for wish in made.choose(states, 8, step_s=0.01)) for _ in range(400))
+
+
 def test_early_on_more_time_is_set_aside() -> None:
-    made, state = Asking(SETTINGS, is_selective=True), DraftState(8, gain_s=0.0)
+    made = Asking(SETTINGS, is_selective=True)
     for _ in range(10):
         made.cost.observe(1, 0, 1e-3)
-    early = sum(made.choose([state], 8, step_s=0.01) != [0] for _ in range(100))
-    assert early > 5 * sum(asking(per_sequence_s=1e-3).choose([state], 8, step_s=0.01) != [0] for _ in range(100))
+    assert num_asked(made, 8) > 5 * num_asked(asking(per_sequence_s=1e-3), 8)
+
+
+def test_the_more_streams_the_less_time_is_set_aside() -> None:
+    found = [num_asked(asking(per_sequence_s=1e-3), count) for count in (1, 2, 8, 32)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] == pytest.approx(0.02 * 400 * 0.01 / 1e-3, rel=0.1)
+    assert found[-1] <= found[0] / 5
 
 
 def test_those_who_are_asked_pay_together_what_is_paid_once() -> None:
@@ -163,8 +174,8 @@ def test_who_answers_in_vain_waits_longer_than_others() -> None:
 def test_steps_that_went_by_unseen_count_as_if_they_had_been_seen() -> None:
     one, many = asking(per_sequence_s=0.002), asking(per_sequence_s=0.002)
     seen, unseen = DraftState(8, gain_s=0.0), DraftState(8, gain_s=0.0)
-    num_seen = sum(one.choose([seen], 8, step_s=0.02) != [0] for _ in range(320))
-    num_unseen = sum(many.choose([unseen], 8, 0.02, num_steps=8) != [0] for _ in range(40))
+    num_seen = sum(one.choose([seen], 8, step_s=0.005) != [0] for _ in range(320))
+    num_unseen = sum(many.choose([unseen], 8, 0.005, num_steps=8) != [0] for _ in range(40))
     assert num_unseen == pytest.approx(num_seen, abs=2)
     assert num_seen > 5
 
@@ -173,8 +184,8 @@ def test_a_new_request_is_tried_once_out_of_the_time_set_aside() -> None:
     made, paying, new = asking(per_sequence_s=1e-3), DraftState(8, gain_s=1.0), DraftState(8, gain_s=0.0)
     num_tried = 0
     for _ in range(200):
-        # Each step sets 0.5 % of 60 ms aside, 0.3 of what asking takes.
-        assert made.choose([paying], 8, step_s=0.06) == [8]
+        # Each step of one stream sets 2 % of 15 ms aside, 0.3 of what asking takes.
+        assert made.choose([paying], 8, step_s=0.015) == [8]
         num_tried += made.may_try(new, is_paid=True)
     assert 50 <= num_tried <= 62
     made.choose([paying], 8, step_s=1.0)
