@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scheduler.attention import leaves_keys_out
-from scheduler.types import AttentionOffer, DiffusionModel, Fault, Limits, Request, Topology
+from scheduler.types import AttentionOffer, DiffusionModel, Fault, Limits, PromptMethod, Request, Topology
 
 
-def refuse_impossible(request: Request, limits: Limits, attention: Sequence[AttentionOffer] = ()) -> Fault | None:
+def refuse_impossible(
+    request: Request,
+    limits: Limits,
+    attention: Sequence[AttentionOffer] = (),
+    prompt_attention: Sequence[PromptMethod] = (),
+) -> Fault | None:
     """A 400 for a request that no empty machine could serve; it would wait for ever (R1, forward progress).
 
-    attention  the sparse methods that it may choose
+    attention, prompt_attention  the sparse methods that it may choose
     """
     num_prompt, num_output = len(request.prompt), len(request.output)
     if num_prompt == 0:
@@ -34,7 +39,8 @@ def refuse_impossible(request: Request, limits: Limits, attention: Sequence[Atte
             "completion). Please reduce the length of the prompt.",
             "prompt",
         )
-    if (fault := _refuse_attention(request, attention)) is not None:
+    fault = _refuse_attention(request, attention) or _refuse_prompt_attention(request, prompt_attention)
+    if fault is not None:
         return fault
     total = min(limits.max_model_len, num_prompt + request.max_tokens)
     # The last output token is never fed back, so its KV is never needed.
@@ -60,6 +66,21 @@ def _refuse_attention(request: Request, offers: Sequence[AttentionOffer]) -> Fau
     if request.speculation.tree and leaves_keys_out(request.attention):
         return Fault(400, "speculation.tree is true, but a row of sparse attention cannot be of a tree", "speculation")
     problem = request.attention.misfit(offers)
+    return None if problem is None else Fault(400, f"attention.{problem[0]} {problem[1]}", f"attention.{problem[0]}")
+
+
+def _refuse_prompt_attention(request: Request, methods: Sequence[PromptMethod]) -> Fault | None:
+    asked = request.prompt_attention
+    if asked is None:
+        return None
+    what = f"attention.prefill is {asked.method}"
+    if request.decoding is not None:
+        return Fault(400, f"{what}, but this text is denoised, and its prompt read as denoising needs it", "attention")
+    if request.attention is not None and request.attention.lossless:
+        return Fault(400, f"{what}, which changes the text, but attention.lossless is true", "attention.lossless")
+    if request.sampling.prompt_logprobs is not None:
+        return Fault(400, f"{what}, so the prompt's log-probabilities would not be the model's", "prompt_logprobs")
+    problem = asked.misfit(methods)
     return None if problem is None else Fault(400, f"attention.{problem[0]} {problem[1]}", f"attention.{problem[0]}")
 
 

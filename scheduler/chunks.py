@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from scheduler.prompt_attention import PromptAttention, chosen_by
 from scheduler.sequence import Sequence
 
 
@@ -23,11 +24,24 @@ def share_out(
 
 
 def chunk_size(seq: Sequence, room: int, share: int) -> int:
-    """Rows of a prompt's next chunk, of at most `room` and about `share`: whole grains, or all there are."""
+    """Rows of a prompt's next chunk, of at most `room` and about `share`: whole grains or regions, or all there are."""
     decoding = seq.decoding
     if decoding.is_denoising:
         narrow = decoding.widths.narrow
         return narrow if narrow <= room else 0
-    grain = decoding.grain
+    chosen = _prompt_attention(seq)
+    grain = decoding.grain if chosen is None else chosen.method.region
     size = min(room, max(share, grain), seq.prefill_end - seq.num_committed)
+    if chosen is not None:
+        return chosen.most_rows(seq.num_committed, size, len(seq.request.prompt))
     return size // grain * grain
+
+
+def least_chunk(seq: Sequence) -> int:
+    """Rows that the sequence needs to go on at all."""
+    chosen = _prompt_attention(seq)
+    return seq.decoding.least_rows if chosen is None else chosen.method.region
+
+
+def _prompt_attention(seq: Sequence) -> PromptAttention | None:
+    return chosen_by(seq.request.prompt_attention, len(seq.request.prompt))

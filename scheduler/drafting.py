@@ -152,7 +152,7 @@ class DraftingPolicy:
     def _force(self, draft: DraftPlan, forced: Many[_Offer], backlog: Backlog | None) -> dict[int, int]:
         """Drafts of requests that want all that are offered, as far as the budget goes (R1)."""
         room = self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise
-        room = max(0, room - min(backlog.tokens, MIN_CHUNK)) if backlog else room
+        room = max(0, room - min(backlog.tokens, max(MIN_CHUNK, backlog.fewest))) if backlog else room
         lengths = {}
         for offer in forced:
             lengths[offer.row] = min(room, len(offer.survivals))
@@ -179,7 +179,7 @@ class DraftingPolicy:
             price=self._price.value,
             seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
             bound_s=bound_s + host_s,
-            fewest=min(waiting, MIN_CHUNK),
+            fewest=min(waiting, max(MIN_CHUNK, backlog.fewest)) if backlog else 0,
             draft_bound_s=host_s + self._draft_bound_s(draft, backlog, bound_s),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from scheduler.attention import leaves_keys_out
 from scheduler.pages import PagePool
 from scheduler.prefix import PageName, PrefixIndex
+from scheduler.prompt_attention import chosen_by
 from scheduler.sequence import Sequence
 
 
@@ -32,12 +33,16 @@ class KVMemory:
         return self.is_caching and not seq.decoding.judges_prompt
 
     def num_shareable(self, seq: Sequence, num_tokens: int) -> int:
-        """Full pages of the first `num_tokens` tokens whose KV is what any other request would compute.
+        """Full pages of the first `num_tokens` tokens whose KV is what any other request under their names computes.
 
-        Behind a sparse row's first sparse layer, keys and values are approximations: such pages are the request's own.
+        Behind a sparse row's first sparse layer, keys and values are approximations: such pages of output are the
+        request's own, and those of a block-sparse prompt have names that tell (`name_pages`).
         """
+        num_prompt = len(seq.request.prompt)
         if leaves_keys_out(seq.request.attention):
-            num_tokens = min(num_tokens, len(seq.request.prompt))
+            num_tokens = min(num_tokens, num_prompt)
+        if (chosen := chosen_by(seq.request.prompt_attention, num_prompt)) is not None:
+            num_tokens = chosen.num_shareable(num_tokens, num_prompt)
         return num_tokens // self.page_size
 
     def num_missing(self, seq: Sequence) -> int:
@@ -45,8 +50,15 @@ class KVMemory:
         return max(0, self.num_pages_for(seq.decoding.reach) - len(seq.pages))
 
     def name_pages(self, seq: Sequence, names: list[PageName], tokens: list[int]) -> None:
-        """Append to `names` what is missing for all full pages of `tokens`, the first tokens of `seq`."""
-        self.index.extend_names(names, tokens, seq.request.cache_salt, seq.decoding.mask_block)
+        """Append to `names` what is missing for all full pages of `tokens`, the first tokens of `seq`, that have names:
+        of a block-sparse prompt those of whole regions."""
+        request = seq.request
+        chosen = chosen_by(request.prompt_attention, len(request.prompt))
+        plain = tokens if chosen is None else tokens[: chosen.dense]
+        self.index.extend_names(names, plain, request.cache_salt, seq.decoding.mask_block)
+        if chosen is not None:
+            prompt = tokens[: len(request.prompt)]
+            self.index.extend_by_regions(names, prompt, chosen.name, chosen.method.region)
 
     def find_prefix(self, seq: Sequence) -> list[int] | None:
         """Indexed pages that `seq` can start from, as far as its way of decoding can use any.
@@ -61,6 +73,7 @@ class KVMemory:
         usable = self.num_shareable(seq, seq.decoding.most_cached)
         self.name_pages(seq, seq.page_names, seq.tokens)
         hits = self.index.lookup(seq.page_names[:usable])
+        hits = hits[: self.num_shareable(seq, len(hits) * self.page_size)]
         seq.deferred_on = None
         if len(hits) < usable and self._is_computed_elsewhere(seq, seq.page_names[len(hits)]):
             seq.deferred_on = seq.page_names[len(hits)]

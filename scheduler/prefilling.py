@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from scheduler.budget import MIN_CHUNK
-from scheduler.chunks import chunk_size, share_out
+from scheduler.chunks import chunk_size, least_chunk, share_out
 from scheduler.draft_plan import Backlog, DraftPlan
 from scheduler.kv_memory import KVMemory
 from scheduler.queues import Queues
@@ -37,7 +37,7 @@ class Prefilling:
             tokens += self._queues.num_queued_tokens
         num_prompts = len(prefills) + len(waiting)
         start = prefills[0].num_committed if prefills else 0
-        return Backlog(tokens, start, num_prompts, first.decoding.least_rows)
+        return Backlog(tokens, start, num_prompts, least_chunk(first))
 
     def place(self, draft: DraftPlan, prefills: list[Sequence], may_admit: bool, now: float) -> None:
         """Add chunks of unfinished prompts, oldest first, then of new ones."""

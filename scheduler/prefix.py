@@ -2,8 +2,9 @@
 
 A full page is named by a chained SHA-256: H(name of the page before, its tokens); the first page's predecessor is
 H(random root of this process, typed length-prefixed salt, mask block). Equal names therefore mean equal tokens from
-position 0 on, an equal salt and an equal mask (a causal and a block-causal row of one token have different KV). 64-bit
-or unsalted hashes are not enough here: a crafted collision would hand out another user's KV.
+position 0 on, an equal salt and an equal mask (a causal and a block-causal row of one token have different KV). Pages of
+block-sparse prompts are named by whole regions. 64-bit or unsalted hashes are not enough here: a crafted collision would
+hand out another user's KV.
 
 Only pages whose KV is committed are entered (R3). A page that is being computed right now is announced as pending, so
 that a sibling with the same prompt can wait for it instead of computing it again. Source: vLLM v1's hash chain;
@@ -53,6 +54,18 @@ class PrefixIndex:
         for index in range(len(names), len(tokens) // size):
             parent = self.name(parent, tokens[index * size : (index + 1) * size])
             names.append(parent)
+
+    def extend_by_regions(self, names: list[PageName], tokens: Sequence[int], settings: bytes, region: int) -> None:
+        """The same for whole regions of `region` tokens, behind at least the name of the page before them.
+
+        The KV of each page hangs on all tokens of its region and on the settings, and so do all of its names.
+        """
+        per_region = region // self.page_size
+        typed = b"region" + len(settings).to_bytes(8, "little") + settings
+        for first in range(len(names), len(tokens) // region * per_region, per_region):
+            start = first * self.page_size
+            whole = self.name(names[-1] + typed, tokens[start : start + region])
+            names += [self.name(whole, (place,)) for place in range(per_region)]
 
     def lookup(self, names: Sequence[PageName]) -> list[int]:
         """Pages of the longest indexed prefix of `names`."""

@@ -22,6 +22,7 @@ from scheduler.drafting import make_step_policy
 from scheduler.foresight import Flight, foreseen, without_surplus
 from scheduler.kv_memory import KVMemory
 from scheduler.prefilling import Prefilling
+from scheduler.prompt_attention import check_methods
 from scheduler.queues import Queues
 from scheduler.reports import make_delta, step_stats
 from scheduler.sequence import Sequence, Status
@@ -34,6 +35,7 @@ from scheduler.types import (
     FinishReason,
     Limits,
     Outcome,
+    PromptMethod,
     Request,
     Span,
     SpeculationSettings,
@@ -50,7 +52,7 @@ class Scheduler:
     root         root of the prefix names; tests only
     speculation  how drafts are bought; None = no drafter is ever asked
     diffusion    how the model denoises; None = it cannot
-    attention    the sparse methods that requests may choose
+    attention, prompt_attention   the sparse methods that requests may choose
     Raises ValueError for limits under which the rules cannot be kept, and for settings that contradict themselves.
     """
 
@@ -62,10 +64,12 @@ class Scheduler:
         speculation: SpeculationSettings | None = None,
         diffusion: DiffusionModel | None = None,
         attention: tuple[AttentionOffer, ...] = (),
+        prompt_attention: tuple[PromptMethod, ...] = (),
     ) -> None:
         check_limits(limits, diffusion)
+        check_methods(prompt_attention, limits)
         self.limits = limits
-        self._diffusion, self._attention = diffusion, attention
+        self._diffusion, self._attention, self._prompt_attention = diffusion, attention, prompt_attention
         self._memory = KVMemory(limits.num_pages, limits.page_size, limits.enable_prefix_caching, root)
         self._queues = Queues(self._memory)
         budget = BudgetPolicy(limits, StepCost() if cost is None else cost)
@@ -94,7 +98,7 @@ class Scheduler:
         if request.id in queues.by_id:
             return Fault(400, f"request id {request.id!r} is in use", "id")
         seats = max(0, self.limits.max_seqs - queues.num_running)
-        fault = refuse_impossible(request, self.limits, self._attention)
+        fault = refuse_impossible(request, self.limits, self._attention, self._prompt_attention)
         fault = fault or refuse_decoding(request, self.limits, self._diffusion)
         if fault is None and not is_resubmission:
             fault = refuse_overload(request, self.limits, len(queues.waiting), seats, queues.num_queued_tokens)

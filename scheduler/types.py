@@ -27,6 +27,8 @@ from scheduler.diffusion import Topology as Topology
 from scheduler.features import StepFeatures as StepFeatures
 from scheduler.features import StepSample as StepSample
 from scheduler.limits import Limits as Limits
+from scheduler.prompt_attention import PromptAttention as PromptAttention
+from scheduler.prompt_attention import PromptMethod as PromptMethod
 from scheduler.sampling import Grammar as Grammar
 from scheduler.sampling import GrammarKind as GrammarKind
 from scheduler.sampling import Sampling as Sampling
@@ -76,9 +78,8 @@ class Request:
     stop_ids    end the output and are part of it (EOS included unless ignored); finish reason STOP
     priority    lower first
     cache_salt  prefix pages, and what drafters learn, are shared only between equal salts
-    decoding    how it is denoised; None = autoregressive
-    model       the engine's name of the model; "" = its first
-    attention   how the rows of its output read fewer keys than they see; None = they read all
+    decoding    how it is denoised; None = autoregressive. model: the engine's name of the model, "" = its first
+    attention, prompt_attention   how the rows of its output and of its prompt read fewer keys than they see; None = all
     """
 
     id: str
@@ -93,6 +94,7 @@ class Request:
     decoding: Diffusion | None = None
     model: str = ""
     attention: Attention | None = None
+    prompt_attention: PromptAttention | None = None
 
 
 class Span(NamedTuple):
