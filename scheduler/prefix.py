@@ -2,9 +2,9 @@
 
 A full page is named by a chained SHA-256: H(name of the page before, its tokens); the first page's predecessor is
 H(random root of this process, typed length-prefixed salt, mask block). Equal names therefore mean equal tokens from
-position 0 on, an equal salt and an equal mask (a causal and a block-causal row of one token have different KV). Pages of
-block-sparse prompts are named by whole regions. 64-bit or unsalted hashes are not enough here: a crafted collision would
-hand out another user's KV.
+position 0 on, an equal salt and an equal mask (a causal and a block-causal row of one token have different KV); pages
+of block-sparse prompts are named by whole regions. 64-bit or unsalted hashes are not enough here: a crafted collision
+would hand out another user's KV.
 
 Only pages whose KV is committed are entered (R3). A page that is being computed right now is announced as pending, so
 that a sibling with the same prompt can wait for it instead of computing it again. Source: vLLM v1's hash chain;
