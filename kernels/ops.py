@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.blocks import PLAIN, AttentionBlock, AttentionForm, DenseLayers
 from kernels.edits import Edits
+from kernels.prefill_rows import PrefillRows
 from kernels.routing import Router
 from kernels.sparse import Role, SparseLayer, SparseRows
 from kernels.truncation import Filters
@@ -60,6 +61,7 @@ class AttentionRows:
     host         the same rows on the host, where who made them has them: a back end that plans need not read them back
     sparse       there in a step with rows that read only some of the keys they see
     layers       there where the KV memory has metadata for such rows: of each layer of the model, by its index
+    prefill      there in a step with regions of block-sparse prompts (kernels/prefill_rows.py)
     """
 
     page_table: Tensor
@@ -73,6 +75,7 @@ class AttentionRows:
     host: StepRows | None = None
     sparse: SparseRows | None = None
     layers: Sequence[SparseLayer] | None = None
+    prefill: PrefillRows | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from kernels.blocks import (
 from kernels.edits import Edits, edit_logits
 from kernels.kv_format import check_scale, page_shape, split_record, stored_dtypes, write_slots
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics
+from kernels.prefill_rows import attend_in_parts
+from kernels.prefill_torch import PlainLayout, attend_part
 from kernels.reference_attention import attend
 from kernels.routing import Router, choose_experts
 from kernels.sparse import Role, SparseLayer
@@ -169,6 +171,16 @@ class ReferenceOps:
         kv_scale_2K: Tensor | None = None,
         layer: SparseLayer | None = None,
     ) -> Tensor:
+        if rows.prefill is not None:
+            check_sparse(form, k_pages, q_TQD)
+            return attend_in_parts(
+                q_TQD, rows.prefill, window,
+                lambda others: self.paged_attention(q_TQD, k_pages, v_pages, others, scale, layer=layer),
+                lambda part, q: attend_part(
+                    PlainLayout(), lambda q, k, v, lists: attend(q, k, v, lists, scale, None, PLAIN, None),
+                    q, k_pages, v_pages, rows.page_table[part.sequence], part, scale,
+                ),
+            )  # fmt: skip
         out_TQD = attend(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
         if rows.sparse is not None and layer is not None:
             check_sparse(form, k_pages, q_TQD)

@@ -72,6 +72,8 @@ def _attend(
     if rows.tree is not None:
         visible = visible.where(rows.tree[tiles] == 0, _tree_ends(rows, tiles))
     num_keys = int(visible.max())
+    if num_keys == 0:
+        return q_TQD.new_zeros((num_tiles, num_rows, *q_TQD.shape[1:]))
     num_pages = -(-num_keys // page_size)
     index = torch.arange(num_pages * page_size, device=q_TQD.device)
     seen = index < visible.unsqueeze(2)  # [B, R, L]

@@ -29,10 +29,13 @@ from kernels.cpu import library
 from kernels.cpu.arguments import RowsCheck, attention_args, check_plain, move_args, qkv_args
 from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.layers import LayerTables
+from kernels.cpu.paging import CpuLayout, page_memory, trim
 from kernels.cpu.sparse import allocate
 from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
 from kernels.edits import Edits, edit_logits
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics
+from kernels.prefill_rows import attend_in_parts
+from kernels.prefill_torch import attend_part
 from kernels.routing import Router, choose_experts
 from kernels.sparse import Role, SparseLayer
 from kernels.truncation import Filters, truncate
@@ -221,6 +224,15 @@ class CpuOps:
     ) -> Tensor:
         check_plain(form, kv_scale_2K)
         q = q_TQD.contiguous()
+        if rows.prefill is not None:
+            return attend_in_parts(
+                q, rows.prefill, window,
+                lambda others: self.paged_attention(q, k_pages, v_pages, others, scale, layer=layer),
+                lambda part, rows_q: attend_part(
+                    CpuLayout(), lambda q, k, v, lists: self.paged_attention(q, k, v, lists, scale),
+                    rows_q, k_pages, v_pages, rows.page_table[part.sequence], part, scale,
+                ),
+            )  # fmt: skip
         self._check_rows(rows, q.shape[0], k_pages, None)
         out_TQD = torch.empty_like(q)
         struct = attention_args(q.shape[1], q.shape[2], k_pages, v_pages, rows, scale, window, q.dtype, layer)
@@ -231,7 +243,7 @@ class CpuOps:
     def attention_block(
         self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
     ) -> Tensor:
-        if self._prefers_onednn(x_TH):
+        if rows.prefill is not None or self._prefers_onednn(x_TH):
             return composed_attention_block(self, x_TH, block, k_pages, v_pages, rows)
         x = _activations(x_TH, packed_here(block.qkv, x_TH.shape[1]))
         out_TH = torch.empty_like(x)
@@ -257,7 +269,7 @@ class CpuOps:
     def dense_layers(
         self, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
     ) -> Tensor:
-        if self._prefers_onednn(x_TH):
+        if rows.prefill is not None or self._prefers_onednn(x_TH):
             return composed_dense_layers(self, x_TH, run, kv, rows)
         (block, _), (k_pages, v_pages) = run.layers[0], kv[0]
         x = _activations(x_TH, packed_here(block.qkv, x_TH.shape[1]))
@@ -358,15 +370,10 @@ class CpuOps:
         """
         if dtype not in (torch.bfloat16, torch.float32) or device.type != "cpu":
             raise ValueError(f"KV of {dtype} on {device}; the CPU kernels hold bfloat16 and float32 on the CPU")
-        per_word = 4 // dtype.itemsize
-        tile, panel = (16 if page_size <= 16 else 32), (16 if head_dim <= 16 else 32)
-        keys = -(-page_size // tile) * tile
-        k_dims, v_dims = -(-head_dim // per_word) * per_word, -(-head_dim // panel) * panel
-        k_pages = torch.empty((num_pages, num_kv, keys, k_dims), dtype=dtype)
-        v_pages = torch.empty((num_pages, num_kv, keys, v_dims), dtype=dtype)
+        k_pages, v_pages = page_memory(num_pages, page_size, num_kv, head_dim, dtype)
         for pages in (k_pages, v_pages):
             self._lib.braid_prefer_huge_pages(pages.data_ptr(), pages.nbytes)
-        return k_pages[:, :, :page_size, :head_dim], v_pages[:, :, :page_size, :head_dim]
+        return trim(k_pages, page_size, head_dim), trim(v_pages, page_size, head_dim)
 
     def allocate_sparse(
         self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None

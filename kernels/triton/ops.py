@@ -23,6 +23,7 @@ from kernels.blocks import (
 from kernels.edits import Edits
 from kernels.kv_format import FP8, stored_dtypes
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics, StepRows
+from kernels.prefill_rows import attend_in_parts
 from kernels.reference import DenseLinear, ReferenceOps, dense_weight
 from kernels.routing import Router, choose_experts
 from kernels.sparse import Role, SparseLayer
@@ -36,6 +37,7 @@ from kernels.triton.sample import sample
 from kernels.triton.silu import silu_mul
 from kernels.triton.sparse.attend import SparseAttention
 from kernels.triton.sparse.metadata import write_metadata
+from kernels.triton.sparse.prefill import attend_part
 from kernels.triton.statistics import row_statistics
 from kernels.triton.truncate import truncate
 from kernels.truncation import Filters
@@ -58,6 +60,8 @@ class TritonOps:
         self.deterministic = deterministic
         self._attention = self.another_attention()
         self._sparse = SparseAttention(self._attention, self._num_sms, num_programs, deterministic)
+        # Its lists are another kv head's each: what they share is no prefix to plan by.
+        self._prefill = PagedAttention(self._num_sms, num_programs, deterministic, cascade=False)
         self.owns_threads = False
         self.name = "triton" if quantization is None else f"triton-{quantization}"
 
@@ -127,6 +131,13 @@ class TritonOps:
         kv_scale_2K: Tensor | None = None,
         layer: SparseLayer | None = None,
     ) -> Tensor:
+        if rows.prefill is not None:
+            check_sparse(form, k_pages, q_TQD)
+            return attend_in_parts(
+                q_TQD.contiguous(), rows.prefill, window,
+                lambda others: self.paged_attention(q_TQD, k_pages, v_pages, others, scale, layer=layer),
+                lambda part, q: attend_part(self._prefill, q, k_pages, v_pages, rows.page_table, part, scale),
+            )  # fmt: skip
         if rows.sparse is None or layer is None:
             return self._attention.run(q_TQD, k_pages, v_pages, rows, scale, window, form, kv_scale_2K)
         check_sparse(form, k_pages, q_TQD)

@@ -1,9 +1,7 @@
-"""Block-sparse prefill of one chunk: choose key tiles, then attend to lists of them through the paged kernel.
+"""Block-sparse prefill of one part: choose key tiles, then attend to lists of them through the paged kernel.
 
-A list of tiles is a page table, one for each (kv head, query tile): the pool is seen as pages of one kv head each, and
-the rows stand head by head, so that a query tile is a span of its own. Its last tile is its own; the tiles before are
-seen whole, so a row's mask is still one count of keys. How long lists are is read back to plan the attention: one wait
-a layer, which prefill can pay and CUDA graphs cannot (chunks are not captured).
+Lists as page tables: `kernels/tile_lists.py`. How long lists are is read back to plan the attention: one wait a layer,
+which prefill can pay and CUDA graphs cannot (steps with such parts are not captured).
 
 Legend as in `kernels/sparse_prefill.py`; M pages of the sequence.
 """
@@ -13,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionRows
+from kernels.prefill_rows import PrefillPart
 from kernels.sparse_prefill import (
     PermutedBlocks,
     XAttention,
@@ -24,9 +22,21 @@ from kernels.sparse_prefill import (
     sink_tiles,
     x_forced,
 )
+from kernels.tile_lists import Attend, attend_lists, page_lists, with_own_segment
 from kernels.triton.paged import PagedAttention
 from kernels.triton.sparse.permute import copy_keys, importance, segment_order
 from kernels.triton.sparse.tile_mass import keep_tiles, tile_mass
+
+
+def attend_part(
+    attention: PagedAttention, q_TQD: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, part: PrefillPart,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """Attention of a part's rows, [T, Q, D]. attention: one whose rows nobody else plans, without shared prefixes."""
+    table_M = page_table[part.sequence, : -(-part.end // k_pages.shape[2])].contiguous()
+    if isinstance(part.method, XAttention):
+        return x_attention(attention, q_TQD, k_pages, v_pages, table_M, part.start, part.method, scale)
+    return permuted_blocks(attention, q_TQD, k_pages, v_pages, table_M, part.start, part.method, scale)
 
 
 def x_attention_lists(
@@ -62,14 +72,8 @@ def x_attention(
     if method.tile % page:
         raise ValueError(f"pages of {page} keys do not divide tiles of {method.tile}")
     tiles, lengths = x_attention_lists(q_TQD, k_pages, table_M, start, method, scale)
-    per_tile = method.tile // page
-    listed = tiles.masked_fill(torch.arange(tiles.shape[2], device=tiles.device) >= lengths.unsqueeze(2), 0)
-    pages = listed.unsqueeze(3) * per_tile + torch.arange(per_tile, device=tiles.device)
-    # A query tile's own pages may end before its tile does; what is listed behind them is not read.
-    ids = table_M[pages.clamp_max(len(table_M) - 1).long().flatten(2)]
-    return _attend(
-        attention, q_TQD, k_pages, v_pages, _of_head(ids, k_pages.shape[1]), lengths, start, method.tile, scale
-    )
+    ids = page_lists(tiles, lengths, table_M, method.tile // page)
+    return attend_lists(_run(attention, scale), q_TQD, k_pages, v_pages, ids, lengths, start, method.tile)
 
 
 def permuted_blocks(
@@ -115,62 +119,9 @@ def permuted_blocks(
         forced = sink_tiles(order, len(tiles), method)
         kept, lengths = keep_tiles(mass, counts, forced.to(torch.int32), method.threshold)
     own = torch.arange(tiles.start, tiles.stop, device=device)
-    ids, lengths = _with_own_segment(kept, lengths, own - plain_start // tile, (own - counts).int(), plain_tiles)
-    return _attend(attention, q_TQD, pool[0], pool[1], ids, lengths, start, tile, scale)
+    ids, lengths = with_own_segment(kept, lengths, own - plain_start // tile, (own - counts).int(), plain_tiles)
+    return attend_lists(_run(attention, scale), q_TQD, pool[0], pool[1], ids, lengths, start, tile)
 
 
-def _with_own_segment(
-    kept: Tensor, lengths: Tensor, last_own: Tensor, num_before: Tensor, plain_tiles: int
-) -> tuple[Tensor, Tensor]:
-    """Lists in the pool: kept sorted tiles, then the tiles of the query tile's segment up to its own.
-
-    last_own    [QT] place of the query tile among a head's tiles in their own order
-    num_before  [QT] tiles of its segment before it
-    """
-    num_kv, num_query_tiles, num_tiles = kept.shape
-    width = num_tiles + int(num_query_tiles > 0) * plain_tiles
-    place = torch.arange(width, device=kept.device)
-    head = torch.arange(num_kv, device=kept.device).view(-1, 1, 1)
-    length, before = lengths.unsqueeze(2), num_before.view(1, -1, 1)
-    own = num_kv * num_tiles + head * plain_tiles + last_own.view(1, -1, 1) - before + (place - length).clamp_min(0)
-    whole = torch.nn.functional.pad(kept, (0, plain_tiles)) + head * num_tiles
-    ids = torch.where(place < length, whole, own)
-    return ids.int(), lengths + num_before + 1
-
-
-def _of_head(ids_KQP: Tensor, num_kv: int) -> Tensor:
-    """Pages of all heads as pages of one."""
-    return ids_KQP * num_kv + torch.arange(num_kv, device=ids_KQP.device, dtype=torch.int32).view(-1, 1, 1)
-
-
-def _attend(
-    attention: PagedAttention,
-    q_TQD: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    ids_KQP: Tensor,
-    lengths_KQ: Tensor,
-    start: int,
-    tile: int,
-    scale: float,
-) -> Tensor:
-    """Rows of each query tile to the listed pages of their kv head, `tile` keys of it in the list's last tile."""
-    num_rows, num_q, head_dim = q_TQD.shape
-    num_kv, num_query_tiles, num_pages = ids_KQP.shape
-    device = q_TQD.device
-    at = torch.arange(start, start + num_rows, device=device)
-    of_row = at // tile - start // tile
-    visible = ((lengths_KQ[:, of_row] - 1) * tile + at % tile + 1).int().flatten()
-    tiles = query_tiles(start, start + num_rows, tile)
-    bounds = torch.tensor([max(start, index * tile) - start for index in tiles], dtype=torch.int32)
-    starts = torch.cat([bounds + head * num_rows for head in range(num_kv)] + [torch.tensor([num_kv * num_rows]).int()])
-    heads = torch.arange(num_kv, device=device).unsqueeze(1)
-    rows = AttentionRows(
-        ids_KQP.reshape(-1, num_pages), (heads * num_query_tiles + of_row).int().flatten(), visible - 1, visible,
-        visible.new_zeros(len(visible), dtype=torch.int64), starts.to(device),
-    )  # fmt: skip
-    head_major = q_TQD.view(num_rows, num_kv, -1, head_dim).transpose(0, 1).reshape(num_kv * num_rows, -1, head_dim)
-    page = k_pool.shape[2]
-    k_one, v_one = (pool.view(-1, 1, page, head_dim) for pool in (k_pool, v_pool))
-    out = attention.run(head_major, k_one, v_one, rows, scale, None)
-    return out.view(num_kv, num_rows, -1, head_dim).transpose(0, 1).reshape(num_rows, num_q, head_dim)
+def _run(attention: PagedAttention, scale: float) -> Attend:
+    return lambda q, k_pages, v_pages, rows: attention.run(q, k_pages, v_pages, rows, scale, None)
