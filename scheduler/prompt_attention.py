@@ -25,6 +25,10 @@ class PromptMethod(StrEnum):
     PBS = "pbs"
 
     @property
+    def tile(self) -> int:
+        return TILE
+
+    @property
     def region(self) -> int:
         """Rows of a region. PBS-Attn ranks keys by the last 128 rows of one: 128 / region of the scores of dense
         attention, against what has to fit into a step."""

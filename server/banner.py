@@ -30,6 +30,7 @@ def banner(config: ServerConfig, facts: EngineInfo, port: int, phases: tuple[tup
         f"output {'as the context leaves' if output is None else output}",
         f"drafts    {_drafts(config, facts)}",
         *_attention(facts),
+        *_prompt_attention(facts),
         *_denoising(name, facts),
         "start     " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases),
         f"API       {url}/v1      metrics {url}/metrics      health {url}/health",
@@ -83,6 +84,16 @@ def _attention(facts: EngineInfo) -> list[str]:
     default = facts.default_attention
     unasked = "dense" if default is None else f"{default.method}, {default.budget} keys: lossy, the text differs"
     return [f"attention {methods}; unless asked: {unasked}"]
+
+
+def _prompt_attention(facts: EngineInfo) -> list[str]:
+    """The same for prompts."""
+    if not facts.prompt_attention:
+        return []
+    default, offers = facts.default_prompt_attention, facts.prompt_attention
+    unasked = "dense" if default is None else f"{default.method}, {default.threshold:g} kept: lossy, the text differs"
+    methods = ", ".join(offer.method for offer in offers)
+    return [f"prompts   {methods}, from token {offers[0].dense} on; unless asked: {unasked}"]
 
 
 def _denoising(name: str, facts: EngineInfo) -> list[str]:

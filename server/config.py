@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from scheduler.types import MAX_TREE_NODES
 from server.also import AlsoServed, check_models, name_of, read_also, with_others
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
-from server.engine.config import AttentionConfig, EngineConfig, SpeculationConfig
+from server.engine.config import EngineConfig
+from server.groups import attention_config, speculation_config
 from server.values import Auto, AutoCount, Count, Listed, Names, PolicyName, Seconds, Shares, Switch, Table, settings_of
 
 VERSION = "0.1.0"
@@ -113,12 +114,21 @@ class ServerConfig(BaseModel):
     )
 
     sparse_attention: Listed = _sparse(
-        None, "methods that requests may choose: quest,tidal,double_sparsity; their KV metadata takes memory"
+        None,
+        "methods that requests may choose: quest,tidal,double_sparsity for answers (their KV metadata takes memory), "
+        "xattention,pbs for prompts",
     )
     attention_method: Literal["dense", "quest", "double_sparsity", "tidal"] = _sparse(
         "dense", "of requests that say nothing; not dense: the text is another"
     )
     attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")
+    attention_prefill: Literal["dense", "xattention", "pbs"] = _sparse(
+        "dense", "of the prompts of requests that say nothing; not dense: the text is another"
+    )
+    attention_prefill_threshold: float = _sparse(0.9, "share of a prompt's attention that is kept", gt=0, le=1)
+    attention_prefill_from: Count = _sparse(
+        4096, "rows of a prompt before this position read everything; a multiple of 512"
+    )
     attention_calibration: Names = _sparse(
         (), "what calibration wrote, repeatable: channels (safetensors), layers (JSON)"
     )
@@ -195,8 +205,8 @@ class ServerConfig(BaseModel):
             raise ValueError(f"api-key-file: {str(self.api_key_file)!r} holds no key")
         if self.draft_store_file is not None and not self.draft_store_file.parent.is_dir():
             raise ValueError(f"draft-store-file: there is no folder {str(self.draft_store_file.parent)!r}")
-        self._speculation().check()
-        self._attention().check()
+        speculation_config(self).check()
+        attention_config(self).check()
         check_models(self.model_names(), self.also(), self.kv_shares)
         return self
 
@@ -240,35 +250,10 @@ class ServerConfig(BaseModel):
             step_timeout_s=self.step_timeout,
             delta_interval_s=self.delta_interval_ms / 1000,
             progress=not self.quiet,
-            speculation=self._speculation(),
-            attention=self._attention(),
+            speculation=speculation_config(self),
+            attention=attention_config(self),
         )
         return with_others(first, self.also(), self.kv_shares)
-
-    def _speculation(self) -> SpeculationConfig:
-        return SpeculationConfig(
-            mode=self.speculation,
-            drafters=self.drafters,
-            max_drafts=self.num_speculative_tokens,
-            policy=self.speculation_policy,
-            table=self.speculation_table,
-            draft_model=self.draft_model,
-            draft_stop=self.draft_stop,
-            draft_tree=self.draft_tree,
-            layer_subset=self.layer_subset,
-            store_bytes=self.draft_store_memory,
-            store_file=None if self.draft_store_file is None else str(self.draft_store_file),
-            synthetic_acceptance=self.synthetic_acceptance,
-        )
-
-    def _attention(self) -> AttentionConfig:
-        return AttentionConfig(
-            methods=self.sparse_attention or (),
-            default=self.attention_method,
-            budget=self.attention_budget,
-            calibration=self.attention_calibration,
-            num_channels=self.attention_channels,
-        )
 
     def api_settings(self) -> ApiSettings:
         same = {field.name for field in fields(Limits)} & ServerConfig.model_fields.keys()

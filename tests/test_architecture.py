@@ -64,7 +64,9 @@ ALLOWED: dict[str, set[str]] = {
         "server.api.settings",
         "server.values",
         "server.also",
+        "server.groups",
     },
+    "server.groups": {"server.config", "server.engine.config"},
     "server.also": {"server.engine.config"},
     # The names of diffusion policies.
     "server.values": {"pydantic", "scheduler.policies"},

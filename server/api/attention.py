@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.types import Attention, AttentionMethod, AttentionOffer, Diffusion
+from scheduler.types import Attention, AttentionMethod, AttentionOffer, Diffusion, PromptAttention
 from server.api.errors import invalid, shown
-from server.api.schema import GenerationBody
+from server.api.prompt_attention import prompt_usage
+from server.api.schema import AttentionFields, GenerationBody
 from server.engine.config import DENSE
 
 DRAFTER = "sparse_attention"
@@ -36,7 +37,9 @@ def read_attention(
     drafters  the server's: one of them drafts for lossless requests
     """
     fields = body.attention
-    if fields is None:
+    if fields is None or fields.method is None:
+        if fields is not None:
+            _check_without_method(fields)
         return None if decoding is not None else facts.default
     if fields.method == DENSE:
         if fields.budget is not None:
@@ -63,6 +66,14 @@ def read_attention(
     return asked
 
 
+def _check_without_method(fields: AttentionFields) -> None:
+    if fields.prefill is None and fields.prefill_threshold is None:
+        raise invalid("attention", "attention has neither method nor prefill; name one of them")
+    for name, is_given in (("budget", fields.budget is not None), ("lossless", fields.lossless)):
+        if is_given:
+            raise invalid(f"attention.{name}", f"attention.{name} is given, but attention.method is not")
+
+
 def _check_lossless(body: GenerationBody, drafters: Sequence[str]) -> None:
     message = "attention.lossless is true, which is speculation with the drafter sparse_attention, but"
     if DRAFTER not in drafters:
@@ -72,11 +83,14 @@ def _check_lossless(body: GenerationBody, drafters: Sequence[str]) -> None:
         raise invalid("speculation", f"{message} speculation.mode or speculation.drafter rules it out")
 
 
-def attention_usage(body: GenerationBody, attention: Attention | None) -> dict[str, object]:
+def attention_usage(
+    body: GenerationBody, attention: Attention | None, prompt_attention: PromptAttention | None
+) -> dict[str, object]:
     """The field of `usage`, for requests that say something of attention."""
     if body.attention is None:
         return {}
+    of_prompt = prompt_usage(body, prompt_attention)
     if attention is None:
-        return {"attention": {"method": DENSE}}
+        return {"attention": {"method": DENSE} | of_prompt}
     shown_as: dict[str, object] = {"method": attention.method.value, "budget": attention.budget}
-    return {"attention": shown_as | ({"lossless": True} if attention.lossless else {})}
+    return {"attention": shown_as | ({"lossless": True} if attention.lossless else {}) | of_prompt}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from scheduler.types import DiffusionModel
 from server.api.attention import AttentionFacts
 from server.api.errors import ApiError, shown
+from server.api.prompt_attention import PromptAttentionFacts
 from server.api.speculation import SpeculationFacts
 from server.engine.decoding import DIFFUSION_SUFFIX
 
@@ -32,6 +33,7 @@ class ModelFacts:
     max_queued_tokens: int
     speculation: SpeculationFacts = field(default_factory=SpeculationFacts)
     attention: AttentionFacts = field(default_factory=AttentionFacts)
+    prompt_attention: PromptAttentionFacts = field(default_factory=PromptAttentionFacts)
     diffusion: DiffusionModel | None = None
     delimiters: tuple[int, ...] = ()
     max_step: int = 1024

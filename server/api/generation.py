@@ -67,6 +67,7 @@ class Generation:
             self.call.checked.body.n,
             self._services.admission.num_requests,
             self.call.checked.attention,
+            self.call.checked.prompt_attention,
         )
         self._note_undrafted()
         self._tasks = [loop.create_task(self._pump(*pair)) for pair in zip(self.choices, self._streams, strict=True)]
@@ -121,7 +122,8 @@ class Generation:
 
     def usage(self) -> dict[str, object]:
         """Prompt tokens once per prompt, completion tokens and drafts of every choice."""
-        n = self.call.checked.body.n
+        checked = self.call.checked
+        n = checked.body.n
         num_prompt = self.call.num_prompt_tokens
         num_output = sum(choice.num_tokens for choice in self.choices)
         cached = sum(choice.cached_tokens or 0 for choice in self.choices[::n])
@@ -131,12 +133,12 @@ class Generation:
             "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": {"cached_tokens": cached},
             **speculation_usage(
-                self.call.checked.body,
+                checked.body,
                 bool(self._services.info.drafters) and not self.is_denoised,
                 sum((choice.speculation for choice in self.choices), start=SpeculationUsage()),
             ),
             **(decoding_usage(self._denoising(), num_output) if self.is_denoised else {}),
-            **attention_usage(self.call.checked.body, self.call.checked.attention),
+            **attention_usage(checked.body, checked.attention, checked.prompt_attention),
         }
 
     def _denoising(self) -> DecodingUsage:

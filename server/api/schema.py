@@ -136,13 +136,18 @@ class DecodingFields(BaseModel):
 
 
 class AttentionFields(BaseModel):
-    """`attention`: how many keys the tokens of the answer read. `budget` None = the server's."""
+    """`attention`: how many keys the tokens of the answer (method, budget, lossless) and of the prompt (prefill) read.
+
+    None = the server's default.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    method: str
+    method: str | None = None
     budget: int | None = None
     lossless: bool = False
+    prefill: str | None = None
+    prefill_threshold: float | None = None
 
 
 class GenerationBody(BaseModel):

@@ -14,6 +14,7 @@ from server.api.body import BodyMemory
 from server.api.errors import ApiError, shown
 from server.api.facts import ModelFacts
 from server.api.pool import TextPool
+from server.api.prompt_attention import PromptAttentionFacts
 from server.api.settings import ApiSettings
 from server.api.speculation import SpeculationFacts
 from server.engine.config import EngineInfo, EngineState
@@ -105,6 +106,7 @@ class Services:
                 max(self.admission.max_tokens, info.model_len),
             ),
             attention=AttentionFacts(info.attention, info.default_attention, info.attention_budget),
+            prompt_attention=PromptAttentionFacts(info.prompt_attention, info.default_prompt_attention),
             diffusion=info.diffusion,
             delimiters=self.delimiters,
             max_step=info.max_batched_tokens,

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from scheduler.types import Attention, Diffusion, Grammar, Request, Speculation, SpeculationMode
+from scheduler.types import Attention, Diffusion, Grammar, PromptAttention, Request, Speculation, SpeculationMode
 from server.api.attention import read_attention
 from server.api.decoding import read_decoding
 from server.api.errors import invalid
 from server.api.facts import ModelFacts, check_model
 from server.api.grammar import read_grammar
 from server.api.lengths import check_prompt_bytes, fitting_max_tokens, truncated
+from server.api.prompt_attention import read_prompt_attention
 from server.api.prompts import RawPrompt, read_prompts
 from server.api.sampling import check_ids, check_numbers, check_range, check_stop, make_sampling
 from server.api.schema import ChatBody, CompletionBody, GenerationBody
@@ -31,7 +32,7 @@ FORBIDDEN_IN_SALT = frozenset("@/\\\0")
 class Checked:
     """A body that passed the cheap checks. `cost_tokens` estimates its prompt tokens, for admission; `prediction` is
     the text of that field, `decoding` how the answer is denoised (None = it is generated token by token), `attention`
-    how its rows read fewer keys (None = they read all)."""
+    and `prompt_attention` how its rows and those of the prompt read fewer keys (None = they read all)."""
 
     body: CompletionBody | ChatBody
     prompts: tuple[RawPrompt, ...]
@@ -45,6 +46,7 @@ class Checked:
     grammar: Grammar | None = None
     decoding: Diffusion | None = None
     attention: Attention | None = None
+    prompt_attention: PromptAttention | None = None
 
     @property
     def num_choices(self) -> int:
@@ -148,6 +150,7 @@ def _check(
     grammar = read_grammar(body, limits)
     decoding = read_decoding(body, facts, max_tokens, grammar is not None)
     attention = read_attention(body, facts.attention, facts.speculation.drafters, decoding)
+    prompt_attention = read_prompt_attention(body, facts.prompt_attention, decoding, prompt_logprobs)
     return Checked(
         body,
         prompts,
@@ -161,6 +164,7 @@ def _check(
         grammar,
         decoding,
         attention,
+        prompt_attention,
     )
 
 
@@ -222,6 +226,7 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
                     model=facts.model,
                     decoding=decoding,
                     attention=checked.attention,
+                    prompt_attention=checked.prompt_attention,
                 )
             )
     total = sum(len(prompt.ids) for prompt in prompts)

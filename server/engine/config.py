@@ -6,16 +6,18 @@ Data only, no torch: the front end builds the one and shows the other. Nothing h
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from scheduler.types import (
     Attention,
-    AttentionMethod,
     AttentionOffer,
     DiffusionModel,
     Limits,
+    PromptAttention,
 )
+from server.engine.attention import DENSE as DENSE
+from server.engine.attention import AttentionConfig as AttentionConfig
 
 
 class EngineState(StrEnum):
@@ -86,51 +88,6 @@ class SpeculationConfig:
                 raise ValueError(missing)
         if self.layer_subset is not None and not re.fullmatch(r"uniform:0?\.\d+|search|exit", self.layer_subset):
             raise ValueError(f"layer-subset is {self.layer_subset!r}: expected uniform:0.5 (a share), search or exit")
-
-
-DENSE = "dense"
-"""The attention method of whoever wants every key read."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionConfig:
-    """Sparse attention of an engine.
-
-    methods      those that requests may choose; the KV memory keeps what they need
-    default      of requests that say nothing: dense, or one of `methods`
-    budget       keys that a row reads where a request does not say
-    calibration, num_channels   as `server/worker/sparse_config.py` has them
-    """
-
-    methods: tuple[str, ...] = ()
-    default: str = DENSE
-    budget: int = 1024
-    calibration: tuple[str, ...] = ()
-    num_channels: int | None = None
-
-    def allowed(self) -> tuple[AttentionMethod, ...]:
-        """The methods, and the default one wherever it is not among them."""
-        extra = () if self.default == DENSE else (AttentionMethod(self.default),)
-        return tuple(dict.fromkeys((*map(AttentionMethod, self.methods), *extra)))
-
-    def check(self) -> None:
-        """Raises ValueError, in the flags' names, for methods that there are not or that lack what they need."""
-        for name in self.methods:
-            if name not in tuple(AttentionMethod):
-                raise ValueError(f"sparse-attention names {name!r}; there are {', '.join(AttentionMethod)}")
-        needs_channels = AttentionMethod.DOUBLE_SPARSITY in self.allowed()
-        if needs_channels and not any(name.endswith(".safetensors") for name in self.calibration):
-            raise ValueError(
-                "double_sparsity needs the model's label channels: set attention-calibration to their file"
-            )
-        if self.calibration and not self.allowed():
-            raise ValueError("attention-calibration is set, but no method is: name some with sparse-attention")
-
-    def without_files(self) -> AttentionConfig:
-        """For another model: what was calibrated is the first one's."""
-        methods = tuple(name for name in self.methods if name != AttentionMethod.DOUBLE_SPARSITY)
-        default = DENSE if self.default == AttentionMethod.DOUBLE_SPARSITY else self.default
-        return replace(self, methods=methods, default=default, calibration=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +164,7 @@ class EngineInfo:
     speculation, synthetic_acceptance   as configured (`SpeculationConfig`)
     attention   the sparse methods that requests may choose
     default_attention, attention_budget   what requests get that say nothing, or no budget
+    prompt_attention, default_prompt_attention   the same for prompts, with the threshold of who names none
     name, also  of several models: this one's name in `Request.model`, and what there is besides the first
     """
 
@@ -240,6 +198,8 @@ class EngineInfo:
     attention: tuple[AttentionOffer, ...] = ()
     default_attention: Attention | None = None
     attention_budget: int = 1024
+    prompt_attention: tuple[PromptAttention, ...] = ()
+    default_prompt_attention: PromptAttention | None = None
     name: str = ""
     also: tuple[EngineInfo, ...] = ()
 

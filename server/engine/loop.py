@@ -13,7 +13,14 @@ from dataclasses import fields, replace
 from scheduler.policies import BadPolicy, make_diffusion
 from scheduler.scheduler import Scheduler
 from scheduler.step_cost import StepCost
-from scheduler.types import Attention, AttentionMethod, AttentionOffer, DiffusionModel, SpeculationSettings
+from scheduler.types import (
+    Attention,
+    AttentionMethod,
+    AttentionOffer,
+    DiffusionModel,
+    PromptMethod,
+    SpeculationSettings,
+)
 from server.engine.config import DENSE, AttentionConfig, EngineConfig, EngineInfo, SpeculationConfig, make_limits
 from server.engine.core import EngineCore
 from server.engine.several import SeveralCores
@@ -30,6 +37,7 @@ def worker_config(config: EngineConfig) -> WorkerConfig:
     parts = {
         "speculation": speculator_config(config.speculation, has_sparse=bool(config.attention.allowed())),
         "attention": sparse_config(config.attention),
+        "prompt_attention": prompt_methods(config.attention),
     }
     return WorkerConfig(**values | parts)
 
@@ -38,6 +46,10 @@ def sparse_config(asked: AttentionConfig) -> SparseConfig | None:
     """What the KV memory is made for; None = dense attention alone."""
     methods = asked.allowed()
     return SparseConfig(methods, asked.calibration, asked.num_channels) if methods else None
+
+
+def prompt_methods(asked: AttentionConfig) -> tuple[PromptMethod, ...]:
+    return tuple(offer.method for offer in asked.for_prompts())
 
 
 def speculator_config(asked: SpeculationConfig, has_sparse: bool = False) -> SpeculatorConfig | None:
@@ -143,6 +155,7 @@ def build_core(config: EngineConfig, wake: Callable[[], None] = lambda: None) ->
             speculation=speculation_settings(config.speculation, facts.drafters, facts.diffusion),
             diffusion=diffusion_model(config, facts.diffusion),
             attention=facts.attention,
+            prompt_attention=prompt_methods(config.attention),
         ),
         time.monotonic,
         config.grammar_timeout_s,
@@ -166,4 +179,6 @@ def describe(config: EngineConfig, worker: Worker, phases: tuple[tuple[str, floa
     known |= {"diffusion": diffusion_model(config, facts.diffusion)}
     known |= {"default_attention": default_attention(config.attention, facts.attention)}
     known |= {"attention_budget": config.attention.budget}
+    known |= {"prompt_attention": config.attention.for_prompts()}
+    known |= {"default_prompt_attention": config.attention.default_for_prompts()}
     return EngineInfo(**known)

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
-from scheduler.types import Attention, AttentionMethod, DecodingUsage, FinishReason, RequestTimes, StepStats
+from scheduler.types import (
+    Attention,
+    AttentionMethod,
+    DecodingUsage,
+    FinishReason,
+    PromptAttention,
+    PromptMethod,
+    RequestTimes,
+    StepStats,
+)
 from server.metrics.denoising import DenoisingMetrics
 from server.metrics.families import Families
 from server.metrics.speculation import SpeculationMetrics
@@ -135,6 +144,10 @@ class Metrics:
             method: make.counter("braid_attention_requests", "Calls by how their answers attend", method=method)
             for method in ("dense", *AttentionMethod)
         }
+        self._prompt_attention = {
+            method: make.counter("braid_prompt_attention_requests", "Calls by how their prompts attend", method=method)
+            for method in ("dense", *PromptMethod)
+        }
         self._n = make.histogram("vllm:request_params_n", "n asked for", (1, 2, 5, 10, 20))
 
     def _make_latency_metrics(self, make: Families) -> None:
@@ -186,10 +199,18 @@ class Metrics:
         self._up.set(1 if is_ready else 0)
         self._restarts.set(restarts)
 
-    def observe_admitted(self, num_prompt: int, n: int, held: int, attention: Attention | None) -> None:
+    def observe_admitted(
+        self,
+        num_prompt: int,
+        n: int,
+        held: int,
+        attention: Attention | None,
+        prompt_attention: PromptAttention | None,
+    ) -> None:
         self._prefilled.inc(num_prompt)
         self._n.observe(n)
         self._attention["dense" if attention is None else attention.method].inc()
+        self._prompt_attention["dense" if prompt_attention is None else prompt_attention.method].inc()
         self._held.set(held)
 
     def observe_held(self, held: int) -> None:

@@ -31,7 +31,7 @@ from server.worker.machine import choose_device, choose_dtype, device_name, usab
 from server.worker.memory import MemoryReading, kv_budget, ledger, show
 from server.worker.profile import SHAPES, ProfileMemory
 from server.worker.profile_memory import DiskMemory, default_folder
-from server.worker.sparse_memory import SparsePlan
+from server.worker.sparse_memory import SparsePlan, check_model
 from server.worker.warm_up import run_kernels
 from server.worker.worker import Worker
 
@@ -130,13 +130,15 @@ def _on_host(parts: Parts, remember: Remember) -> Worker:
 def _sparse_plan(
     config: WorkerConfig, model: Model, folder: Path | None, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> SparsePlan | None:
-    if config.attention is None:
-        return None
-    if kv_dtype != dtype:
+    if config.prompt_attention:
+        check_model(model.config)
+    if kv_dtype != dtype and (config.attention is not None or config.prompt_attention):
         raise ValueError(
             f"kv-cache-dtype is {config.kv_cache_dtype}, but sparse attention chooses keys by pages of the model's "
             "dtype; leave one of them out"
         )
+    if config.attention is None:
+        return None
     # The weights are read once more only where there is something to compare with.
     is_hashed = bool(config.attention.calibration) and folder is not None and config.random_weights is None
     return SparsePlan(config.attention, model.config, checkpoint_hash(folder) if is_hashed and folder else None)

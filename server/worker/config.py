@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scheduler.types import PromptMethod
 from server.worker.drafters.config import SpeculatorConfig
 from server.worker.sparse_config import SparseConfig
 
@@ -34,7 +35,8 @@ class WorkerConfig:
     remember_profile  keep the warm-up's step times on disk (XDG cache), so that the next start is faster
     denoise_block_size  tokens of a block, for a checkpoint that can denoise and leaves it open
     speculation     which drafters are built; None = none, and nothing is ever proposed
-    attention       sparse attention that requests may choose; None = all of it is dense
+    attention       sparse attention that requests may choose for their output; None = all of it is dense
+    prompt_attention  methods that they may choose for their prompts
     """
 
     model: str = "braid-tiny"
@@ -62,6 +64,7 @@ class WorkerConfig:
     denoise_block_size: int | None = None
     speculation: SpeculatorConfig | None = None
     attention: SparseConfig | None = None
+    prompt_attention: tuple[PromptMethod, ...] = ()
     remember_profile: bool = True
 
     def plans_ahead(self, device_type: str) -> bool:

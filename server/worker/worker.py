@@ -47,7 +47,7 @@ from server.worker.reader import Part, TokenReader
 from server.worker.recipe import Feature, make_recipe
 from server.worker.sampling import NOT_FINITE, Reading, outcome_of
 from server.worker.sequences import SequenceState, SequenceTable, TokenCounts
-from server.worker.sparse_rows import sparse_rows
+from server.worker.sparse_batch import place_sparse
 from server.worker.transfer import upload
 
 LOGITS_BYTES = 64 << 20
@@ -208,11 +208,8 @@ class Worker:
         probes = self._prober.probes(spans, states) if self._prober is not None else ()
         all_spans, all_states = beside(embedded(spans, self.info.vocab_size), probes), states_of(states, probes)
         host = host_batch(all_spans, all_states, self._sequences.page_table, self.info.page_size)
-        memory, sparse = self._pool.sparse, None
-        if memory is not None:
-            sparse = sparse_rows(memory, all_spans, all_states, host.first_rows, self._device)
         # Which rows are sparse is part of a step's shape: such a one is not captured.
-        batch = self._place(host) if sparse is None else place_batch(host, self._device, self._pool.metadata, sparse)
+        batch = place_sparse(host, all_spans, all_states, self._pool, self._device) or self._place(host)
         self._ahead.fill(plan, batch)
         watched = self._attention.watch(plan.step, spans, states, batch.first_rows) if self._attention else None
         hidden_TH = (watched or self._model).forward(batch.tokens, batch.rows, self._pool.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from scheduler.types import PromptAttention, PromptMethod
 from server.banner import banner
 from server.config import ServerConfig
 from tests.server.api.fake_engine import FakeEngine, byte_tokenizer
@@ -16,3 +17,12 @@ def test_what_holds_a_gpus_memory_is_shown_and_a_cpu_shows_weights_and_pages_alo
     gpu = banner(ServerConfig(), replace(info, memory=ledger), 80, ())
     assert "          activations 3.0 GiB, CUDA graphs 512.0 MiB, other 5 B" in gpu.splitlines()
     assert len(gpu.splitlines()) == len(cpu.splitlines()) + 1
+
+
+def test_what_prompts_may_leave_out_is_shown_where_they_may() -> None:
+    info = FakeEngine(byte_tokenizer()).info
+    offer = PromptAttention(PromptMethod.PBS)
+    shown = banner(ServerConfig(), replace(info, prompt_attention=(offer,)), 80, ())
+    assert "prompts   pbs, from token 4096 on; unless asked: dense" in shown
+    info = replace(info, prompt_attention=(offer,), default_prompt_attention=offer)
+    assert "unless asked: pbs, 0.9 kept: lossy, the text differs" in banner(ServerConfig(), info, 80, ())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scheduler.types import AttentionMethod, PromptAttention, PromptMethod
 from server.config import ServerConfig
 from server.engine.config import SpeculationConfig
 from server.flags import ConfigError, dump, parse, read_file, table, validate
@@ -189,3 +190,26 @@ def test_every_setting_is_in_the_readme_as_it_is_declared() -> None:
 
 def test_the_configuration_file_of_make_serve_names_the_embedded_model() -> None:
     assert yaml.safe_load((ROOT / "configs" / "embedded.yaml").read_text())["model"] == "braid-tiny"
+
+
+def test_methods_for_prompts_stand_in_the_same_list_and_have_their_own_default() -> None:
+    found = config_of("--sparse-attention", "quest,xattention", "--attention-prefill-threshold", "0.7")
+    asked = found.engine_config().attention
+    assert asked.allowed() == (AttentionMethod.QUEST,)
+    assert asked.for_prompts() == (PromptAttention(PromptMethod.XATTENTION, 0.7, 4096),)
+    assert asked.default_for_prompts() is None
+    default = config_of("--attention-prefill", "pbs").engine_config().attention
+    assert default.allowed() == ()
+    assert default.for_prompts() == (default.default_for_prompts(),) == (PromptAttention(PromptMethod.PBS),)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--sparse-attention", "lsh"), "there are quest, double_sparsity, tidal, xattention, pbs"),
+        (("--attention-prefill", "pbs", "--attention-prefill-from", "640"), "must be a multiple of 512"),
+    ],
+)
+def test_methods_for_prompts_that_cannot_be_are_refused(flags: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        config_of(*flags)
