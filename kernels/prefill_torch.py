@@ -9,6 +9,7 @@ Legend as in `sparse_prefill.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,8 +17,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.prefill_rows import PrefillPart
-from kernels.sparse_prefill import PermutedBlocks, XAttention, permuted_blocks, query_tiles, segment_counts, x_attention
+from kernels.sparse_prefill import (
+    PermutedBlocks,
+    XAttention,
+    group_limits,
+    keep_tiles,
+    key_groups,
+    mass_of_scores,
+    permuted_blocks,
+    query_tiles,
+    reversed_groups,
+    segment_counts,
+    x_forced,
+)
 from kernels.tile_lists import Attend, attend_lists, lists_of, page_lists, with_own_segment
+
+Products = Callable[[Tensor, int], Tensor]
+"""(q [K, R, C], how many keys) -> float32 [K, R, count]."""
 
 
 class Layout(Protocol):
@@ -28,6 +44,10 @@ class Layout(Protocol):
         ...
 
     def read_values(self, v_pages: Tensor, table_M: Tensor) -> Tensor: ...
+
+    def products(self, k_KJC: Tensor) -> Products:
+        """With these keys. A row's bits hang on its q, the keys and how many of them are asked for, on nothing else."""
+        ...
 
     def make_pages(self, k_PSD: Tensor, v_PSD: Tensor) -> tuple[Tensor, Tensor]:
         """Pages of one kv head that hold these keys and values, [P, 1, S, D]."""
@@ -41,6 +61,10 @@ class PlainLayout:
         return k_pages[table_M.long()].transpose(1, 2).flatten(0, 1)
 
     read_values = read_keys
+
+    def products(self, k_KJC: Tensor) -> Products:
+        k_KJC = k_KJC.float()
+        return lambda q_KRC, count: torch.matmul(q_KRC.float(), k_KJC[:, :count].transpose(1, 2))
 
     def make_pages(self, k_PSD: Tensor, v_PSD: Tensor) -> tuple[Tensor, Tensor]:
         return k_PSD.unsqueeze(1), v_PSD.unsqueeze(1)
@@ -60,7 +84,7 @@ def attend_part(
     table_M = table_M[: -(-part.end // page)]
     keys = layout.read_keys(k_pages, table_M)[: part.end]
     if isinstance(part.method, XAttention):
-        keep = _x_keep(q_TQD, keys, part.start, part.method, scale)
+        keep = _x_keep(layout, q_TQD, keys, part.start, part.method, scale)
         tiles, lengths = lists_of(keep)
         ids = page_lists(tiles, lengths, table_M, part.method.tile // page)
         return attend_lists(attend, q_TQD, k_pages, v_pages, ids, lengths, part.start, part.method.tile)
@@ -68,16 +92,29 @@ def attend_part(
     return _permuted(layout, attend, q_TQD, keys, values, part.start, part.method, scale)
 
 
-def _x_keep(q_TQD: Tensor, k_NKD: Tensor, start: int, method: XAttention, scale: float) -> Tensor:
+def _x_keep(layout: Layout, q_TQD: Tensor, k_NKD: Tensor, start: int, method: XAttention, scale: float) -> Tensor:
     """`sparse_prefill.x_attention`, tile by tile, bool [K, QT, KT]."""
-    end, tile = start + len(q_TQD), method.tile
+    end, tile, stride, num_kv = start + len(q_TQD), method.tile, method.stride, k_NKD.shape[1]
+    tiles, group_tile = query_tiles(start, end, tile), tile // stride
+    products = layout.products(key_groups(k_NKD, end // stride, stride))
     kept = []
-    for index in query_tiles(start, end, tile):
+    for index in tiles:
         first, last = max(start, index * tile), min(end, (index + 1) * tile)
-        rows = q_TQD[first - start : last - start]
-        kept.append(x_attention(rows, k_NKD[:last], first, method, scale))
-    width = kept[-1].shape[2]
-    return torch.cat([pad(keep, (0, width - keep.shape[2])) for keep in kept], dim=1)
+        limits, counts = (part.to(q_TQD.device) for part in (group_limits(first, last, stride, tile), _count(index)))
+        scores, num_key_groups = None, int(limits.max())
+        if num_key_groups:
+            q_KRC = reversed_groups(q_TQD[first - start : last - start], num_kv, limits, first, stride, group_tile)
+            scores = products(q_KRC, num_key_groups)
+        mass = mass_of_scores(scores, num_kv, limits, counts, group_tile, scale / stride)
+        forced = x_forced(num_kv, range(index, index + 1)).to(q_TQD.device)
+        keep = keep_tiles(mass, counts, forced, method.threshold)
+        kept.append(pad(keep, (0, tiles.stop - keep.shape[2])))
+    return torch.cat(kept, dim=1)
+
+
+def _count(index: int) -> Tensor:
+    """Tiles up to one, int32 [1]."""
+    return torch.tensor([index + 1], dtype=torch.int32)
 
 
 def _permuted(

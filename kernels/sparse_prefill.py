@@ -82,23 +82,46 @@ def tile_mass(
     limits  as `group_limits`; counts int32 [QT], tiles to be ranked: mass behind them is 0, as it is for a query tile
             without a whole group
     """
-    num_kv, head_dim = k_NKD.shape[1:]
-    num_groups, num_key_groups = len(limits), int(limits.max()) if len(limits) else 0
-    num_tiles = int(counts.max())
+    num_key_groups = int(limits.max()) if len(limits) else 0
+    logits = None
+    if num_key_groups:
+        # Queries of a group stand against its keys in reverse: the sum along the antidiagonal is one product.
+        q_KRC = reversed_groups(q_TQD, k_NKD.shape[1], limits, first, stride, group_tile).float()
+        logits = torch.matmul(q_KRC, key_groups(k_NKD, num_key_groups, stride).float().transpose(1, 2))
+    return mass_of_scores(logits, k_NKD.shape[1], limits, counts, group_tile, scale / stride)
+
+
+def reversed_groups(q_TQD: Tensor, num_kv: int, limits: Tensor, first: int, stride: int, group_tile: int) -> Tensor:
+    """The whole query groups, rows from last to first: [K, G * I, stride * D]."""
     first_group = first // (stride * group_tile) * group_tile
-    logits = torch.zeros(num_kv, q_TQD.shape[1] // num_kv, num_groups, max(1, num_key_groups), device=q_TQD.device)
     whole = (limits > 0).nonzero()[:, 0]
-    at = (first_group + whole) * stride - first
-    for phase in range(stride if num_key_groups else 0):
-        q = q_TQD[at + stride - 1 - phase].float().view(len(at), num_kv, -1, head_dim)
-        k = k_NKD[phase : num_key_groups * stride : stride].float()
-        logits[:, :, whole] += torch.einsum("ikgd,jkd->kgij", q, k)
-    seen = torch.arange(logits.shape[3], device=limits.device) < limits.unsqueeze(1)
-    p = (logits * (scale / stride)).masked_fill(~seen, float("-inf")).softmax(3).nan_to_num(0.0).mean(1)  # [K, I, J]
-    p = torch.nn.functional.pad(p, (0, max(0, num_tiles * group_tile - p.shape[2])))[..., : num_tiles * group_tile]
+    last = (first_group + whole + 1) * stride - 1 - first
+    rows = q_TQD[last.unsqueeze(1) - torch.arange(stride, device=last.device)]
+    by_group = rows.view(len(whole), stride, num_kv, -1, q_TQD.shape[2]).permute(2, 3, 0, 1, 4)
+    return by_group.reshape(num_kv, -1, stride * q_TQD.shape[2])
+
+
+def key_groups(k_NKD: Tensor, num_key_groups: int, stride: int) -> Tensor:
+    """[K, J, stride * D]"""
+    return k_NKD[: num_key_groups * stride].transpose(0, 1).reshape(k_NKD.shape[1], num_key_groups, -1)
+
+
+def mass_of_scores(
+    scores_KRJ: Tensor | None, num_kv: int, limits: Tensor, counts: Tensor, group_tile: int, scale: float
+) -> Tensor:
+    """`tile_mass` from the sums along antidiagonals of whole groups, [K, G * I, J]; None = there is none."""
+    num_tiles = int(counts.max())
+    mass = torch.zeros((num_kv, len(counts), num_tiles), dtype=torch.int32, device=counts.device)
+    if scores_KRJ is None:
+        return mass
+    whole, width = (limits > 0).nonzero()[:, 0], scores_KRJ.shape[2]
+    seen = torch.arange(width, device=limits.device) < limits[whole].unsqueeze(1)
+    logits = (scores_KRJ * scale).view(num_kv, -1, len(whole), width).masked_fill(~seen, float("-inf"))
+    p = torch.zeros((num_kv, len(limits), num_tiles * group_tile), device=limits.device)
+    p[:, whole, :width] = logits.softmax(3).mean(1)
     of_tiles = p.view(num_kv, len(counts), group_tile, num_tiles, group_tile).sum((2, 4))
     whole_groups = (limits > 0).view(len(counts), group_tile).sum(1).clamp_min(1)
-    mass = to_mass(of_tiles / whole_groups.view(1, -1, 1))
+    mass += to_mass(of_tiles / whole_groups.view(1, -1, 1))
     return mass.masked_fill(torch.arange(num_tiles, device=counts.device) >= counts.view(1, -1, 1), 0)
 
 
@@ -129,8 +152,8 @@ def x_forced(num_kv: int, tiles: range) -> Tensor:
 def importance(q_RQD: Tensor, k_NKD: Tensor, scale: float) -> Tensor:
     """Mean over rows and a group's heads of the softmax over all these keys, float32 [K, N]."""
     num_kv, head_dim = k_NKD.shape[1:]
-    q = q_RQD.float().view(len(q_RQD), num_kv, -1, head_dim)
-    return (torch.einsum("rkgd,nkd->kgrn", q, k_NKD.float()) * scale).softmax(3).mean((1, 2))
+    q = (q_RQD.float() * scale).view(len(q_RQD), num_kv, -1, head_dim)
+    return torch.einsum("rkgd,nkd->kgrn", q, k_NKD.float()).softmax(3).mean((1, 2))
 
 
 def segment_order(importance_KN: Tensor, segment: int) -> Tensor:

@@ -89,6 +89,7 @@ class CpuOps:
         self._pool = self._lib.braid_pool_create(self.num_threads)
         self._check_rows = RowsCheck()
         self._layer_tables = LayerTables()
+        self._layout = CpuLayout(self._lib, self._pool)
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> CpuLinear:
         is_bf16 = _is_bf16(weight_NK)
@@ -229,7 +230,7 @@ class CpuOps:
                 q, rows.prefill, window,
                 lambda others: self.paged_attention(q, k_pages, v_pages, others, scale, layer=layer),
                 lambda part, rows_q: attend_part(
-                    CpuLayout(), lambda q, k, v, lists: self.paged_attention(q, k, v, lists, scale),
+                    self._layout, lambda q, k, v, lists: self.paged_attention(q, k, v, lists, scale),
                     rows_q, k_pages, v_pages, rows.page_table[part.sequence], part, scale,
                 ),
             )  # fmt: skip

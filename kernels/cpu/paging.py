@@ -5,8 +5,12 @@ Legend of shapes in kernels/ops.py; M pages.
 
 from __future__ import annotations
 
+from ctypes import CDLL, c_void_p
+
 import torch
 from torch import Tensor
+
+from kernels.cpu.products import KeyProducts
 
 
 def page_memory(
@@ -37,6 +41,12 @@ def dim_panel(head_dim: int) -> int:
 
 class CpuLayout:
     """`kernels.prefill_torch.Layout` of trimmed pages."""
+
+    def __init__(self, lib: CDLL, pool: c_void_p) -> None:
+        self._lib, self._pool = lib, pool
+
+    def products(self, k_KJC: Tensor) -> KeyProducts:
+        return KeyProducts(self._lib, self._pool, k_KJC)
 
     def read_keys(self, k_pages: Tensor, table_M: Tensor) -> Tensor:
         return _rows(_key_words(_whole(k_pages)[table_M.long()], k_pages.shape[2]), k_pages)
