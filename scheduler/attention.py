@@ -1,8 +1,8 @@
 """How a request's output attends: part of the vocabulary, which `scheduler.types` hands on.
 
 The row of an output token is sparse by its position in the sequence, not by the step it is computed in: alone, as a
-draft under verification, or in a chunk after a preemption it reads the same keys (R4). Rows of the prompt are dense, or as
-`prompt_attention.py` says.
+draft under verification, or in a chunk after a preemption it reads the same keys (R4). Rows of the prompt are dense,
+or as `prompt_attention.py` says.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scheduler.prompt_attention import PromptAttention, chosen_by
-from scheduler.sequence import Sequence
+from scheduler.sequence import Sequence, Status
 
 
 def share_out(
@@ -30,7 +30,7 @@ def chunk_size(seq: Sequence, room: int, share: int) -> int:
         narrow = decoding.widths.narrow
         return narrow if narrow <= room else 0
     chosen = _prompt_attention(seq)
-    grain = decoding.grain if chosen is None else chosen.method.region
+    grain = decoding.grain if chosen is None else least_chunk(seq)
     size = min(room, max(share, grain), seq.prefill_end - seq.num_committed)
     if chosen is not None:
         return chosen.most_rows(seq.num_committed, size, len(seq.request.prompt))
@@ -38,9 +38,12 @@ def chunk_size(seq: Sequence, room: int, share: int) -> int:
 
 
 def least_chunk(seq: Sequence) -> int:
-    """Rows that the sequence needs to go on at all."""
+    """Rows that the sequence needs to go on at all. One that waits may begin anywhere, with its hits."""
     chosen = _prompt_attention(seq)
-    return seq.decoding.least_rows if chosen is None else chosen.method.region
+    if chosen is None:
+        return seq.decoding.least_rows
+    is_cut_anywhere = not chosen.dense <= seq.num_committed < len(seq.request.prompt)
+    return 1 if is_cut_anywhere and seq.status is Status.RUNNING else chosen.method.region
 
 
 def _prompt_attention(seq: Sequence) -> PromptAttention | None:

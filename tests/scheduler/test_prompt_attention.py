@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler import chunks, kv_memory, prompt_attention
-from scheduler.fake_worker import FakeWorker, Known, next_token, token_logprob
+from scheduler.fake_worker import FakeDrafter, FakeWorker, Known, Truth, next_token, token_logprob
 from scheduler.hashing import EMPTY, mix
 from scheduler.kv_memory import KVMemory
 from scheduler.prefix import PrefixIndex
@@ -20,6 +20,7 @@ from scheduler.types import (
     Attention,
     AttentionMethod,
     AttentionOffer,
+    Drafts,
     FinishReason,
     Limits,
     Outcome,
@@ -28,8 +29,12 @@ from scheduler.types import (
     Request,
     Sampling,
     Span,
+    Speculation,
+    SpeculationMode,
+    SpeculationSettings,
     TokenLogprob,
 )
+from tests.scheduler.draft_worlds import RandomDrafter, random_speculation
 from tests.scheduler.worlds import VOCAB, World, make_limits, make_request, play, random_limits
 
 X, PBS = PromptMethod.XATTENTION, PromptMethod.PBS
@@ -74,9 +79,12 @@ class RegionWorker(FakeWorker):
 
 
 class RegionWorld(World):
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(limits, Scheduler(limits, root=bytes(32), prompt_attention=tuple(PromptMethod)))
-        self.worker = RegionWorker(limits.num_pages, limits.page_size, VOCAB)
+    def __init__(self, limits: Limits, drafter: FakeDrafter | None = None) -> None:
+        speculation = None if drafter is None else SpeculationSettings("marginal", 8)
+        methods = tuple(PromptMethod)
+        scheduler = Scheduler(limits, root=bytes(32), speculation=speculation, prompt_attention=methods)
+        super().__init__(limits, scheduler)
+        self.worker = RegionWorker(limits.num_pages, limits.page_size, VOCAB, drafter)
 
     def truth(self, request: Request) -> tuple[tuple[int, ...], FinishReason, tuple[TokenLogprob, ...]]:
         known, new = [*request.prompt, *request.output], list[int]()
@@ -117,6 +125,7 @@ def wide_limits(seed: int) -> Limits:
 
 def play_one(seed: int) -> World:
     rng = random.Random(-seed)
+    drafter = RandomDrafter(rng, branches=seed % 4 == 1) if seed % 2 else None
 
     def decorate(request: Request) -> Request:
         method = rng.choice((X, X, PBS, None))
@@ -125,9 +134,10 @@ def play_one(seed: int) -> World:
         # Another token, in the middle of a region, among those that others have in common.
         if len(prompt) > 39 and (token := rng.choice((None, 1, 2))) is not None:
             prompt[37] = token
-        return replace(request, prompt=tuple(prompt), prompt_attention=asked, sampling=sampling)
+        request = replace(request, prompt=tuple(prompt), prompt_attention=asked, sampling=sampling)
+        return random_speculation(rng, request) if drafter is not None else request
 
-    world = RegionWorld(wide_limits(seed))
+    world = RegionWorld(wide_limits(seed), drafter)
     play(world, seed, decorate)
     return world
 
@@ -178,6 +188,27 @@ def test_broken_schedulers_are_caught(name: str, monkeypatch: pytest.MonkeyPatch
         except (AssertionError, IndexError, KeyError):
             return
     raise AssertionError(f"nobody noticed that {name}")
+
+
+def test_drafts_leave_a_region_its_rows() -> None:
+    """Three sequences are to verify 8 drafts each, in a step of 35 rows that a region needs 32 of."""
+
+    def right(known: Known, most: int, truth: Truth) -> Drafts:
+        return Drafts(truth(most), tuple(0.9 ** (j + 1) for j in range(most)), "right")
+
+    world = RegionWorld(make_limits(max_batched_tokens=35, max_seqs=4, max_model_len=250, num_pages=400), right)
+    forced = Speculation(SpeculationMode.ON)
+    for name in "abc":
+        world.add(make_request(name, (ord(name) % VOCAB,), 200, speculation=forced))
+    world.run_until_decoding("c")
+    while world.stats[-1].draft_tokens <= 20:
+        world.step()
+    world.add(make_request("prompt", 96, 1, prompt_attention=PromptAttention(PBS, 0.9, 32)))
+    for _ in range(4):
+        world.step()
+    assert world.stories["prompt"].tokens
+    assert min(len(world.stories[name].tokens) for name in "abc") < 190, "they were there all the time"
+    world.finish()
 
 
 def test_hits_that_lost_pages_of_a_region_begin_before_it() -> None:
