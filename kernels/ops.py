@@ -300,11 +300,17 @@ class Ops(Protocol):
         ...
 
     def allocate_sparse(
-        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+        self,
+        k_pages: Tensor,
+        roles: tuple[Role, Role, Role],
+        has_bounds: bool,
+        channels_KC: Tensor | None,
+        int4_labels: bool = False,
     ) -> SparseLayer:
         """Metadata memory beside the k_pages that `allocate_kv` made, not initialised; opaque in the same way.
 
         has_bounds   for `Method.QUEST`; channels_KC (int32, elements of a key) for `Method.DOUBLE_SPARSITY`
+        int4_labels  labels are codes of 4 bits with a scale for each key and head (kernels/label_codes.py)
         Raises ValueError if this back end has no sparse attention.
         """
         ...

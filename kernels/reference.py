@@ -279,9 +279,14 @@ class ReferenceOps:
         return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
 
     def allocate_sparse(
-        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+        self,
+        k_pages: Tensor,
+        roles: tuple[Role, Role, Role],
+        has_bounds: bool,
+        channels_KC: Tensor | None,
+        int4_labels: bool = False,
     ) -> SparseLayer:
-        return sparse_reference.allocate(k_pages, roles, has_bounds, channels_KC)
+        return sparse_reference.allocate(k_pages, roles, has_bounds, channels_KC, int4_labels)
 
 
 def rotate(x_ThD: Tensor, cos_sin_T1R: Tensor) -> Tensor:

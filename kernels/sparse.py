@@ -60,17 +60,20 @@ class SparseLayer:
     bounds    of complete pages, for QUEST: written whenever a row is written to a page's last slot, from all its keys
     labels    of every key, for DOUBLE_SPARSITY
     channels  int32 [K, C]: the elements of a rotated key that are its label
-    bounds and labels are opaque, as KV pages are.
+    label_scales  of labels that are codes of 4 bits (label_codes.py); None = they are elements as they are
+    bounds, labels and their scales are opaque, as KV pages are.
     """
 
     roles: tuple[Role, Role, Role]
     bounds: Tensor | None = None
     labels: Tensor | None = None
     channels: Tensor | None = None
+    label_scales: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in (self.bounds, self.labels) if tensor is not None)
+        kept = (self.bounds, self.labels, self.label_scales)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept if tensor is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,21 +9,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.label_codes import decode, encode, num_bytes
 from kernels.ops import AttentionRows
 from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, SparseLayer, SparseRows
 
 
 def allocate(
-    k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+    k_pages: Tensor,
+    roles: tuple[Role, Role, Role],
+    has_bounds: bool,
+    channels_KC: Tensor | None,
+    int4_labels: bool = False,
 ) -> SparseLayer:
-    """bounds [P, K, 2, D] (smallest, largest) and labels [P, K, S, C], of the pages' dtype."""
+    """bounds [P, K, 2, D] (smallest, largest) and labels [P, K, S, C], of the pages' dtype; as codes of 4 bits
+    [P, K, S, B] with scales [P, K, S]."""
     num_pages, num_kv, page_size, head_dim = k_pages.shape
-    return SparseLayer(
-        roles,
-        k_pages.new_empty((num_pages, num_kv, 2, head_dim)) if has_bounds else None,
-        None if channels_KC is None else k_pages.new_empty((num_pages, num_kv, page_size, channels_KC.shape[1])),
-        channels_KC,
-    )
+    bounds = k_pages.new_empty((num_pages, num_kv, 2, head_dim)) if has_bounds else None
+    if channels_KC is None:
+        return SparseLayer(roles, bounds)
+    shape, num_channels = (num_pages, num_kv, page_size), channels_KC.shape[1]
+    if not int4_labels:
+        return SparseLayer(roles, bounds, k_pages.new_empty((*shape, num_channels)), channels_KC)
+    codes = k_pages.new_empty((*shape, num_bytes(num_channels)), dtype=torch.uint8)
+    return SparseLayer(roles, bounds, codes, channels_KC, k_pages.new_empty(shape, dtype=torch.bfloat16))
 
 
 def write(layer: SparseLayer, k_pages: Tensor, slots_T: Tensor) -> None:
@@ -37,7 +45,11 @@ def write(layer: SparseLayer, k_pages: Tensor, slots_T: Tensor) -> None:
     if layer.labels is not None:
         assert layer.channels is not None
         channels_TKC = layer.channels.long().expand(len(slots_T), -1, -1)
-        layer.labels[pages, :, offsets] = k_pages[pages, :, offsets].gather(2, channels_TKC)
+        labels_TKC = k_pages[pages, :, offsets].gather(2, channels_TKC)
+        if layer.label_scales is None:
+            layer.labels[pages, :, offsets] = labels_TKC
+        else:
+            layer.labels[pages, :, offsets], layer.label_scales[pages, :, offsets] = encode(labels_TKC)
 
 
 def attend(
@@ -123,6 +135,9 @@ def _label_scores(q_KGD: Tensor, table: Tensor, visible: int, layer: SparseLayer
     """Highest q.k over the label channels of a group's heads, [K, L]."""
     assert layer.labels is not None
     assert layer.channels is not None
-    labels_KLC = layer.labels[table].transpose(0, 1).flatten(1, 2)[:, :visible].float()
+    labels_KLX = layer.labels[table].transpose(0, 1).flatten(1, 2)[:, :visible]
     q_KGC = q_KGD.gather(2, layer.channels.long().unsqueeze(1).expand(-1, q_KGD.shape[1], -1))
-    return torch.matmul(q_KGC, labels_KLC.transpose(1, 2)).amax(1)
+    if layer.label_scales is None:
+        return torch.matmul(q_KGC, labels_KLX.float().transpose(1, 2)).amax(1)
+    scales_KL = layer.label_scales[table].transpose(0, 1).flatten(1)[:, :visible].float()
+    return torch.matmul(q_KGC, decode(labels_KLX, q_KGC.shape[2]).transpose(1, 2)).amax(1) * scales_KL

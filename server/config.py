@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from scheduler.types import MAX_TREE_NODES
 from server.also import AlsoServed, check_models, name_of, read_also, with_others
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
+from server.engine.attention import LabelDtype
 from server.engine.config import EngineConfig
 from server.groups import attention_config, speculation_config
 from server.values import Auto, AutoCount, Count, Listed, Names, PolicyName, Seconds, Shares, Switch, Table, settings_of
@@ -129,10 +130,9 @@ class ServerConfig(BaseModel):
     attention_prefill_from: Count = _sparse(
         4096, "rows of a prompt before this position read everything; a multiple of 512"
     )
-    attention_calibration: Names = _sparse(
-        (), "what calibration wrote, repeatable: channels (safetensors), layers (JSON)"
-    )
-    attention_channels: AutoCount = _sparse(None, "double_sparsity's label channels; auto = an eighth of the head size")
+    attention_calibration: Names = _sparse((), "files of calibration, repeatable: .safetensors channels, .json layers")
+    attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = head size / 8")
+    attention_label_dtype: LabelDtype = _sparse("model", "of these labels; int4: less memory and reads, coarser choice")
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")
     denoise_block_size: AutoCount = _denoise(None, "tokens of a block; auto = the checkpoint's or its family's")

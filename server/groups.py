@@ -37,4 +37,5 @@ def attention_config(config: ServerConfig) -> AttentionConfig:
         prefill_from=config.attention_prefill_from,
         calibration=config.attention_calibration,
         num_channels=config.attention_channels,
+        label_dtype=config.attention_label_dtype,
     )

@@ -61,8 +61,10 @@ enum Role : int32_t { kDense = 0, kChoose = 1, kList = 2, kFollow = 3 };  // spa
 // What one layer does for sparse rows, and its metadata of keys under the page ids of K and V. Null in its place: none.
 //   bounds of (page, head): [largest, smallest][head_dim], then zeros up to bound_words
 //   labels of (page, head): [channels][padded keys]    a lane is a key, no horizontal sums
+//   labels of 4 bits: [bytes][padded keys] of codes + 8, channel b in the low half of byte b, channel bytes + b in the high
+//   label_scales of (page, head): bf16 [padded keys]; null: labels are elements of the keys as they are
 struct SparseLayer {
-  void *bounds, *labels;    // null: not kept
+  void *bounds, *labels, *label_scales;  // null: not kept
   const int32_t* channels;  // [num_kv][num_channels]
   int64_t num_channels;
   int32_t roles[3], unused;

@@ -377,9 +377,14 @@ class CpuOps:
         return trim(k_pages, page_size, head_dim), trim(v_pages, page_size, head_dim)
 
     def allocate_sparse(
-        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+        self,
+        k_pages: Tensor,
+        roles: tuple[Role, Role, Role],
+        has_bounds: bool,
+        channels_KC: Tensor | None,
+        int4_labels: bool = False,
     ) -> SparseLayer:
-        return allocate(k_pages, roles, has_bounds, channels_KC)
+        return allocate(k_pages, roles, has_bounds, channels_KC, int4_labels)
 
 
 def _is_bf16(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 #include "sparse.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 
 namespace braid {
@@ -41,6 +42,8 @@ int32_t* take_best(const float* scores, long n, long count, int32_t first, int32
     if (order[i] > last || (order[i] == last && equals-- > 0)) *out++ = int32_t(first + i);
   return out;
 }
+
+long code_bytes(const SparseLayer& layer) { return (layer.num_channels + 1) / 2; }
 
 template <class T>
 const T* query(const AttentionArgs& g, long token, long head) {
@@ -97,8 +100,32 @@ void choose_keys(const AttentionArgs& g, long token, const float* scores, int32_
   for (long i = visible - kLastKeys; i < visible; i++) *chosen++ = int32_t(i);
 }
 
+// A page's labels, a vector of keys at a time: as they are, and as codes whose scale is multiplied last.
 template <class T>
-void label_scores(const AttentionArgs& g, long token, long head, float* scores) {
+struct PlainLabels {
+  const T* labels;
+  long padded;
+  PlainLabels(const SparseLayer& layer, long record, long padded)
+      : labels(static_cast<const T*>(layer.labels) + record * layer.num_channels * padded), padded(padded) {}
+  vf channel(long c, long s) const { return load_vec(labels + c * padded + s); }
+  vf scaled(vf score, long) const { return score; }
+};
+struct CodedLabels {
+  const uint8_t* codes;
+  const bf16* scales;
+  long bytes, padded;
+  CodedLabels(const SparseLayer& layer, long record, long padded)
+      : codes(static_cast<const uint8_t*>(layer.labels) + record * code_bytes(layer) * padded),
+        scales(static_cast<const bf16*>(layer.label_scales) + record * padded), bytes(code_bytes(layer)), padded(padded) {}
+  vf channel(long c, long s) const {
+    vi pairs = __builtin_convertvector(load<vb>(codes + c % bytes * padded + s), vi);
+    return __builtin_convertvector(((c < bytes ? pairs : pairs >> 4) & 15) - 8, vf);
+  }
+  vf scaled(vf score, long s) const { return score * load_vec(scales + s); }
+};
+
+template <class T, class Labels>
+void scores_of(const AttentionArgs& g, long token, long head, float* scores) {
   KvLayout<T> layout(g.page_size, g.num_kv, g.head_dim);
   const int32_t* pages = g.page_table + g.row_seq[token] * g.max_pages;
   const int32_t* channels = g.layer->channels + head * g.layer->num_channels;
@@ -110,28 +137,58 @@ void label_scores(const AttentionArgs& g, long token, long head, float* scores) 
     for (long c = 0; c < num_channels; c++)
       weights[c * heads + h] = to_float(query<T>(g, token, head * group + h)[channels[c]]);
   for (long p = 0; p * g.page_size < g.visible[token]; p++) {
-    const T* labels = static_cast<const T*>(g.layer->labels) + (pages[p] * g.num_kv + head) * num_channels * padded;
+    Labels labels(*g.layer, pages[p] * g.num_kv + head, padded);
     for (long s = 0; s < g.page_size; s += kLanes) {
       vf best = splat(-__builtin_inff());
       for (long first = 0; first < group; first += kHeads) {
         vf sum[kHeads] = {};
         for (long c = 0; c < num_channels; c++) {
-          vf x = load_vec(labels + c * padded + s);
+          vf x = labels.channel(c, s);
           for (long h = 0; h < kHeads; h++) sum[h] = sum[h] + x * weights[c * heads + first + h];
         }
         for (long h = 0; h < kHeads && first + h < group; h++) best = vmax(sum[h], best);
       }
-      store(scores + p * g.page_size + s, best);  // what is past the page's end is written over by the next page
+      store(scores + p * g.page_size + s, labels.scaled(best, s));  // what is past the page's end, the next page writes over
     }
   }
+}
+
+template <class T>
+void label_scores(const AttentionArgs& g, long token, long head, float* scores) {
+  if (g.layer->label_scales) return scores_of<T, CodedLabels>(g, token, head, scores);
+  scores_of<T, PlainLabels<T>>(g, token, head, scores);
+}
+
+// label_codes.py encode, in the same order of the same roundings.
+template <class T>
+void write_codes(const SparseLayer& layer, const KvLayout<T>& layout, const T* key, long record, long offset, const int32_t* channels) {
+  float most = 0.f;
+  for (long c = 0; c < layer.num_channels; c++) {
+    float x = std::fabs(to_float(key[layout.key_step(channels[c])]));
+    most = x > most ? x : most;
+  }
+  bf16 stored = to_bf16(most * (1.f / 7.f));
+  float scale = to_float(stored);
+  static_cast<bf16*>(layer.label_scales)[record * layout.padded_keys + offset] = stored;
+  long bytes = code_bytes(layer);
+  uint8_t* codes = static_cast<uint8_t*>(layer.labels) + record * bytes * layout.padded_keys + offset;
+  auto code = [&](long c) {
+    if (c >= layer.num_channels) return 8;
+    float x = to_float(key[layout.key_step(channels[c])]);
+    int above = 0;
+    for (int i = 0; i < 7; i++) above += std::fabs(x) > (float(i) + 0.5f) * scale;
+    return 8 + (x < 0.f ? -above : above);
+  };
+  for (long b = 0; b < bytes; b++) codes[b * layout.padded_keys] = uint8_t(code(b) | code(bytes + b) << 4);
 }
 
 template <class T>
 void write_label(const SparseLayer& layer, const KvLayout<T>& layout, const T* k_pages, long slot, long head) {
   const T* key = layout.key_at(const_cast<T*>(k_pages), slot, head);
   const int32_t* channels = layer.channels + head * layer.num_channels;
-  T* label = static_cast<T*>(layer.labels) +
-             (slot / layout.page_size * layout.num_kv + head) * layer.num_channels * layout.padded_keys + slot % layout.page_size;
+  long record = slot / layout.page_size * layout.num_kv + head, offset = slot % layout.page_size;
+  if (layer.label_scales) return write_codes(layer, layout, key, record, offset, channels);
+  T* label = static_cast<T*>(layer.labels) + record * layer.num_channels * layout.padded_keys + offset;
   for (long c = 0; c < layer.num_channels; c++) label[c * layout.padded_keys] = key[layout.key_step(channels[c])];
 }
 

@@ -11,34 +11,46 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import library
+from kernels.label_codes import num_bytes
 from kernels.ops import AttentionRows
 from kernels.sparse import Method, Role, SparseLayer, SparseRows, least_budget
 
 
 def allocate(
-    k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+    k_pages: Tensor,
+    roles: tuple[Role, Role, Role],
+    has_bounds: bool,
+    channels_KC: Tensor | None,
+    int4_labels: bool = False,
 ) -> SparseLayer:
-    """bounds [P, K, 2 D padded to whole vectors], labels [P, K, C, padded S]: a lane is a key, as in K pages."""
+    """bounds [P, K, 2 D padded to whole vectors], labels [P, K, C, padded S]: a lane is a key, as in K pages. As codes
+    of 4 bits: labels [P, K, B, padded S] and scales [P, K, padded S]."""
     num_pages, num_kv, page_size, head_dim = k_pages.shape
-    labels = None
+    labels = scales = None
     if channels_KC is not None:
         if channels_KC.dtype != torch.int32 or channels_KC.ndim != 2 or channels_KC.shape[0] != num_kv:
             raise ValueError(f"channels are {channels_KC.dtype} {list(channels_KC.shape)}, not int32 [{num_kv}, C]")
         if not 0 <= int(channels_KC.min()) <= int(channels_KC.max()) < head_dim:
             raise ValueError(f"a label channel lies outside the {head_dim} elements of a key")
         tile = 16 if page_size <= 16 else 32
-        labels = k_pages.new_empty((num_pages, num_kv, channels_KC.shape[1], -(-page_size // tile) * tile))
+        num_channels, padded = channels_KC.shape[1], -(-page_size // tile) * tile
+        if int4_labels:
+            labels = k_pages.new_empty((num_pages, num_kv, num_bytes(num_channels), padded), dtype=torch.uint8)
+            scales = k_pages.new_empty((num_pages, num_kv, padded), dtype=torch.bfloat16)
+        else:
+            labels = k_pages.new_empty((num_pages, num_kv, num_channels, padded))
         channels_KC = channels_KC.contiguous()
     vector = 64 // k_pages.element_size()
     bounds = k_pages.new_empty((num_pages, num_kv, -(-2 * head_dim // vector) * vector)) if has_bounds else None
-    return SparseLayer(roles, bounds, labels, channels_KC)
+    return SparseLayer(roles, bounds, labels, channels_KC, scales)
 
 
 def layer_struct(layer: SparseLayer | None) -> Array[library.SparseLayer] | None:
     """As a pointer to one struct, null for None."""
     if layer is None:
         return None
-    pointers = (None if part is None else part.data_ptr() for part in (layer.bounds, layer.labels, layer.channels))
+    parts = (layer.bounds, layer.labels, layer.label_scales, layer.channels)
+    pointers = (None if part is None else part.data_ptr() for part in parts)
     num_channels = 0 if layer.channels is None else layer.channels.shape[1]
     struct = library.SparseLayer(*pointers, num_channels, (c_int32 * len(Method))(*layer.roles), 0)
     return (library.SparseLayer * 1)(struct)

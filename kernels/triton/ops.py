@@ -239,6 +239,11 @@ class TritonOps:
         return self._torch.allocate_kv(num_pages, page_size, num_kv, head_dim, dtype, device)
 
     def allocate_sparse(
-        self, k_pages: Tensor, roles: tuple[Role, Role, Role], has_bounds: bool, channels_KC: Tensor | None
+        self,
+        k_pages: Tensor,
+        roles: tuple[Role, Role, Role],
+        has_bounds: bool,
+        channels_KC: Tensor | None,
+        int4_labels: bool = False,
     ) -> SparseLayer:
-        return self._torch.allocate_sparse(k_pages, roles, has_bounds, channels_KC)
+        return self._torch.allocate_sparse(k_pages, roles, has_bounds, channels_KC, int4_labels)

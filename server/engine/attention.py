@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from scheduler.types import AttentionMethod, PromptAttention, PromptMethod
 
+LabelDtype = Literal["model", "int4"]
 DENSE = "dense"
 """The attention method of whoever wants every key read."""
 
@@ -19,7 +21,7 @@ class AttentionConfig:
     budget       keys that a row reads where a request does not say
     prefill      of the prompts of requests that say nothing: dense, or one of `methods`
     prefill_threshold, prefill_from   `PromptAttention.threshold` where a request does not say, and its `dense`
-    calibration, num_channels   as `server/worker/sparse_config.py` has them
+    calibration, num_channels, label_dtype   as `server/worker/sparse_config.py` has them
     """
 
     methods: tuple[str, ...] = ()
@@ -27,6 +29,7 @@ class AttentionConfig:
     budget: int = 1024
     calibration: tuple[str, ...] = ()
     num_channels: int | None = None
+    label_dtype: LabelDtype = "model"
     prefill: str = DENSE
     prefill_threshold: float = 0.9
     prefill_from: int = 4096
@@ -60,6 +63,11 @@ class AttentionConfig:
             raise ValueError(
                 "double_sparsity needs the model's label channels: set attention-calibration to their file"
             )
+        if self.label_dtype != "model" and not needs_channels:
+            raise ValueError(
+                f"attention-label-dtype is {self.label_dtype}, but only double_sparsity has labels: name it with "
+                "sparse-attention"
+            )
         if self.calibration and not self.allowed():
             raise ValueError("attention-calibration is set, but no method is: name some with sparse-attention")
 
@@ -67,4 +75,4 @@ class AttentionConfig:
         """For another model: what was calibrated is the first one's."""
         methods = tuple(name for name in self.methods if name != AttentionMethod.DOUBLE_SPARSITY)
         default = DENSE if self.default == AttentionMethod.DOUBLE_SPARSITY else self.default
-        return replace(self, methods=methods, default=default, calibration=())
+        return replace(self, methods=methods, default=default, calibration=(), label_dtype="model")

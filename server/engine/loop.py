@@ -45,7 +45,7 @@ def worker_config(config: EngineConfig) -> WorkerConfig:
 def sparse_config(asked: AttentionConfig) -> SparseConfig | None:
     """What the KV memory is made for; None = dense attention alone."""
     methods = asked.allowed()
-    return SparseConfig(methods, asked.calibration, asked.num_channels) if methods else None
+    return SparseConfig(methods, asked.calibration, asked.num_channels, asked.label_dtype) if methods else None
 
 
 def prompt_methods(asked: AttentionConfig) -> tuple[PromptMethod, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from scheduler.types import AttentionMethod
 
@@ -14,8 +15,10 @@ class SparseConfig:
     methods      those that requests may choose, at least one
     calibration  files of the calibration commands: channels (safetensors) for double_sparsity, layers (JSON) for tidal
     num_channels of a label; None = an eighth of the head size, at least 4
+    label_dtype  of labels: the model's, or codes of 4 bits with a scale for each key and head (kernels/label_codes.py)
     """
 
     methods: tuple[AttentionMethod, ...]
     calibration: tuple[str, ...] = ()
     num_channels: int | None = None
+    label_dtype: Literal["model", "int4"] = "model"

@@ -50,6 +50,7 @@ class SparsePlan:
         """weights_hash: of the served checkpoint, None for random weights. Raises ValueError for what cannot be."""
         check_model(model)
         self.methods, self._num_kv = config.methods, model.num_kv_heads
+        self._int4_labels = config.label_dtype == "int4"
         calibration = Calibration(config.calibration, weights_hash)
         self._channels: Tensor | None = None
         if AttentionMethod.DOUBLE_SPARSITY in config.methods:
@@ -65,7 +66,7 @@ class SparsePlan:
             chooses = roles[Method.QUEST] is Role.CHOOSE
             has_bounds = chooses and AttentionMethod.QUEST in self.methods
             channels = self._channels[number].to(k_pages.device) if chooses and self._channels is not None else None
-            made.append(ops.allocate_sparse(k_pages, roles, has_bounds, channels))
+            made.append(ops.allocate_sparse(k_pages, roles, has_bounds, channels, self._int4_labels))
         return tuple(made)
 
     def page_bytes(self, ops: Ops, pages: Sequence[tuple[Tensor, Tensor]]) -> int:

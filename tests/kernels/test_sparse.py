@@ -52,7 +52,15 @@ class Wish:
 class SparseWorld(World):
     """A `World` with metadata. Its cosines are 1, so that whole numbers stay whole."""
 
-    def __init__(self, ops: Ops, shape: Shape, lengths: list[int], seed: int = 0, whole: bool = False) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        shape: Shape,
+        lengths: list[int],
+        seed: int = 0,
+        whole: bool = False,
+        int4_labels: bool = False,
+    ) -> None:
         super().__init__(ops, shape, lengths, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         if whole:
@@ -61,10 +69,10 @@ class SparseWorld(World):
             self.qkv = [torch.randint(-2, 3, qkv.shape, generator=generator).to(shape.dtype) for qkv in self.qkv]
         order = [torch.randperm(shape.head_dim, generator=generator) for _ in range(shape.num_kv)]
         self.channels = torch.stack(order)[:, :NUM_CHANNELS].int()
-        self.layer = ops.allocate_sparse(self.k, CHOOSES, True, self.channels)
-        for tensor in (self.layer.bounds, self.layer.labels):
-            assert tensor is not None
-            tensor.fill_(float("nan"))
+        self.layer = ops.allocate_sparse(self.k, CHOOSES, True, self.channels, int4_labels)
+        for tensor in (self.layer.bounds, self.layer.labels, self.layer.label_scales):
+            if tensor is not None:
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
 
     def rows(self, spans: dict[int, tuple[int, int]], wishes: dict[int, Wish]) -> AttentionRows:
         """Sequences with a wish are sparse in all their rows."""
@@ -231,14 +239,15 @@ def test_bounds_hold_for_every_key_of_a_complete_page() -> None:
         assert (best >= exact.amax(1) - 1e-4).all()
 
 
-def test_metadata_of_moved_and_of_rewritten_keys_is_that_of_keys_written_once(ops: Ops) -> None:
+@pytest.mark.parametrize("int4_labels", [False, True])
+def test_metadata_of_moved_and_of_rewritten_keys_is_that_of_keys_written_once(ops: Ops, int4_labels: bool) -> None:
     """A rejected draft is overwritten; an accepted path of a tree moves; the rows behind read what they should."""
     shape, wishes = SHAPES[0], {0: Wish(Method.QUEST, 224)}
-    plain = SparseWorld(ops, shape, [400])
+    plain = SparseWorld(ops, shape, [400], int4_labels=int4_labels)
     want = plain.sparse_step({0: (0, 400)}, wishes)[-1]
     labels = {0: Wish(Method.DOUBLE_SPARSITY, 80)}
     want_labels = plain.sparse_step({0: (399, 400)}, labels)[-1]
-    world = SparseWorld(ops, shape, [400])
+    world = SparseWorld(ops, shape, [400], int4_labels=int4_labels)
     world.write(world.rows({0: (0, 300)}, {}), {0: (0, 300)})
     true, world.qkv[0] = world.qkv[0], torch.randn_like(world.qkv[0]) * 9
     world.write(world.rows({0: (90, 160)}, {}), {0: (90, 160)})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.label_codes import decode, encode
 from kernels.sparse import FIRST_KEYS, LAST_KEYS
 from kernels.sparse_keep import to_scores, top_k
 
@@ -29,10 +30,13 @@ def world(group: int) -> tuple[Tensor, Tensor, Tensor]:
     return q * (3 / torch.einsum("rkgd,knd->rkgn", q, keys).std()), keys, order
 
 
-def held_mass(q: Tensor, keys: Tensor, channels: Tensor) -> float:
+def held_mass(q: Tensor, keys: Tensor, channels: Tensor, int4_labels: bool = False) -> float:
     """Attention mass of the keys chosen by these channels, summed over rows and heads."""
     of_q = q.gather(3, channels[None, :, None].expand(len(q), -1, q.shape[2], -1))
     of_keys = keys.gather(2, channels.unsqueeze(1).expand(-1, NUM_KEYS, -1))
+    if int4_labels:
+        codes, scales = encode(of_keys)
+        of_keys = decode(codes, channels.shape[1]) * scales.float().unsqueeze(2)
     scores = to_scores(torch.einsum("rkgc,knc->rkgn", of_q, of_keys).amax(2), 1.0)
     counts, keep, first, late = (
         torch.full((NUM_ROWS,), number) for number in (NUM_KEYS, BUDGET, FIRST_KEYS, NUM_KEYS - LAST_KEYS)
@@ -46,6 +50,7 @@ def test_labels_of_an_eighth_of_the_channels_hold_the_mass(group: int) -> None:
     q, keys, order = world(group)
     exact = held_mass(q, keys, order)
     assert held_mass(q, keys, order[:, : HEAD_DIM // 8]) >= 0.95 * exact
+    assert held_mass(q, keys, order[:, : HEAD_DIM // 8], int4_labels=True) >= 0.95 * exact
     assert held_mass(q, keys, order[:, -HEAD_DIM // 8 :]) < 0.5 * exact, "nor is it so easy that any channels would do"
 
 

@@ -9,7 +9,8 @@ import yaml
 
 from scheduler.types import AttentionMethod, PromptAttention, PromptMethod
 from server.config import ServerConfig
-from server.engine.config import SpeculationConfig
+from server.engine.config import AttentionConfig, SpeculationConfig
+from server.engine.loop import worker_config
 from server.flags import ConfigError, dump, parse, read_file, table, validate
 from server.values import parse_count
 
@@ -166,6 +167,17 @@ def test_speculation_reaches_the_engine_as_plain_data(tmp_path: Path) -> None:
     file.write_text("speculation: off\n")
     assert config_of("--config", str(file)).engine_config().speculation == SpeculationConfig(mode="off")
     assert config_of().engine_config().speculation == SpeculationConfig()
+
+
+def test_labels_of_4_bits_reach_the_worker_and_need_labels(tmp_path: Path) -> None:
+    flags = ("--attention-label-dtype", "int4", "--attention-calibration", str(tmp_path / "c.safetensors"))
+    engine = config_of("--sparse-attention", "double_sparsity,quest", *flags).engine_config()
+    assert engine.attention.without_files() == AttentionConfig(methods=("quest",))
+    worker = worker_config(engine).attention
+    assert worker is not None
+    assert worker.label_dtype == "int4"
+    with pytest.raises(ConfigError, match="attention-label-dtype is int4, but only double_sparsity has labels"):
+        config_of("--sparse-attention", "quest", "--attention-label-dtype", "int4")
 
 
 def test_host_names_are_checked_on_loopback_only_unless_told() -> None:

@@ -167,6 +167,20 @@ def test_a_resubmitted_request_goes_on_where_it_stopped(config: EngineConfig, al
     assert_same(run(core, asked)[0], alone)
 
 
+def test_labels_of_4_bits_choose_other_keys_and_these_always(config: EngineConfig, alone: list[Found]) -> None:
+    """One by one, and in a crowd that preempts."""
+    coded = replace(config, attention=replace(config.attention, label_dtype="int4"))
+    asked = [request for request in requests() if request.attention and request.attention.method is LABELS]
+    single, _ = engine(coded, enable_prefix_caching=False)
+    own = [run(single, [request])[0][0] for request in asked]
+    core, _ = engine(coded, kv_cache_bytes=24 * BYTES_PER_PAGE)
+    found, preempted, _ = run(core, [*asked, *(replace(r, id=f"also-{r.id}") for r in asked)])
+    assert_same(found, own + own)
+    assert preempted > 0
+    plain = [found for found, request in zip(alone, requests(), strict=True) if request in asked]
+    assert any(mine.logprobs != pytest.approx(other.logprobs, abs=1e-5) for mine, other in zip(own, plain, strict=True))
+
+
 def test_lossless_requests_get_the_dense_text_and_share_their_pages(config: EngineConfig) -> None:
     """The sparse pass drafts; what verifies is dense."""
     plain, _ = engine(config, attention=AttentionConfig(), enable_prefix_caching=False)

@@ -21,6 +21,7 @@ from kernels.ops import AttentionRows
 from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, SparseLayer, SparseRows, least_budget
 from kernels.sparse_keep import physical_ids
 from kernels.triton.paged import PagedAttention
+from kernels.triton.sparse.label_codes import score_codes
 from kernels.triton.sparse.scores import score_keys, score_pages
 from kernels.triton.sparse.top_k import select_top_k
 
@@ -152,6 +153,8 @@ class SparseAttention:
                 score_pages(
                     q, bounds, rows.page_table, seq, visible, budgets, scores, scale, page_size, LAST_KEYS, splits
                 )
+            elif method is Method.DOUBLE_SPARSITY and layer.label_scales is not None:
+                score_codes(q, layer, rows.page_table, seq, visible, budgets, scores, scale, splits)
             else:
                 keys = k_pages if method is Method.TIDAL else _present(layer.labels, "labels", method)
                 channels = None if method is Method.TIDAL else layer.channels

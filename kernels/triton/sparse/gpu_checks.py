@@ -27,8 +27,14 @@ from kernels.triton.sparse.metadata import write_metadata
 from kernels.triton.sparse.tile_mass import keep_tiles
 from kernels.triton.sparse.top_k import select_top_k
 
-SHAPES = [(8, 2, 128, 64), (7, 1, 64, 16), (6, 2, 80, 32), (4, 4, 256, 64)]
-"""Query heads, kv heads, head size, page size."""
+SHAPES = [
+    (8, 2, 128, 64, False),
+    (8, 2, 128, 64, True),
+    (7, 1, 64, 16, True),
+    (6, 2, 80, 32, False),
+    (4, 4, 256, 64, True),
+]
+"""Query heads, kv heads, head size, page size, whether labels are of 4 bits."""
 LENGTHS = (2500, 1999, 1025, 640)
 CHANNELS = 16
 _CHOOSE = (Role.CHOOSE, Role.CHOOSE, Role.LIST)
@@ -38,11 +44,11 @@ _FOLLOW = (Role.CHOOSE, Role.CHOOSE, Role.FOLLOW)
 def row_checks(ops: TritonOps, device: torch.device, lengths: Sequence[int] = LENGTHS) -> Iterator[tuple[str, float]]:
     """(what, worst error as a share of its bound): a step with rows of all methods and a dense one."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for num_q, num_kv, head_dim, page in SHAPES:
-            world, layer = sparse_world(ops, lengths, num_q, num_kv, head_dim, page, dtype, device)
+        for num_q, num_kv, head_dim, page, int4_labels in SHAPES:
+            world, layer = sparse_world(ops, lengths, num_q, num_kv, head_dim, page, dtype, device, int4_labels)
             rows = with_wishes(world.rows, num_kv, page)
             twin_rows = with_wishes(world.rows, num_kv, page)
-            what = f"{dtype} Q{num_q} K{num_kv} D{head_dim} page {page}"
+            what = f"{dtype} Q{num_q} K{num_kv} D{head_dim} page {page}{', int4 labels' * int4_labels}"
             scale = 2.0 ** -(head_dim.bit_length() // 2)
             for roles, name in ((_CHOOSE, "choose"), (_FOLLOW, "follow")):
                 of_layer = replace(layer, roles=roles)
@@ -59,7 +65,7 @@ def row_checks(ops: TritonOps, device: torch.device, lengths: Sequence[int] = LE
 
 def sparse_world(
     ops: TritonOps, lengths: Sequence[int], num_q: int, num_kv: int, head_dim: int, page: int, dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device, int4_labels: bool = False,
 ) -> tuple[World, SparseLayer]:  # fmt: skip
     """Decode rows over keys that are small integers, and the metadata that the kernels made of them."""
     world = make_world([Span(length, 1) for length in lengths], num_q, num_kv, head_dim, page, dtype, device)
@@ -68,10 +74,10 @@ def sparse_world(
         whole = torch.randint(-2, 3, tensor.shape, generator=generator).to(device, dtype)
         tensor.copy_(torch.where(tensor.isnan(), tensor, whole))
     channels = torch.stack([torch.randperm(head_dim, generator=generator)[:CHANNELS] for _ in range(num_kv)])
-    layer = ops.allocate_sparse(world.k_pages, _CHOOSE, True, channels.int().to(device))
-    for metadata in (layer.bounds, layer.labels):
-        assert metadata is not None
-        metadata.fill_(math.nan)
+    layer = ops.allocate_sparse(world.k_pages, _CHOOSE, True, channels.int().to(device), int4_labels)
+    for metadata in (layer.bounds, layer.labels, layer.label_scales):
+        if metadata is not None:
+            metadata.fill_(math.nan if metadata.is_floating_point() else 255)
     write_metadata(world.k_pages, torch.cat([_slots(world, index) for index in range(len(lengths))]), layer)
     return world, layer
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.sparse import SparseLayer
 from kernels.triton.paged import is_interpreted
+from kernels.triton.sparse.label_codes import write_codes
 from kernels.triton.tiles import next_power_of_two, padded_dim
 
 
@@ -26,6 +27,7 @@ def metadata(
     bounds,  # [pages, K, 2, D]: smallest, largest; not written without BOUNDS
     labels,  # [pages, K, PAGE, C]; these two are not used without LABELS
     channels,  # int32 [K, C]
+    label_scales,  # bfloat16 [pages, K, PAGE]; not used without CODES
     K: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -35,6 +37,7 @@ def metadata(
     CP: tl.constexpr,
     BOUNDS: tl.constexpr,
     LABELS: tl.constexpr,
+    CODES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Grid (T, K)."""
@@ -42,7 +45,11 @@ def metadata(
     head = tl.program_id(1)
     page = (slot // PAGE) * K + head  # 64 bits from here on
     offset = slot % PAGE
-    if LABELS:
+    if CODES:
+        write_codes(
+            k_pages + (page * PAGE + offset) * D, channels + head * C, labels, label_scales, page * PAGE + offset, C, CP
+        )
+    elif LABELS:
         c = tl.arange(0, CP)
         channel = tl.load(channels + head * C + c, mask=c < C, other=0)
         label = tl.load(k_pages + (page * PAGE + offset) * D + channel, mask=c < C, other=0.0)
@@ -63,8 +70,8 @@ def metadata(
 
 
 def write_metadata(k_pages: Tensor, slots_T: Tensor, layer: SparseLayer) -> None:
-    """After the keys of `slots_T` were written: their labels [P, K, S, C], and bounds [P, K, 2, D] of the pages they
-    complete, as `sparse_reference.allocate` lays them out.
+    """After the keys of `slots_T` were written: their labels [P, K, S, C] (or codes and scales), and bounds
+    [P, K, 2, D] of the pages they complete, as `sparse_reference.allocate` lays them out.
 
     slots_T  int64; a sequence's slots of one page are written in ascending order, in this step or in others
     """
@@ -72,13 +79,14 @@ def write_metadata(k_pages: Tensor, slots_T: Tensor, layer: SparseLayer) -> None
     if (labels is None) != (channels_KC is None):
         raise ValueError("labels and channels come together")
     num_kv, page_size, head_dim = k_pages.shape[1:]
-    num_channels = 1 if labels is None else labels.shape[3]
+    num_channels = 1 if channels_KC is None else channels_KC.shape[1]
+    scales = layer.label_scales
     if len(slots_T) == 0 or (bounds is None and labels is None):
         return
     metadata[(len(slots_T), num_kv)](
         k_pages, slots_T, k_pages if bounds is None else bounds, k_pages if labels is None else labels,
-        slots_T if channels_KC is None else channels_KC,
+        slots_T if channels_KC is None else channels_KC, k_pages if scales is None else scales,
         K=num_kv, D=head_dim, DP=padded_dim(head_dim), PAGE=page_size, PAGE_P=next_power_of_two(page_size),
         C=num_channels, CP=next_power_of_two(num_channels), BOUNDS=bounds is not None, LABELS=labels is not None,
-        UPCAST=is_interpreted() and k_pages.dtype == torch.bfloat16, num_warps=4,
+        CODES=scales is not None, UPCAST=is_interpreted() and k_pages.dtype == torch.bfloat16, num_warps=4,
     )  # fmt: skip

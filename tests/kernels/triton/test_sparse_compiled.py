@@ -17,10 +17,10 @@ if importlib.util.find_spec("triton") is None:
 from kernels.sparse_keep import MASS_ONE
 from kernels.triton import attention
 from kernels.triton.compiled import Usage, compile_kernel
-from kernels.triton.sparse import metadata, permute, scores, tile_mass, top_k
+from kernels.triton.sparse import label_codes, metadata, permute, scores, tile_mass, top_k
 from kernels.triton.tiles import small_geometry
 
-BF16, F32, F16, INT, LONG = "*bf16", "*fp32", "*fp16", "*i32", "*i64"
+BF16, F32, F16, INT, LONG, BYTE = "*bf16", "*fp32", "*fp16", "*i32", "*i64", "*u8"
 SIZES = {"K": 8, "G": 4, "D": 128, "DP": 128, "PAGE": 64, "UPCAST": False, "scale": "fp32", "STAGES": 3}
 ROWS = {
     "q": BF16, "page_table": INT, "row_seq": INT, "row_visible": INT, "budgets": INT, "scores": F16,
@@ -50,8 +50,13 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "probe", Case(scores.key_scores, probe, 44, 3)
     yield "pages", Case(scores.page_scores, {**ROWS, **SIZES, "bounds": BF16, "LAST": 64, "BN": 32}, 121, 2)
     written = {"k_pages": BF16, "slots": LONG, "bounds": BF16, "labels": BF16, "channels": INT, "PAGE_P": 64}
-    written |= {"C": 16, "CP": 16, "BOUNDS": True, "LABELS": True}
+    written |= {"C": 16, "CP": 16, "BOUNDS": True, "LABELS": True, "label_scales": BF16, "CODES": False}
     yield "metadata", Case(metadata.metadata, {**SIZES, **written}, 42, 0)
+    coded = {**written, "labels": BYTE, "CODES": True}
+    yield "metadata, 4 bits", Case(metadata.metadata, {**SIZES, **coded}, 48, 0)
+    codes = {**ROWS, **SIZES, "codes": BYTE, "label_scales": BF16, "channels": INT, "BN": 128}
+    yield "labels of 16 channels, 4 bits", Case(label_codes.code_scores, {**codes, "C": 16, "CP": 8}, 32, 2)
+    yield "labels of 32 channels, 4 bits", Case(label_codes.code_scores, {**codes, "C": 32, "CP": 16}, 72, 2)
     chosen = {**ROWS, **SIZES, "histograms": INT, "ids": INT, "indices": INT, "list_stride": "i32"}
     chosen |= {"index_stride": "i32", "UNIT": 64, "PAGE": 0, "FIRST": 4, "LAST": 64, "INDICES": True, "BLOCK": 1024}
     for number in range(4):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def test_a_worker_keeps_what_its_methods_need_and_pays_for_it(folder: Path, tmp_
     plain = build_worker(WorkerConfig(str(folder), "float32", "cpu", kv_cache_bytes=1 << 20, page_size=16), False)
     assert built.info.num_pages < plain.info.num_pages
     assert built.info.kv_bytes <= plain.info.kv_bytes
+
+
+def test_labels_of_4_bits_leave_room_for_more_pages(folder: Path, tmp_path: Path) -> None:
+    file = channels_file(tmp_path / "c.safetensors", checkpoint_hash(folder))
+    asked = SparseConfig((LABELS,), (file,), num_channels=16)
+    plain, coded = (worker(folder, config, page_size=16) for config in (asked, replace(asked, label_dtype="int4")))
+    assert coded._pool.sparse is not None
+    layer = coded._pool.sparse.layers[2]
+    assert layer.labels is not None
+    assert layer.labels.dtype == torch.uint8
+    assert layer.label_scales is not None
+    # 4 layers of K and V, and 2 of labels: 64 bytes of float32, or 8 of codes and 2 of a scale.
+    keys = 2 * 16
+    for built, label_bytes in ((plain, 64), (coded, 10)):
+        bytes_of_page = keys * (4 * 2 * 64 + 2 * label_bytes)
+        assert built.info.num_pages == (1 << 20) // bytes_of_page
+        assert built.info.kv_bytes == built.info.num_pages * bytes_of_page
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.mark.slow
 def test_right_kernels_pass_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Smaller than on a GPU."""
-    monkeypatch.setattr(gpu_checks, "SHAPES", [(3, 1, 32, 4)])
+    monkeypatch.setattr(gpu_checks, "SHAPES", [(3, 1, 32, 4, False)])
     shares = dict(gpu_checks.row_checks(TritonOps(num_programs=3), CPU, (140, 110, 150, 40)))
     shares |= dict(gpu_checks.keep_checks(CPU, 3000))
     shares |= dict(gpu_checks.prefill_checks(CPU, 300))
@@ -26,10 +26,10 @@ def test_right_kernels_pass_every_check(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", ["score_keys", "score_pages"])
+@pytest.mark.parametrize("wrong", ["score_keys", "score_pages", "score_codes"])
 def test_a_wrong_choice_is_seen(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores that are off by one unit."""
-    monkeypatch.setattr(gpu_checks, "SHAPES", [(3, 1, 32, 4)])
+    monkeypatch.setattr(gpu_checks, "SHAPES", [(3, 1, 32, 4, wrong == "score_codes")])
     real = getattr(attend, wrong)
 
     def shifted(*args: object) -> None:
