@@ -24,6 +24,7 @@ from kernels.blocks import (
     composed_dense_layers,
 )
 from kernels.edits import Edits, edit_logits
+from kernels.hosted import Pages
 from kernels.kv_format import check_scale, page_shape, split_record, stored_dtypes, write_slots
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics
 from kernels.prefill_rows import attend_in_parts
@@ -268,6 +269,15 @@ class ReferenceOps:
                 part[target // page_size, :, target % page_size] = part[source // page_size, :, source % page_size]
         if layer is not None:
             sparse_reference.write(layer, k_pages, to_slots_M)
+
+    def choose_keys(
+        self, q_TQD: Tensor, k_pages: Tensor, rows: AttentionRows, scale: float, layer: SparseLayer
+    ) -> Tensor:
+        return sparse_reference.choose(q_TQD, k_pages, rows, layer)
+
+    def copy_keys(self, source: Pages, target: Pages, places_M: Tensor) -> None:
+        for pages, others in zip(source, target, strict=True):
+            others.view(-1, others.shape[3])[places_M] = pages.view(-1, pages.shape[3])[places_M]
 
     def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         return stored_dtypes(dtype)

@@ -52,6 +52,10 @@ class Role(IntEnum):
     FOLLOW = 3
 
 
+Roles = tuple[Role, Role, Role]
+"""Of one layer, by `Method`."""
+
+
 @dataclass(frozen=True, eq=False)
 class SparseLayer:
     """What one layer's KV memory has for sparse rows, beside its pages and under their ids (`Ops.allocate_sparse`).

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.hosted import chosen_places
 from kernels.label_codes import decode, encode, num_bytes
 from kernels.ops import AttentionRows
 from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, SparseLayer, SparseRows
@@ -90,6 +91,21 @@ def attend(
         scores_KGn = torch.matmul(q_KGD, k_KLD.gather(1, index_KnD).transpose(1, 2)) * scale
         out_KGD = torch.matmul(torch.softmax(scores_KGn, dim=-1), v_KLD.gather(1, index_KnD))
         out_TQD[row] = out_KGD.flatten(0, 1).to(out_TQD.dtype)
+
+
+def choose(q_TQD: Tensor, k_pages: Tensor, rows: AttentionRows, layer: SparseLayer) -> Tensor:
+    """`hosted.Fetches.choose_keys`: into `SparseRows.lists`."""
+    sparse, (num_kv, page_size) = rows.sparse, k_pages.shape[1:3]
+    assert sparse is not None
+    assert sparse.lists is not None
+    for row in (sparse.index >= 0).nonzero()[:, 0].tolist():
+        at = int(sparse.index[row])
+        budget, visible = int(sparse.budgets[at]), int(rows.visible[row])
+        if sparse.methods[at] == Method.DOUBLE_SPARSITY and visible > budget:
+            table = rows.page_table[int(rows.row_seq[row]), : -(-visible // page_size)].long()
+            q_KGD = q_TQD[row].view(num_kv, -1, q_TQD.shape[2]).float()
+            sparse.lists[at, :, :budget] = _choose(_label_scores(q_KGD, table, visible, layer), budget).int()
+    return chosen_places(rows, num_kv, page_size)
 
 
 def _best(scores_KL: Tensor, count: int) -> Tensor:

@@ -132,6 +132,8 @@ class ServerConfig(BaseModel):
     )
     attention_calibration: Names = _sparse((), "files of calibration, repeatable: .safetensors channels, .json layers")
     attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = head size / 8")
+    kv_offload: bool = _sparse(False, "K and V of the middle layers in host memory; for double_sparsity alone")
+    kv_offload_memory: AutoCount = _sparse(None, "most host memory for them (64GiB); auto = half of what is free")
     attention_label_dtype: LabelDtype = _sparse("model", "of these labels; int4: less memory and reads, coarser choice")
 
     default_decoding: PolicyName = _denoise(None, "policy of diffusion requests that name none; auto = the model's")

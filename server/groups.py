@@ -38,4 +38,6 @@ def attention_config(config: ServerConfig) -> AttentionConfig:
         calibration=config.attention_calibration,
         num_channels=config.attention_channels,
         label_dtype=config.attention_label_dtype,
+        offload=config.kv_offload,
+        offload_bytes=config.kv_offload_memory,
     )

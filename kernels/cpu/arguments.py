@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.blocks import AttentionForm
 from kernels.cpu import library
 from kernels.cpu.sparse import check_sparse, layer_struct, rows_struct
+from kernels.hosted import Pages
 from kernels.ops import AttentionRows
 from kernels.sparse import SparseLayer
 
@@ -73,10 +74,14 @@ def _check_trees(rows: AttentionRows, capacity: int) -> None:
 
 
 def move_args(
-    k_pages: Tensor, v_pages: Tensor, from_slots: Tensor, to_slots: Tensor, layer: SparseLayer | None
+    source: Pages, target: Pages, from_slots: Tensor, to_slots: Tensor, layer: SparseLayer | None
 ) -> library.MoveArgs:
-    """Checked: both lists are int64, equally long, and inside the pages."""
-    num_pages, num_kv, page_size, head_dim = k_pages.shape
+    """From the pages of one pool to those of another of its shape, or of the same one. Checked: both lists are int64,
+    equally long, and inside the pages."""
+    (k_pages, v_pages), shape = target, target[0].shape
+    if source[0].shape != shape or source[0].dtype != k_pages.dtype:
+        raise ValueError(f"keys of {source[0].dtype} {list(source[0].shape)} have no place in {list(shape)}")
+    num_pages, num_kv, page_size, head_dim = shape
     for name, slots in (("from_slots", from_slots), ("to_slots", to_slots)):
         if slots.dtype != torch.int64 or slots.ndim != 1 or not slots.is_contiguous():
             raise TypeError(f"{name} is {slots.dtype} {list(slots.shape)}; expected a contiguous list of int64")
@@ -85,7 +90,8 @@ def move_args(
     if from_slots.shape != to_slots.shape:
         raise ValueError(f"{from_slots.shape[0]} slots cannot move to {to_slots.shape[0]}")
     return library.MoveArgs(
-        k_pages.data_ptr(), v_pages.data_ptr(), from_slots.data_ptr(), to_slots.data_ptr(),
+        source[0].data_ptr(), source[1].data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(),
+        from_slots.data_ptr(), to_slots.data_ptr(),
         layer_struct(layer), from_slots.shape[0], num_kv, head_dim, page_size, k_pages.dtype == torch.bfloat16,
     )  # fmt: skip
 

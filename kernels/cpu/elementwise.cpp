@@ -113,7 +113,8 @@ static void move_kv(const MoveArgs& g) {
   for (long m = 0; m < g.count; m++)
     for (long h = 0; h < g.num_kv; h++) {
       const T* k_pages = static_cast<const T*>(g.k_pages);
-      layout.move(static_cast<T*>(g.k_pages), static_cast<T*>(g.v_pages), g.from[m], g.to[m], h);
+      layout.move(static_cast<const T*>(g.k_from), static_cast<const T*>(g.v_from), static_cast<T*>(g.k_pages),
+                  static_cast<T*>(g.v_pages), g.from[m], g.to[m], h);
       if (g.layer && g.layer->labels) write_label(*g.layer, layout, k_pages, g.to[m], h);
       if (g.layer && g.layer->bounds && g.to[m] % g.page_size == g.page_size - 1)
         write_bounds(*g.layer, layout, k_pages, g.to[m], h);

@@ -47,8 +47,9 @@ struct KvLayout {
     T* at = value_at(pages, slot, head);
     for (long i = 0; i < head_dim; i++) at[value_step(i)] = value[i];
   }
-  void move(T* k_pages, T* v_pages, long from, long to, long head) const {
-    const T *k = key_at(k_pages, from, head), *v = value_at(v_pages, from, head);
+  // From the pages of one pool to those of another, or of the same one.
+  void move(const T* k_from, const T* v_from, T* k_pages, T* v_pages, long from, long to, long head) const {
+    const T *k = key_at(const_cast<T*>(k_from), from, head), *v = value_at(const_cast<T*>(v_from), from, head);
     T *to_k = key_at(k_pages, to, head), *to_v = value_at(v_pages, to, head);
     for (long i = 0; i < dim_words * per_word; i++) to_k[key_step(i)] = k[key_step(i)];
     for (long i = 0; i < head_dim; i++) to_v[value_step(i)] = v[value_step(i)];
@@ -109,8 +110,9 @@ struct AttentionArgs {
   int32_t is_bf16;
 };
 
-// Single slots' K and V copied inside one layer's pages, in list order.
+// Single slots' K and V copied in list order, inside one layer's pages or from those of another pool.
 struct MoveArgs {
+  const void *k_from, *v_from;
   void *k_pages, *v_pages;
   const int64_t *from, *to;
   const SparseLayer* layer;

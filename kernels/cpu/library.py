@@ -85,7 +85,7 @@ class MoveArgs(ctypes.Structure):
     """layer.h MoveArgs."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("k_pages", "v_pages", "from_slots", "to_slots")),
+        *((name, c_void_p) for name in ("k_from", "v_from", "k_pages", "v_pages", "from_slots", "to_slots")),
         ("layer", POINTER(SparseLayer)),
         *((name, c_int64) for name in ("count", "num_kv", "head_dim", "page_size")),
         ("is_bf16", c_int32),
@@ -137,6 +137,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "braid_qkv_rope_write": (None, [c_void_p, POINTER(QkvArgs)]),
     "braid_move_kv": (None, [POINTER(MoveArgs)]),
     "braid_paged_attention": (None, [c_void_p, POINTER(AttentionArgs)]),
+    "braid_choose_keys": (None, [c_void_p, POINTER(AttentionArgs)]),
     "braid_attention_block": (None, [c_void_p, POINTER(AttentionBlockArgs)]),
     "braid_dense_layers": (None, [c_void_p, POINTER(DenseLayersArgs)]),
     "braid_sample": (None, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_uint32, c_void_p]),

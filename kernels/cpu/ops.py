@@ -30,14 +30,15 @@ from kernels.cpu.arguments import RowsCheck, attention_args, check_plain, move_a
 from kernels.cpu.build import BuildError, best_variant, cpu_flags, library_path
 from kernels.cpu.layers import LayerTables
 from kernels.cpu.paging import CpuLayout, page_memory, trim
-from kernels.cpu.sparse import allocate
-from kernels.cpu.weights import CpuLinear, packed_here, quantised_panels
+from kernels.cpu.sparse import allocate, check_choice, of_whole_pages, slots_of
+from kernels.cpu.weights import CpuLinear, activations, is_bf16, packed_here, quantised_panels
 from kernels.edits import Edits, edit_logits
+from kernels.hosted import Pages, chosen_places
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics
 from kernels.prefill_rows import attend_in_parts
 from kernels.prefill_torch import attend_part
 from kernels.routing import Router, choose_experts
-from kernels.sparse import Role, SparseLayer
+from kernels.sparse import Roles, SparseLayer
 from kernels.truncation import Filters, truncate
 
 AMX_ROWS = 16
@@ -92,7 +93,7 @@ class CpuOps:
         self._layout = CpuLayout(self._lib, self._pool)
 
     def pack_linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> CpuLinear:
-        is_bf16 = _is_bf16(weight_NK)
+        narrow = is_bf16(weight_NK)
         num_out, num_in = weight_NK.shape
         padded = -(-num_out // library.PANEL) * library.PANEL
         tensors, layout = self._panels(weight_NK, padded)
@@ -107,10 +108,10 @@ class CpuOps:
             n=num_out,
             k=num_in,
             format=layout,
-            dtype=library.BF16 if is_bf16 else library.FLOAT,
+            dtype=library.BF16 if narrow else library.FLOAT,
         )
         onednn = None
-        if is_bf16 and self.onednn_rows is not None:
+        if narrow and self.onednn_rows is not None:
             reordered = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous())
             onednn = (reordered, None if bias_N is None else bias_N.to(torch.bfloat16))
         return CpuLinear(num_out, num_in, struct, tensors, onednn)
@@ -134,7 +135,7 @@ class CpuOps:
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, residual_TN: Tensor | None = None) -> Tensor:
         packed = packed_here(weight, x_TK.shape[1])
-        x = _activations(x_TK, packed)
+        x = activations(x_TK, packed)
         y_TN = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
         residual = None
         if residual_TN is not None:
@@ -155,7 +156,7 @@ class CpuOps:
 
     def logits(self, x_JK: Tensor, weight: PackedLinear) -> Tensor:
         packed = packed_here(weight, x_JK.shape[1])
-        x = _activations(x_JK, packed)
+        x = activations(x_JK, packed)
         y_JV = torch.empty((x.shape[0], packed.out_features), dtype=torch.float32)
         self._lib.braid_linear(self._pool, packed.struct, x.data_ptr(), x.shape[0], None, y_JV.data_ptr(), 1)
         return y_JV
@@ -171,7 +172,7 @@ class CpuOps:
         out = torch.empty_like(x)
         rows = x.numel() // size
         self._lib.braid_rms_norm(
-            self._pool, x.data_ptr(), weight.data_ptr(), rows, size, eps, _is_bf16(x), out.data_ptr()
+            self._pool, x.data_ptr(), weight.data_ptr(), rows, size, eps, is_bf16(x), out.data_ptr()
         )
         return out
 
@@ -179,7 +180,7 @@ class CpuOps:
         x = gate_up_TX.contiguous()
         size = x.shape[-1] // 2
         out = torch.empty((x.shape[0], size), dtype=x.dtype)
-        self._lib.braid_silu_mul(self._pool, x.data_ptr(), x.shape[0], size, _is_bf16(x), out.data_ptr())
+        self._lib.braid_silu_mul(self._pool, x.data_ptr(), x.shape[0], size, is_bf16(x), out.data_ptr())
         return out
 
     def qkv_rope_write(
@@ -246,7 +247,7 @@ class CpuOps:
     ) -> Tensor:
         if rows.prefill is not None or self._prefers_onednn(x_TH):
             return composed_attention_block(self, x_TH, block, k_pages, v_pages, rows)
-        x = _activations(x_TH, packed_here(block.qkv, x_TH.shape[1]))
+        x = activations(x_TH, packed_here(block.qkv, x_TH.shape[1]))
         out_TH = torch.empty_like(x)
         self._check_rows(rows, x.shape[0], k_pages, block.cos_sin_MR)
         struct = self._attention_struct(x, out_TH, block, k_pages, v_pages, rows)
@@ -273,7 +274,7 @@ class CpuOps:
         if rows.prefill is not None or self._prefers_onednn(x_TH):
             return composed_dense_layers(self, x_TH, run, kv, rows)
         (block, _), (k_pages, v_pages) = run.layers[0], kv[0]
-        x = _activations(x_TH, packed_here(block.qkv, x_TH.shape[1]))
+        x = activations(x_TH, packed_here(block.qkv, x_TH.shape[1]))
         layers, out_TH = self._layer_tables(run, kv, x, rows.layers), torch.empty_like(x)
         self._check_rows(rows, x.shape[0], k_pages, block.cos_sin_MR)
         struct = library.DenseLayersArgs(
@@ -357,7 +358,23 @@ class CpuOps:
         to_slots_M: Tensor,
         layer: SparseLayer | None = None,
     ) -> None:
-        self._lib.braid_move_kv(byref(move_args(k_pages, v_pages, from_slots_M, to_slots_M, layer)))
+        pages = (k_pages, v_pages)
+        self._lib.braid_move_kv(byref(move_args(pages, pages, from_slots_M, to_slots_M, layer)))
+
+    def choose_keys(
+        self, q_TQD: Tensor, k_pages: Tensor, rows: AttentionRows, scale: float, layer: SparseLayer
+    ) -> Tensor:
+        q, (num_kv, page_size) = q_TQD.contiguous(), k_pages.shape[1:3]
+        self._check_rows(rows, q.shape[0], k_pages, None)
+        check_choice(rows, num_kv, layer)
+        struct = attention_args(q.shape[1], q.shape[2], k_pages, k_pages, rows, scale, None, q.dtype, layer)
+        struct.q = q.data_ptr()
+        self._lib.braid_choose_keys(self._pool, byref(struct))
+        return of_whole_pages(chosen_places(rows, num_kv, page_size), num_kv, page_size)
+
+    def copy_keys(self, source: Pages, target: Pages, places_M: Tensor) -> None:
+        slots = slots_of(places_M, *source[0].shape[1:3])
+        self._lib.braid_move_kv(byref(move_args(source, target, slots, slots, None)))
 
     def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         return (dtype,)
@@ -377,25 +394,6 @@ class CpuOps:
         return trim(k_pages, page_size, head_dim), trim(v_pages, page_size, head_dim)
 
     def allocate_sparse(
-        self,
-        k_pages: Tensor,
-        roles: tuple[Role, Role, Role],
-        has_bounds: bool,
-        channels_KC: Tensor | None,
-        int4_labels: bool = False,
+        self, k_pages: Tensor, roles: Roles, has_bounds: bool, channels_KC: Tensor | None, int4_labels: bool = False
     ) -> SparseLayer:
         return allocate(k_pages, roles, has_bounds, channels_KC, int4_labels)
-
-
-def _is_bf16(tensor: Tensor) -> bool:
-    if tensor.dtype is torch.bfloat16:
-        return True
-    if tensor.dtype is torch.float32:
-        return False
-    raise TypeError(f"the CPU kernels compute in bfloat16 and float32, not in {tensor.dtype}")
-
-
-def _activations(x_TK: Tensor, weight: CpuLinear) -> Tensor:
-    if _is_bf16(x_TK) != (weight.struct.dtype == library.BF16):
-        raise TypeError(f"rows are {x_TK.dtype}, but the weight was packed for another dtype")
-    return x_TK.contiguous()

@@ -209,6 +209,18 @@ void write_bounds(const SparseLayer& layer, const KvLayout<T>& layout, const T* 
   }
 }
 
+// The choice alone, for rows whose query is not the layer's own: into their lists.
+template <class T>
+void choose_all(Pool* pool, const AttentionArgs& g) {
+  parallel(pool, g.span_starts[g.num_spans] * g.num_kv, [&](long t) {
+    long token = t / g.num_kv, head = t % g.num_kv, at = g.sparse->index[token];
+    if (at < 0 || g.sparse->methods[at] != kDoubleSparsity || g.visible[token] <= g.sparse->budgets[at]) return;
+    float* scores = scratch_of<float>(1, (g.visible[token] + g.page_size - 1) / g.page_size * g.page_size + kLanes);
+    label_scores<T>(g, token, head, scores);
+    choose_keys(g, token, scores, g.sparse->lists + (at * g.num_kv + head) * g.sparse->most);
+  });
+}
+
 template void choose_pages<bf16>(const AttentionArgs&, long, long, int32_t*);
 template void choose_pages<float>(const AttentionArgs&, long, long, int32_t*);
 template void label_scores<bf16>(const AttentionArgs&, long, long, float*);
@@ -219,3 +231,12 @@ template void write_bounds<bf16>(const SparseLayer&, const KvLayout<bf16>&, cons
 template void write_bounds<float>(const SparseLayer&, const KvLayout<float>&, const float*, long, long);
 
 }  // namespace braid
+
+using namespace braid;
+
+extern "C" void braid_choose_keys(void* pool, const AttentionArgs* args) {
+  if (args->is_bf16)
+    choose_all<bf16>(static_cast<Pool*>(pool), *args);
+  else
+    choose_all<float>(static_cast<Pool*>(pool), *args);
+}

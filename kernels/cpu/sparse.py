@@ -90,9 +90,31 @@ def check_sparse(rows: AttentionRows, num_kv: int, page_size: int) -> None:
             _check_lists(sparse, num_kv, int(budgets.max()))
 
 
+def check_choice(rows: AttentionRows, num_kv: int, layer: SparseLayer) -> None:
+    """Refuse rows whose choice has no place to go, or nothing to go by."""
+    sparse = rows.sparse
+    if sparse is None or layer.labels is None:
+        raise ValueError("keys are chosen for sparse rows, by a layer's labels")
+    if sparse.budgets.numel():
+        _check_lists(sparse, num_kv, int(sparse.budgets.max()))
+
+
+def of_whole_pages(places_M: Tensor, num_kv: int, page_size: int) -> Tensor:
+    """Places, int64, of all keys of the pages that these lie in: what a row hides in a page it reads all the same, and
+    weighs with 0. They name one head, of which `slots_of` makes all."""
+    first = torch.unique(places_M.long() // (num_kv * page_size)) * (num_kv * page_size)
+    return (first.unsqueeze(1) + torch.arange(page_size)).flatten()
+
+
+def slots_of(places_M: Tensor, num_kv: int, page_size: int) -> Tensor:
+    """The slots, each once, int64, of places (page * K + head) * S + offset: a tile holds all of a key or none."""
+    places = places_M.long()
+    return torch.unique(places // (num_kv * page_size) * page_size + places % page_size)
+
+
 def _check_lists(sparse: SparseRows, num_kv: int, most: int) -> None:
     lists, num_sparse = sparse.lists, sparse.methods.shape[0]
     if lists is None or lists.dtype != torch.int32 or not lists.is_contiguous():
-        raise TypeError("TIDAL rows need sparse.lists, a contiguous int32 tensor")
+        raise TypeError("sparse rows that follow a list need sparse.lists, a contiguous int32 tensor")
     if lists.shape[:2] != (num_sparse, num_kv) or lists.shape[2] < most:
         raise ValueError(f"sparse.lists is {list(lists.shape)}, not [{num_sparse}, {num_kv}, {most} or more]")

@@ -61,3 +61,17 @@ def quantised_panels(weight_NK: Tensor, padded_out: int, quantization: str) -> t
 def _by_panel(weight_NX: Tensor) -> Tensor:
     """[N, X] -> [N / 32, X, 32]: the outputs of a panel side by side."""
     return weight_NX.view(-1, library.PANEL, weight_NX.shape[1]).transpose(1, 2).contiguous()
+
+
+def is_bf16(tensor: Tensor) -> bool:
+    if tensor.dtype is torch.bfloat16:
+        return True
+    if tensor.dtype is torch.float32:
+        return False
+    raise TypeError(f"the CPU kernels compute in bfloat16 and float32, not in {tensor.dtype}")
+
+
+def activations(x_TK: Tensor, weight: CpuLinear) -> Tensor:
+    if is_bf16(x_TK) != (weight.struct.dtype == library.BF16):
+        raise TypeError(f"rows are {x_TK.dtype}, but the weight was packed for another dtype")
+    return x_TK.contiguous()

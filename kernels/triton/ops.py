@@ -21,6 +21,7 @@ from kernels.blocks import (
     composed_attention_block,
 )
 from kernels.edits import Edits
+from kernels.hosted import Pages
 from kernels.kv_format import FP8, stored_dtypes
 from kernels.ops import AttentionRows, PackedLinear, RowStatistics, StepRows
 from kernels.prefill_rows import attend_in_parts
@@ -36,6 +37,7 @@ from kernels.triton.rope import qkv_rope_write
 from kernels.triton.sample import sample
 from kernels.triton.silu import silu_mul
 from kernels.triton.sparse.attend import SparseAttention
+from kernels.triton.sparse.fetch import copy_keys
 from kernels.triton.sparse.metadata import write_metadata
 from kernels.triton.sparse.prefill import attend_part
 from kernels.triton.statistics import row_statistics
@@ -227,6 +229,14 @@ class TritonOps:
         move_kv(k_pages, v_pages, from_slots_M, to_slots_M)
         if layer is not None:
             write_metadata(k_pages, to_slots_M, layer)
+
+    def choose_keys(
+        self, q_TQD: Tensor, k_pages: Tensor, rows: AttentionRows, scale: float, layer: SparseLayer
+    ) -> Tensor:
+        return self._sparse.choose(q_TQD, k_pages, rows, scale, layer)
+
+    def copy_keys(self, source: Pages, target: Pages, places_M: Tensor) -> None:
+        copy_keys(source, target, places_M)
 
     def kv_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         """fp8 e4m3 needs a GPU that converts it: compute capability 8.9 and above."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from scheduler.types import AttentionMethod, PromptAttention, PromptMethod
@@ -21,18 +21,20 @@ class AttentionConfig:
     budget       keys that a row reads where a request does not say
     prefill      of the prompts of requests that say nothing: dense, or one of `methods`
     prefill_threshold, prefill_from   `PromptAttention.threshold` where a request does not say, and its `dense`
-    calibration, num_channels, label_dtype   as `server/worker/sparse_config.py` has them
+    calibration, num_channels, label_dtype, offload, offload_bytes   as `server/worker/sparse_config.py` has them
     """
 
     methods: tuple[str, ...] = ()
     default: str = DENSE
     budget: int = 1024
-    calibration: tuple[str, ...] = ()
-    num_channels: int | None = None
-    label_dtype: LabelDtype = "model"
     prefill: str = DENSE
     prefill_threshold: float = 0.9
     prefill_from: int = 4096
+    calibration: tuple[str, ...] = ()
+    num_channels: int | None = None
+    label_dtype: LabelDtype = "model"
+    offload: bool = False
+    offload_bytes: int | None = None
 
     def allowed(self) -> tuple[AttentionMethod, ...]:
         """The methods for output, and the default one wherever it is not among them."""
@@ -68,11 +70,24 @@ class AttentionConfig:
                 f"attention-label-dtype is {self.label_dtype}, but only double_sparsity has labels: name it with "
                 "sparse-attention"
             )
+        self._check_offload()
         if self.calibration and not self.allowed():
             raise ValueError("attention-calibration is set, but no method is: name some with sparse-attention")
+
+    def _check_offload(self) -> None:
+        if self.offload and self.allowed() != (AttentionMethod.DOUBLE_SPARSITY,):
+            raise ValueError("kv-offload fetches keys for double_sparsity: name it alone with sparse-attention")
+        if self.offload and self.for_prompts():
+            raise ValueError(
+                "kv-offload fetches keys for double_sparsity; block-sparse prompts choose among keys that are here: "
+                "leave one of them out"
+            )
+        if self.offload_bytes is not None and not self.offload:
+            raise ValueError("kv-offload-memory is set, but kv-offload is not")
 
     def without_files(self) -> AttentionConfig:
         """For another model: what was calibrated is the first one's."""
         methods = tuple(name for name in self.methods if name != AttentionMethod.DOUBLE_SPARSITY)
         default = DENSE if self.default == AttentionMethod.DOUBLE_SPARSITY else self.default
-        return replace(self, methods=methods, default=default, calibration=(), label_dtype="model")
+        prompts = (self.prefill, self.prefill_threshold, self.prefill_from)
+        return AttentionConfig(methods, default, self.budget, *prompts)

@@ -33,11 +33,12 @@ from server.worker.worker import Worker
 
 def worker_config(config: EngineConfig) -> WorkerConfig:
     names = {field.name for field in fields(WorkerConfig)} & {field.name for field in fields(EngineConfig)}
-    values = {name: getattr(config, name) for name in names}
+    values, asked = {name: getattr(config, name) for name in names}, config.attention
     parts = {
-        "speculation": speculator_config(config.speculation, has_sparse=bool(config.attention.allowed())),
-        "attention": sparse_config(config.attention),
-        "prompt_attention": prompt_methods(config.attention),
+        # A sparse pass that drafts reads the keys of all layers: they must be here.
+        "speculation": speculator_config(config.speculation, bool(asked.allowed()) and not asked.offload),
+        "attention": sparse_config(asked),
+        "prompt_attention": prompt_methods(asked),
     }
     return WorkerConfig(**values | parts)
 
@@ -45,7 +46,8 @@ def worker_config(config: EngineConfig) -> WorkerConfig:
 def sparse_config(asked: AttentionConfig) -> SparseConfig | None:
     """What the KV memory is made for; None = dense attention alone."""
     methods = asked.allowed()
-    return SparseConfig(methods, asked.calibration, asked.num_channels, asked.label_dtype) if methods else None
+    own = (asked.calibration, asked.num_channels, asked.label_dtype, asked.offload, asked.offload_bytes)
+    return SparseConfig(methods, *own) if methods else None
 
 
 def prompt_methods(asked: AttentionConfig) -> tuple[PromptMethod, ...]:
@@ -53,7 +55,7 @@ def prompt_methods(asked: AttentionConfig) -> tuple[PromptMethod, ...]:
 
 
 def speculator_config(asked: SpeculationConfig, has_sparse: bool = False) -> SpeculatorConfig | None:
-    """What the worker builds; None = no drafter at all. has_sparse: requests may ask for sparse attention."""
+    """What the worker builds; None = no drafter at all. has_sparse: requests may ask for drafts of sparse attention."""
     if asked.mode == "off":
         return None
     drafters = asked.drafters

@@ -28,6 +28,8 @@ from server.worker.graphs import MOST_TOKENS, GraphedForward, graph_sizes
 from server.worker.info import WorkerInfo
 from server.worker.kv_pool import KVPool, pages_for
 from server.worker.memory import MemoryReading, Needs, graph_bytes, peak_of
+from server.worker.offload import OffloadPlan
+from server.worker.offloaded_layers import offloaded
 from server.worker.profile import ProfileMemory
 from server.worker.sequences import make_sequences
 from server.worker.sparse_memory import SparsePlan
@@ -62,6 +64,7 @@ class Parts:
     accelerator: Accelerator | None
     sizes: tuple[int, ...] = ()
     sparse: SparsePlan | None = None
+    offload: OffloadPlan | None = None
 
     def assemble(
         self,
@@ -76,12 +79,21 @@ class Parts:
         is_trial  it serves nobody: no drafters and no grammars
         sizes     others than the parts'
         """
-        config, model, ops, device = self.config, self.model, self.ops, self.device
+        config, ops, device = self.config, self.ops, self.device
         sizes = self.sizes if sizes is None else sizes
         has_spare = self.accelerator is not None
         pool = KVPool(
-            ops, model.config, num_pages, self.page_size, self.kv_dtype, device, has_spare=has_spare, sparse=self.sparse
+            ops,
+            self.model.config,
+            num_pages,
+            self.page_size,
+            self.kv_dtype,
+            device,
+            has_spare=has_spare,
+            sparse=self.sparse,
+            offload=self.offload,
         )
+        model = self.model if self.offload is None else offloaded(self.model, ops, self.offload, pool.buffer)
         info = describe(self, pool, model_len)
         sequences = make_sequences(config.max_seqs, model_len, num_pages, self.page_size)
         speculator = None
@@ -132,6 +144,8 @@ def captured_sizes(config: WorkerConfig, ops: Ops) -> tuple[int, ...]:
     reason = None
     if config.enforce_eager:
         reason = "enforce_eager is set"
+    elif config.attention is not None and config.attention.offload:
+        reason = "kv-offload sends for other keys in each step"
     elif config.deterministic:
         reason = "deterministic cuts attention where a step's keys say, and a captured step has room for no more parts"
     elif not isinstance(ops, FixedPlans):

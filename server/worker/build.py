@@ -6,7 +6,7 @@ The one place that looks at the machine (`machine.py`) and loads. What it choose
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,11 @@ from server.worker.denoising.learn2pd import load_filter
 from server.worker.drafters.draft_model import DraftModel, load_draft_model
 from server.worker.host_memory import keep_step_buffers, return_free_memory
 from server.worker.info import WorkerInfo, diffusion_model
-from server.worker.kv_pool import KVPool, choose_kv_dtype, choose_page_size, size_pool
+from server.worker.kv_pool import KVPool, available_bytes, choose_kv_dtype, choose_page_size, page_bytes, size_pool
 from server.worker.kv_scales import check_asked, choose_scales
 from server.worker.machine import choose_device, choose_dtype, device_name, usable_cores
-from server.worker.memory import MemoryReading, kv_budget, ledger, show
+from server.worker.memory import ON_HOST, Ledger, MemoryReading, kv_budget, ledger, show
+from server.worker.offload import OffloadPlan
 from server.worker.profile import SHAPES, ProfileMemory
 from server.worker.profile_memory import DiskMemory, default_folder
 from server.worker.sparse_memory import SparsePlan, check_model
@@ -73,6 +74,7 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
     learnt = load_filter(folder) if folder is not None and diffusion is not None else None
     if diffusion is not None and learnt is not None:
         diffusion = replace(diffusion, learnt_block=learnt.block_size)
+    offload = _offload_plan(config, model, ops)
     parts = Parts(
         config,
         model,
@@ -87,7 +89,8 @@ def build_worker(config: WorkerConfig, progress: bool, accelerator: Accelerator 
         learnt,
         accelerator,
         captured_sizes(config, ops) if accelerator is not None else (),
-        _sparse_plan(config, model, folder, dtype, kv_dtype),
+        _sparse_plan(config, model, folder, dtype, kv_dtype, () if offload is None else offload.hosted),
+        offload,
     )
     remember = partial(_profile_memory, parts, num_threads)
     if accelerator is None or before is None:
@@ -107,8 +110,9 @@ def _size(parts: Parts, device_bytes: int | None = None) -> tuple[int, int]:
     if parts.sparse is not None:
         few = KVPool(ops, parts.model.config, 4, size, kv_dtype, parts.device)
         more_bytes += parts.sparse.page_bytes(ops, few.layers)
-    return size_pool(
-        parts.model.config,
+    offload = parts.offload
+    sizes = size_pool(
+        parts.model.config if offload is None else offload.device_shape,
         parts.kv_dtype,
         parts.page_size,
         config.max_seqs,
@@ -118,17 +122,30 @@ def _size(parts: Parts, device_bytes: int | None = None) -> tuple[int, int]:
         config.kv_share,
         device_bytes,
     )
+    if offload is None:
+        return sizes
+    host_bytes = page_bytes(offload.host_shape, size, kv_dtype)
+    return offload.limit(sizes, size, host_bytes, available_bytes(), config.max_model_len)
 
 
 def _on_host(parts: Parts, remember: Remember) -> Worker:
-    worker = parts.assemble(*_size(parts), remember).worker
+    worker, _, pool = parts.assemble(*_size(parts), remember)
     info = worker.info
-    worker.info = replace(info, memory=(("weights", info.weight_bytes), ("KV pages", info.kv_bytes)))
+    worker.info = replace(info, memory=(("weights", info.weight_bytes), ("KV pages", info.kv_bytes), *_of_host(pool)))
     return worker
 
 
+def _of_host(pool: KVPool) -> Ledger:
+    return ((ON_HOST, pool.host_bytes),) if pool.host_bytes else ()
+
+
 def _sparse_plan(
-    config: WorkerConfig, model: Model, folder: Path | None, dtype: torch.dtype, kv_dtype: torch.dtype
+    config: WorkerConfig,
+    model: Model,
+    folder: Path | None,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    ahead: Collection[int],
 ) -> SparsePlan | None:
     if config.prompt_attention:
         check_model(model.config)
@@ -141,7 +158,15 @@ def _sparse_plan(
         return None
     # The weights are read once more only where there is something to compare with.
     is_hashed = bool(config.attention.calibration) and folder is not None and config.random_weights is None
-    return SparsePlan(config.attention, model.config, checkpoint_hash(folder) if is_hashed and folder else None)
+    weights_hash = checkpoint_hash(folder) if is_hashed and folder else None
+    return SparsePlan(config.attention, model.config, weights_hash, ahead)
+
+
+def _offload_plan(config: WorkerConfig, model: Model, ops: Ops) -> OffloadPlan | None:
+    if config.attention is None or not config.attention.offload:
+        return None
+    drafters = () if config.speculation is None else config.speculation.drafters
+    return OffloadPlan(config.attention, model.config, ops, drafters)
 
 
 def _on_accelerator(
@@ -157,7 +182,7 @@ def _on_accelerator(
         uncaptured = accelerator.read().free
         graphs.capture(progress)
         needs = replace(needs, graphs=max(0, uncaptured - accelerator.read().free))
-    held = ledger(needs, pool.num_bytes)
+    held = (*ledger(needs, pool.num_bytes), *_of_host(pool))
     logger.info("device memory: %s", ", ".join(f"{what} {show(size)}" for what, size in held))
     worker.info = replace(worker.info, memory=held)
     return worker
@@ -225,6 +250,7 @@ def _profile_memory(parts: Parts, num_threads: int, info: WorkerInfo) -> DiskMem
         "device": device_name(info.device),
         "ops": info.ops,
         "captured": repr(parts.sizes),
+        "offloaded": int(parts.offload is not None),
         "threads": num_threads,
         "torch": torch.__version__,
         "pages": info.num_pages,

@@ -20,6 +20,7 @@ from kernels.kv_format import fill_with_nan, slot_bytes
 from kernels.ops import Ops
 from kernels.sparse import SparseLayer
 from scheduler.types import DiffusionModel, Topology
+from server.worker.offload import OffloadPlan, PinnedPages
 from server.worker.sparse_memory import SparsePlan
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ class KVPool:
         poison: bool = False,
         has_spare: bool = False,
         sparse: SparsePlan | None = None,
+        offload: OffloadPlan | None = None,
     ) -> None:
         """dtype: of the pages, which need not be the model's.
 
@@ -204,23 +206,40 @@ class KVPool:
         has_spare: there is a page more, `spare_page`, that nobody is ever given: what is written there is read by none.
             On a device that has use for one, warm-up reads keys that nobody wrote, so all are 0 to begin with
         sparse: what else it keeps, for sparse attention
+        offload: which layers' pages lie in host memory; attention reads them in `buffer`, under the same page ids
         """
         self.num_pages = num_pages
         self.page_size = page_size
         self.dtype, self.device = dtype, device
+        sizes = (num_pages + has_spare, page_size, config.num_kv_heads, config.head_dim, dtype)
+        self._hosted = () if offload is None else offload.hosted
         self.layers: list[tuple[Tensor, Tensor]] = [
-            ops.allocate_kv(num_pages + has_spare, page_size, config.num_kv_heads, config.head_dim, dtype, device)
-            for _ in range(config.num_layers)
+            ops.allocate_kv(*sizes, torch.device("cpu") if number in self._hosted else device)
+            for number in range(config.num_layers)
         ]
+        self.buffer = None if offload is None else ops.allocate_kv(*sizes, device)
+        self._pinned = PinnedPages(self._of_host()) if self.buffer is not None and device.type == "cuda" else None
+        everywhere = self.layers if self.buffer is None else [*self.layers, self.buffer]
         if has_spare:
-            for k_pages, v_pages in self.layers:
+            for k_pages, v_pages in everywhere:
                 k_pages.zero_()
                 v_pages.zero_()
         if poison:
-            for k_pages, v_pages in self.layers:
+            for k_pages, v_pages in everywhere:
                 fill_with_nan(k_pages)
                 fill_with_nan(v_pages)
-        self.sparse = None if sparse is None else sparse.memory(ops, self.layers, page_size)
+        self.sparse = None if sparse is None else sparse.memory(ops, self._where_read(), page_size)
+
+    def _of_host(self) -> list[tuple[Tensor, Tensor]]:
+        return [self.layers[number] for number in self._hosted]
+
+    def _where_read(self) -> list[tuple[Tensor, Tensor]]:
+        """The pages, all on the device, that attention of each layer reads."""
+        read = list(self.layers)
+        for number in self._hosted:
+            assert self.buffer is not None
+            read[number] = self.buffer
+        return read
 
     @property
     def metadata(self) -> Sequence[SparseLayer] | None:
@@ -234,6 +253,16 @@ class KVPool:
 
     @property
     def num_bytes(self) -> int:
-        """Memory taken, the back end's padding included."""
-        pages = sum(pages.untyped_storage().nbytes() for layer in self.layers for pages in layer)
-        return pages + (0 if self.sparse is None else self.sparse.num_bytes)
+        """Memory taken on the device, the back end's padding included."""
+        shared = 0 if self.buffer is None else _num_bytes([self.buffer])
+        sparse = 0 if self.sparse is None else self.sparse.num_bytes
+        return _num_bytes(self.layers) - self.host_bytes + shared + sparse
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the layers whose pages lie on the host."""
+        return _num_bytes(self._of_host())
+
+
+def _num_bytes(layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    return sum(pages.untyped_storage().nbytes() for layer in layers for pages in layer)

@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 
 Ledger = tuple[tuple[str, int], ...]
 """(what, bytes) of all that is held."""
+ON_HOST = "KV pages on the host"
+"""What of it a device does not hold."""
 
 
 class MemoryReading(NamedTuple):

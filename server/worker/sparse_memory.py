@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,6 +26,7 @@ class SparseMemory:
     """One pool's. `layers` is what each layer's attention gets beside its pages; only `Ops` looks inside.
 
     is_drafting  its rows are drafts of requests whose text is dense (`Attention.lossless`)
+    is_ahead     rows follow lists that were made ahead in some layers (`offloaded_layers.py`), so all of them need one
     """
 
     layers: tuple[SparseLayer, ...]
@@ -33,6 +34,7 @@ class SparseMemory:
     num_kv_heads: int
     page_size: int
     is_drafting: bool = False
+    is_ahead: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -46,8 +48,11 @@ class SparseMemory:
 class SparsePlan:
     """A configuration checked against its model, before the pool is there."""
 
-    def __init__(self, config: SparseConfig, model: ModelConfig, weights_hash: str | None) -> None:
-        """weights_hash: of the served checkpoint, None for random weights. Raises ValueError for what cannot be."""
+    def __init__(
+        self, config: SparseConfig, model: ModelConfig, weights_hash: str | None, ahead: Collection[int] = ()
+    ) -> None:
+        """weights_hash: of the served checkpoint, None for random weights. ahead: numbers of the layers in which a list
+        made before is followed. Raises ValueError for what cannot be."""
         check_model(model)
         self.methods, self._num_kv = config.methods, model.num_kv_heads
         self._int4_labels = config.label_dtype == "int4"
@@ -57,7 +62,11 @@ class SparsePlan:
             num_channels = config.num_channels or max(4, model.head_dim // 8)
             self._channels = load_channels(calibration, model, num_channels)
         first, again = load_tidal(calibration, model.num_layers)
-        self._roles = roles_of_layers(model.num_layers, first, again)
+        self._is_ahead = bool(ahead)
+        self._roles = [
+            (quest, Role.FOLLOW if number in ahead else double_sparsity, tidal)
+            for number, (quest, double_sparsity, tidal) in enumerate(roles_of_layers(model.num_layers, first, again))
+        ]
 
     def layers(self, ops: Ops, pages: Sequence[tuple[Tensor, Tensor]]) -> tuple[SparseLayer, ...]:
         """Metadata memory for these pages. A layer that is dense for every row keeps none."""
@@ -74,7 +83,7 @@ class SparsePlan:
         return sum(layer.num_bytes for layer in self.layers(ops, pages)) // pages[0][0].shape[0]
 
     def memory(self, ops: Ops, pages: Sequence[tuple[Tensor, Tensor]], page_size: int) -> SparseMemory:
-        return SparseMemory(self.layers(ops, pages), self.methods, self._num_kv, page_size)
+        return SparseMemory(self.layers(ops, pages), self.methods, self._num_kv, page_size, is_ahead=self._is_ahead)
 
 
 def check_model(model: ModelConfig) -> None:

@@ -48,7 +48,8 @@ def sparse_rows(
         budgets += [min(asked.budget, max(least[asked.method], span.kv_len))] * count
     if not methods:
         return None
-    most = max((budget for method, budget in zip(methods, budgets, strict=True) if method == Method.TIDAL), default=0)
+    listing = {Method.TIDAL, Method.DOUBLE_SPARSITY} if memory.is_ahead else {Method.TIDAL}
+    most = max((budget for method, budget in zip(methods, budgets, strict=True) if method in listing), default=0)
     lists = torch.empty((len(methods), memory.num_kv_heads, most), dtype=torch.int32, device=device) if most else None
     arrays = [index, np.asarray(methods, dtype=np.int32), np.asarray(budgets, dtype=np.int32)]
     of_row, method, budget = upload(arrays, device)

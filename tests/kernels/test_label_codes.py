@@ -72,7 +72,7 @@ def test_compiled_codes_and_scales_are_the_bits_of_the_reference(
     pages, offsets = slots // shape.page_size, slots % shape.page_size
     assert torch.equal(mine.layer.labels[pages, :, :, offsets], twin.layer.labels[pages, :, offsets])
     assert torch.equal(mine.layer.label_scales[pages, :, offsets], twin.layer.label_scales[pages, :, offsets])
-    assert len(twin.layer.label_scales[pages, :, offsets].unique()) > 1
+    assert twin.layer.label_scales[pages, :, offsets].float().std() > 0
 
 
 @needs_compiler

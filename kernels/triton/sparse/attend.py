@@ -99,9 +99,7 @@ class SparseAttention:
         if window is not None:
             raise ValueError("a layer with a window has no sparse attention")
         assert rows.sparse is not None
-        if self._step is None or self._step.rows is not rows:
-            self._step = make_step(rows, rows.sparse, *k_pages.shape[:3])
-        step, q_TQD = self._step, q_TQD.contiguous()
+        step, q_TQD = self._step_of(rows, rows.sparse, k_pages), q_TQD.contiguous()
         listing = frozenset(m for m in step.groups if layer.roles[m] in (Role.CHOOSE, Role.FOLLOW))
         others = step.without(listing) if listing else rows
         if others is None:
@@ -122,6 +120,22 @@ class SparseAttention:
             if role is not Role.LIST:
                 out_TQD.index_copy_(0, group.at, self._attend(method, group, q_RQD, k_pages, v_pages, scale))
         return out_TQD
+
+    def choose(self, q_TQD: Tensor, k_pages: Tensor, rows: AttentionRows, scale: float, layer: SparseLayer) -> Tensor:
+        """`hosted.Fetches.choose_keys`: the step's lists are where a layer that follows finds them."""
+        assert rows.sparse is not None
+        group = self._step_of(rows, rows.sparse, k_pages).groups.get(Method.DOUBLE_SPARSITY)
+        if group is None:
+            return torch.empty(0, dtype=torch.int32, device=q_TQD.device)
+        q_RQD = q_TQD.contiguous().index_select(0, group.at)
+        self._choose(Method.DOUBLE_SPARSITY, group, q_RQD, k_pages, rows, rows.sparse, scale, layer)
+        # Behind a list shorter than the longest stands place 0, which may be copied, too.
+        return group.rows.page_table.view(-1)
+
+    def _step_of(self, rows: AttentionRows, sparse: SparseRows, k_pages: Tensor) -> Step:
+        if self._step is None or self._step.rows is not rows:
+            self._step = make_step(rows, sparse, *k_pages.shape[:3])
+        return self._step
 
     def _choose(
         self,

@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None:
 from kernels.sparse_keep import MASS_ONE
 from kernels.triton import attention
 from kernels.triton.compiled import Usage, compile_kernel
-from kernels.triton.sparse import label_codes, metadata, permute, scores, tile_mass, top_k
+from kernels.triton.sparse import fetch, label_codes, metadata, permute, scores, tile_mass, top_k
 from kernels.triton.tiles import small_geometry
 
 BF16, F32, F16, INT, LONG, BYTE = "*bf16", "*fp32", "*fp16", "*i32", "*i64", "*u8"
@@ -57,6 +57,8 @@ def cases() -> Iterator[tuple[str, Case]]:
     codes = {**ROWS, **SIZES, "codes": BYTE, "label_scales": BF16, "channels": INT, "BN": 128}
     yield "labels of 16 channels, 4 bits", Case(label_codes.code_scores, {**codes, "C": 16, "CP": 8}, 32, 2)
     yield "labels of 32 channels, 4 bits", Case(label_codes.code_scores, {**codes, "C": 32, "CP": 16}, 72, 2)
+    copied = {**SIZES, **dict.fromkeys(("k_from", "v_from", "k_to", "v_to"), BF16), "num_places": "i32", "BN": 16}
+    yield "keys from the host", Case(fetch.copy_places, {**copied, "places": INT}, 32, 0)
     chosen = {**ROWS, **SIZES, "histograms": INT, "ids": INT, "indices": INT, "list_stride": "i32"}
     chosen |= {"index_stride": "i32", "UNIT": 64, "PAGE": 0, "FIRST": 4, "LAST": 64, "INDICES": True, "BLOCK": 1024}
     for number in range(4):
