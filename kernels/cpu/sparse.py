@@ -102,14 +102,15 @@ def check_choice(rows: AttentionRows, num_kv: int, layer: SparseLayer) -> None:
 def of_whole_pages(places_M: Tensor, num_kv: int, page_size: int) -> Tensor:
     """Places, int64, of all keys of the pages that these lie in: what a row hides in a page it reads all the same, and
     weighs with 0. They name one head, of which `slots_of` makes all."""
-    first = torch.unique(places_M.long() // (num_kv * page_size)) * (num_kv * page_size)
+    first: Tensor = torch.unique(places_M.long() // (num_kv * page_size)) * (num_kv * page_size)
     return (first.unsqueeze(1) + torch.arange(page_size)).flatten()
 
 
 def slots_of(places_M: Tensor, num_kv: int, page_size: int) -> Tensor:
     """The slots, each once, int64, of places (page * K + head) * S + offset: a tile holds all of a key or none."""
     places = places_M.long()
-    return torch.unique(places // (num_kv * page_size) * page_size + places % page_size)
+    slots: Tensor = torch.unique(places // (num_kv * page_size) * page_size + places % page_size)
+    return slots
 
 
 def _check_lists(sparse: SparseRows, num_kv: int, most: int) -> None:

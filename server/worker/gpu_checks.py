@@ -1,6 +1,7 @@
 """`python -m server.worker.gpu_checks`: proves the worker's GPU path on this machine's GPU. No HTTP, no test library.
 
 - A captured step, replayed, equals the same step run as it is, bit for bit: hidden states and all KV pages.
+- Steps whose keys come from host memory, copied beside the layers, equal the same steps over pages that stay.
 - Random steps of all kinds compile nothing after warm-up, and every one of them is answered.
 - Steps launched before the one before is over give the tokens of steps that wait, and no launch waits for the device.
 - The memory that is really held agrees with the ledger.
@@ -27,6 +28,7 @@ from server.worker.config import WorkerConfig
 from server.worker.graphs import Capture, GraphedForward, graph_sizes
 from server.worker.kv_pool import KVPool, pages_for
 from server.worker.memory import ON_HOST, show
+from server.worker.offload_checks import offload_check
 from server.worker.random_steps import Space, random_batches, random_plans
 from server.worker.transfer import Transfer
 from server.worker.worker import Worker
@@ -60,6 +62,8 @@ def check_model(model: str, shape: str | None, num_steps: int) -> int:
             ops = select_ops(device, dtype)
             other = random_model(shape, ops, dtype, device)
             failures += told(replay_check(other, ops, dtype, device, CudaGraphs(), 60))
+            if not any(other.config.windows):
+                failures += told(offload_check(other, ops, dtype, device, 60))
     accelerator = CudaAccelerator()
     config = WorkerConfig(model, device="cuda", random_weights=shape, kv_cache_bytes=1 << 30, remember_profile=False)
     worker = build_worker(config, progress=True, accelerator=accelerator)

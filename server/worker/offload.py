@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -128,7 +128,8 @@ class CudaStream:
     """A second stream of the current device."""
 
     def __init__(self) -> None:
-        self._stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def run(self, copy: Callable[[], None]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -176,11 +177,16 @@ class PinnedPages:
     def __init__(self, layers: Sequence[Pages]) -> None:
         for pages in (part for layer in layers for part in layer):
             storage = pages.untyped_storage()
-            status = int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
+            status = int(_driver().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
             if status:
                 raise OSError(f"{show(storage.nbytes())} of host memory cannot be pinned (CUDA error {status})")
-            weakref.finalize(self, _unregister, storage.data_ptr())
+            # The memory outlives its registration, so the finalizer holds it.
+            weakref.finalize(self, _unregister, storage).atexit = False
 
 
-def _unregister(address: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
+def _unregister(storage: torch.UntypedStorage) -> None:
+    _driver().cudaHostUnregister(storage.data_ptr())
+
+
+def _driver() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -85,6 +85,12 @@ def offloaded(model: Model, ops: Ops, plan: OffloadPlan, buffer: Pages | None) -
     return model.through(OffloadedLayers(ops, plan.hosted, SharedBuffer(ops, buffer, side)))
 
 
+def _metadata(block: AttentionBlock, rows: AttentionRows) -> SparseLayer:
+    layer = block.sparse(rows)
+    assert layer is not None
+    return layer
+
+
 class OffloadedLayers:
     """`model.through(OffloadedLayers(ops, hosted, buffer))`. One forward at a time.
 
@@ -128,7 +134,7 @@ class OffloadedLayers:
         if not step.is_early:
             self._buffer.begin(own, step.dense)
             return query_TQD
-        chosen = ops.choose_keys(query_TQD, pages[0], step.rows, b.scale, b.sparse(step.rows))
+        chosen = ops.choose_keys(query_TQD, pages[0], step.rows, b.scale, _metadata(b, step.rows))
         self._buffer.begin(own, torch.cat((step.dense, chosen)))
         return None
 
@@ -154,7 +160,7 @@ class OffloadedLayers:
     def _hosted_attention(
         self, x_TH: Tensor, block: AttentionBlock, own: Pages, step: _Step, query: Tensor | None
     ) -> Tensor:
-        ops, b, rows, layer = self._ops, block, step.rows, block.sparse(step.rows)
+        ops, b, rows, layer = self._ops, block, step.rows, _metadata(block, step.rows)
         pages = self._buffer.pages(own)
         self._buffer.arrive()
         q_TQD = self._rotated(x_TH, b, pages, rows, layer)

@@ -96,8 +96,8 @@ def keys_of(host: StepRows, sparse: list[int], budget: int) -> StepKeys:
     assert rows.sparse is not None
     num = int((index >= 0).sum())
     budgets = torch.full((num,), budget, dtype=torch.int32)
-    sparse = replace(rows.sparse, index=index, budgets=budgets)
-    return StepKeys(replace(rows, visible=torch.from_numpy(host.visible), sparse=sparse), host, 8)
+    chosen = replace(rows.sparse, index=index, budgets=budgets)
+    return StepKeys(replace(rows, visible=torch.from_numpy(host.visible), sparse=chosen), host, 8)
 
 
 def test_pages_of_rows_that_do_not_choose_are_those_of_earlier_steps() -> None:

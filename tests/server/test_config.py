@@ -180,6 +180,22 @@ def test_labels_of_4_bits_reach_the_worker_and_need_labels(tmp_path: Path) -> No
         config_of("--sparse-attention", "quest", "--attention-label-dtype", "int4")
 
 
+def test_offloading_reaches_the_worker_with_its_limit_and_needs_double_sparsity_alone(tmp_path: Path) -> None:
+    labels = ("--attention-calibration", str(tmp_path / "c.safetensors"), "--kv-offload")
+    engine = config_of("--sparse-attention", "double_sparsity", *labels, "--kv-offload-memory", "3GiB").engine_config()
+    worker = worker_config(engine)
+    assert worker.attention is not None
+    assert (worker.attention.offload, worker.attention.offload_bytes) == (True, 3 << 30)
+    assert worker.speculation is not None
+    assert "sparse_attention" not in worker.speculation.drafters, "its passes need the keys of all layers"
+    assert not engine.attention.without_files().offload
+    for methods in (("--sparse-attention", "double_sparsity,quest", *labels), ("--kv-offload",)):
+        with pytest.raises(ConfigError, match="kv-offload fetches keys for double_sparsity: name it alone"):
+            config_of(*methods)
+    with pytest.raises(ConfigError, match="kv-offload-memory is set, but kv-offload is not"):
+        config_of("--kv-offload-memory", "1GiB")
+
+
 def test_host_names_are_checked_on_loopback_only_unless_told() -> None:
     assert "localhost" in (config_of().host_names() or ())
     assert config_of("--host", "0.0.0.0").host_names() is None

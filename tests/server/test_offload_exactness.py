@@ -18,6 +18,7 @@ from server.engine.core import EngineCore
 from server.engine.loop import build_core
 from server.worker import offloaded_layers
 from server.worker.offload import SharedBuffer
+from server.worker.offload_checks import OwnPages
 from tests.server.test_sparse_exactness import PAGE, Found, assert_same, run
 from tests.server.test_sparse_exactness import config as config
 from tests.server.test_sparse_exactness import requests as sparse_requests
@@ -27,25 +28,6 @@ NUM_LAYERS, HEAD_DIM = 6, 32
 SHAPE = f"hidden=128,layers={NUM_LAYERS},heads=4,kv_heads=2,head_dim={HEAD_DIM},mlp=256,vocab=4096,max_len=512"
 DEVICE_PAGE = 4 * 2 * PAGE * (4 * 2 * HEAD_DIM + 4 * 4)
 """Bytes: float32 x KV heads x tokens x (K and V of three layers and the buffer, 4 labels of 4 channels)."""
-
-
-class InPlace:
-    """A `KeyBuffer` of nothing: attention reads the layer's own pages."""
-
-    def pages(self, own: Pages) -> Pages:
-        return own
-
-    def begin(self, own: Pages, places_M: torch.Tensor) -> None:
-        pass
-
-    def arrive(self) -> None:
-        pass
-
-    def keep(self, own: Pages, places_M: torch.Tensor) -> None:
-        pass
-
-    def fetch(self, own: Pages, places_M: torch.Tensor) -> None:
-        pass
 
 
 class Forgetful(SharedBuffer):
@@ -99,7 +81,7 @@ def offloading(here: EngineConfig) -> EngineConfig:
 def alone(offloading: EngineConfig) -> list[Found]:
     """By predicted queries too, but over pages that never move."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offloaded_layers, "SharedBuffer", lambda *parts: InPlace())
+        patch.setattr(offloaded_layers, "SharedBuffer", lambda *parts: OwnPages())
         core, _ = build_core(replace(offloading, enable_prefix_caching=False))
     return [run(core, [request])[0][0] for request in requests()]
 

@@ -30,12 +30,12 @@ def test_a_choice_ahead_is_the_references_and_its_keys_are_all_that_is_read(int4
             world.write(world.rows({i: (0, length)}, {}), {i: (0, length)})
         rows = world.rows(last, wishes)
         q = world.write(rows, last)
-        buffer = tuple(torch.full_like(pages, math.nan) for pages in (world.k, world.v))
+        k, v = (torch.full_like(pages, math.nan) for pages in (world.k, world.v))
         for turn in (q, -q):  # each layer chooses anew
             chosen = ops.choose_keys(turn, world.k, rows, 0.25, world.layer)
-        ops.copy_keys((world.k, world.v), (buffer[0], buffer[1]), chosen)
+        ops.copy_keys((world.k, world.v), (k, v), chosen)
         follows = replace(world.layer, roles=FOLLOWS)
-        outs.append(ops.paged_attention(q, *buffer, rows, 0.25, layer=follows))
+        outs.append(ops.paged_attention(q, k, v, rows, 0.25, layer=follows))
         assert torch.equal(outs[-1], ops.paged_attention(q, world.k, world.v, rows, 0.25, layer=follows))
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
 
