@@ -39,7 +39,7 @@ class Fetches(Protocol):
         k_pages  tell the sizes; nothing is read from them, nor from the labels of a row's last LAST_KEYS keys
         Returns int32 or int64 [M], places of the keys that attention will read, the chosen ones at least; some may be
         named twice.
-        Raises ValueError if a row is not as `kernels.sparse` says, or has no room in `SparseRows.lists`.
+        The rows have room in `SparseRows.lists`. Raises ValueError if they are not as `kernels.sparse` says.
         """
         ...
 

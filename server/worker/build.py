@@ -129,6 +129,8 @@ def _size(parts: Parts, device_bytes: int | None = None) -> tuple[int, int]:
 
 
 def _on_host(parts: Parts, remember: Remember) -> Worker:
+    if parts.offload is not None:
+        logger.warning("kv-offload on a CPU: both memories are the same one, so nothing is saved, and keys are copied")
     worker, _, pool = parts.assemble(*_size(parts), remember)
     info = worker.info
     worker.info = replace(info, memory=(("weights", info.weight_bytes), ("KV pages", info.kv_bytes), *_of_host(pool)))

@@ -6,7 +6,6 @@ that the others share. On a CPU both memories are the same one: nothing is saved
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from scheduler.types import AttentionMethod
 from server.models.config import ModelConfig
 from server.worker.memory import show
 from server.worker.sparse_config import SparseConfig
-
-logger = logging.getLogger(__name__)
 
 HOST_SHARE = 0.5
 """Part of the free host memory for pages unless told otherwise."""
