@@ -19,6 +19,7 @@ from server.engine.loop import build_core
 from server.worker import offloaded_layers
 from server.worker.offload import SharedBuffer
 from server.worker.offload_checks import OwnPages
+from tests.server.test_mixed_exactness import requests as mixed_requests
 from tests.server.test_sparse_exactness import PAGE, Found, assert_same, run
 from tests.server.test_sparse_exactness import config as config
 from tests.server.test_sparse_exactness import requests as sparse_requests
@@ -147,3 +148,18 @@ def test_a_long_output_computed_again_in_one_chunk_chooses_among_its_own_keys(en
     for kept in (5 * PAGE + 3, 70):
         [rest], _, _ = run(engine(), [replace(request, output=tuple(whole.tokens[:kept]))])
         assert_same([rest], [whole])
+
+
+def test_texts_that_are_denoised_or_dense_are_the_same_as_without(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read everything, whatever a block's mask, so nothing is predicted. The embedded model."""
+    monkeypatch.setattr(offloaded_layers, "SharedBuffer", Forgetful)
+    labels = replace(config.attention, methods=(LABELS,))
+    found = []
+    for attention in (labels, replace(labels, offload=True)):
+        core, _ = build_core(
+            replace(config, max_seqs=32, attention=attention, speculation=SpeculationConfig(mode="on"))
+        )
+        found.append([answer.tokens for answer in run(core, mixed_requests()[:32])[0]])
+    assert found[0] == found[1]

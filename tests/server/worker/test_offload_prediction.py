@@ -61,7 +61,7 @@ def streams() -> list[tuple[AttentionBlock, Tensor, Tensor]]:
 def rotated(block: AttentionBlock, x_TH: Tensor) -> Tensor:
     """q and k [T, Q + K, D]."""
     heads = OPS.linear(OPS.rms_norm(x_TH, block.norm_H, block.eps), block.qkv).view(len(x_TH), -1, block.head_dim)
-    q, k, _ = torch.split(heads, [block.num_q, block.num_kv, block.num_kv], dim=1)
+    q, k = heads[:, : block.num_q], heads[:, block.num_q : block.num_q + block.num_kv]
     if block.q_norm_D is not None and block.k_norm_D is not None:
         q, k = OPS.rms_norm(q, block.q_norm_D, block.eps), OPS.rms_norm(k, block.k_norm_D, block.eps)
     return rotate(torch.cat((q, k), dim=1), block.cos_sin_MR[: len(x_TH)].unsqueeze(1))
