@@ -57,8 +57,6 @@ class OffloadPlan:
                 f"kv-offload is set, but of this model's {model.num_layers} layers the first {DENSE_LAYERS} and the "
                 "last stay on the device: none is left"
             )
-        if model.moe is not None:
-            raise ValueError("kv-offload is set, but this model has experts; keys are sent for behind dense MLPs only")
         if not isinstance(ops, Fetches):
             raise ValueError(f"kv-offload is set, but the back end {ops.name} cannot fetch keys")
         if refused := [name for name in drafters if name in OWN_MODEL_DRAFTERS]:

@@ -14,6 +14,8 @@ A row's choice depends on its position alone, whether it is decoded, verified am
 of a chunk: the query is always the predicted one, and what a row chooses among are the keys before its last LAST_KEYS.
 Where some of those are of the step itself (chunks of more rows than that), the choice waits until they are written.
 
+A layer with experts is run on its own, so its keys are sent for when it is its turn, and waited for.
+
 Rows that read all their keys (prompts, dense requests) have whole pages copied, in every layer and step anew.
 Legend of shapes in kernels/ops.py.
 """
@@ -99,18 +101,18 @@ class OffloadedLayers:
 
     def __init__(self, ops: FetchingOps, hosted: Collection[int], buffer: KeyBuffer) -> None:
         self._ops, self._hosted, self._buffer = ops, hosted, buffer
+        self._step: _Step | None = None
+        self._stream_TH: Tensor | None = None
+        """The residual stream behind the attention that ran last."""
 
     def dense_layers(self, x_TH: Tensor, run: DenseLayers, kv: Sequence[Pages], rows: AttentionRows) -> Tensor:
         """`blocks.composed_dense_layers`, keys of the layers on the host on their way meanwhile."""
-        ops, first = self._ops, run.layers[0][0]
-        step, query = _Step(rows, first.num_kv, kv[0][0].shape[2]), None
+        ops, blocks = self._ops, [attention for attention, _ in run.layers]
+        query = self._begin(blocks[0], kv[0], rows)
         for at, ((attention, mlp), own) in enumerate(zip(run.layers, kv, strict=True)):
-            if attention.layer in self._hosted:
-                x_TH = self._hosted_attention(x_TH, attention, own, step, query)
-            else:
-                x_TH = ops.attention_block(x_TH, attention, *own, rows)
-            if at + 1 < len(run.layers) and run.layers[at + 1][0].layer in self._hosted:
-                query = self._begin(x_TH, run.layers[at + 1][0], kv[at + 1], step)
+            x_TH = self._attention(x_TH, attention, own, rows, query)
+            if at + 1 < len(blocks):
+                query = self._begin(blocks[at + 1], kv[at + 1], rows)
             hidden_TX = ops.linear(ops.rms_norm(x_TH, mlp.norm_H, mlp.eps), mlp.gate_up)
             x_TH = ops.linear(ops.silu_mul(hidden_TX), mlp.down, x_TH)
         return x_TH
@@ -118,19 +120,37 @@ class OffloadedLayers:
     def attention_block(
         self, x_TH: Tensor, block: AttentionBlock, k_pages: Tensor, v_pages: Tensor, rows: AttentionRows
     ) -> Tensor:
-        """Of a layer that is on the device: there is no layer before to choose in."""
-        if block.layer in self._hosted:
-            raise ValueError(f"layer {block.layer} is on the host, and is run without the one before it")
-        return self._ops.attention_block(x_TH, block, k_pages, v_pages, rows)
+        """Of a layer with experts: chosen by the same query, but its keys are sent for now, behind nothing."""
+        own = (k_pages, v_pages)
+        return self._attention(x_TH, block, own, rows, self._begin(block, own, rows))
 
-    def _begin(self, x_TH: Tensor, block: AttentionBlock, own: Pages, step: _Step) -> Tensor | None:
-        """Send for the layer's keys. Returns its predicted query where the choice must wait."""
+    def _attention(
+        self, x_TH: Tensor, block: AttentionBlock, own: Pages, rows: AttentionRows, query: Tensor | None
+    ) -> Tensor:
+        if block.layer in self._hosted:
+            x_TH = self._hosted_attention(x_TH, block, own, self._step_of(rows, own), query)
+        else:
+            x_TH = self._ops.attention_block(x_TH, block, *own, rows)
+        self._stream_TH = x_TH
+        return x_TH
+
+    def _step_of(self, rows: AttentionRows, own: Pages) -> _Step:
+        if self._step is None or self._step.rows is not rows:
+            self._step = _Step(rows, *own[0].shape[1:3])
+        return self._step
+
+    def _begin(self, block: AttentionBlock, own: Pages, rows: AttentionRows) -> Tensor | None:
+        """Send for the keys of a layer on the host. Returns its predicted query where the choice must wait."""
+        if block.layer not in self._hosted:
+            return None
+        step = self._step_of(rows, own)
         if not step.has_choice:
             self._buffer.begin(own, step.dense)
             return None
+        assert self._stream_TH is not None
         ops, b, pages = self._ops, block, self._buffer.pages(own)
         # Its keys and values go where the layer's own will be written over them, before any is read.
-        query_TQD = self._rotated(x_TH, b, pages, step.rows, None)
+        query_TQD = self._rotated(self._stream_TH, b, pages, step.rows, None)
         if not step.is_early:
             self._buffer.begin(own, step.dense)
             return query_TQD

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from kernels.cpu.build import find_compiler
 from kernels.cpu.ops import CpuOps
@@ -22,7 +24,6 @@ from server.worker.config import WorkerConfig
 from server.worker.drafters.config import SpeculatorConfig
 from server.worker.offload import NoStream, OffloadPlan
 from server.worker.offload_checks import offload_check
-from server.worker.offloaded_layers import OffloadedLayers
 from server.worker.sparse_config import SparseConfig
 from server.worker.worker import Worker
 
@@ -77,10 +78,6 @@ def test_the_hosts_limit_bounds_the_pages_and_must_hold_a_request(channels: str)
     [
         ({"methods": (LABELS, QUEST)}, "sparse-attention is double_sparsity,quest; name that method alone"),
         ({"shape": SHAPE.replace("layers=6", "layers=3")}, "of this model's 3 layers .* none is left"),
-        (
-            {"shape": f"{SHAPE},model_type=qwen3_moe,experts=4,top_k=2,expert_mlp=32"},
-            "this model has experts",
-        ),
         ({"speculation": SpeculatorConfig(drafters=("suffix", "sparse_attention"))}, "drafters names sparse_attention"),
     ],
 )
@@ -110,8 +107,8 @@ class LateStream(NoStream):
         self._waiting.append(copy)
 
     def wait(self) -> None:
-        for copy in self._waiting:
-            copy()
+        for waiting in self._waiting:
+            waiting()
         self._waiting.clear()
 
 
@@ -135,9 +132,30 @@ def test_a_check_sees_keys_that_nobody_sent_for(monkeypatch: pytest.MonkeyPatch)
     assert not is_right, what
 
 
-def test_a_layer_on_the_host_is_never_run_without_the_one_before() -> None:
-    model = random_model(SHAPE, ReferenceOps(), torch.float32, CPU)
-    layers: Any = OffloadedLayers(ReferenceOps(), range(2, 5), None)  # type: ignore[arg-type]
-    block = next(iter(model._runs))._layers.layers[3][0]  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="layer 3 is on the host"):
-        layers.attention_block(torch.zeros(1, 64), block, *torch.zeros(2, 1), None)
+def test_layers_with_experts_are_fetched_for() -> None:
+    ops = ReferenceOps()
+    experts = random_model(f"{SHAPE},model_type=qwen3_moe,experts=4,top_k=2,expert_mlp=32", ops, torch.float32, CPU)
+    what, is_right = offload_check(experts, ops, torch.float32, CPU, 6)
+    assert is_right, what
+
+
+def test_a_run_that_begins_on_the_host_is_foretold_by_the_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where layers with experts follow dense ones."""
+    ops, queries = ReferenceOps(), list[Tensor]()
+    choose = ops.choose_keys
+
+    def noting(q_TQD: Tensor, *others: Any) -> Tensor:
+        queries.append(q_TQD)
+        return choose(q_TQD, *others)
+
+    monkeypatch.setattr(ops, "choose_keys", noting)
+    whole: Any = random_model(SHAPE, ops, torch.float32, CPU)
+    cut = copy.copy(whole)
+    cut._runs = [run.subset(part) for run in whole._runs for part in ([0, 1], [2, 3, 4, 5])]
+    for model in (whole, cut):
+        torch.manual_seed(0)  # of the keys before the steps
+        what, is_right = offload_check(model, ops, torch.float32, CPU, 6)
+        assert is_right, what
+    assert len(queries) >= 2 * 2 * 3
+    for mine, other in zip(queries[: len(queries) // 2], queries[len(queries) // 2 :], strict=True):
+        assert torch.equal(mine, other)
