@@ -172,8 +172,31 @@ def _keys(world: World) -> Tensor:
     return world.k_pages[slots // page, :, slots % page]
 
 
+def host_checks(ops: TritonOps, device: torch.device, num_pages: int = 40) -> Iterator[tuple[str, float]]:
+    """(what, 0 or infinity): keys fetched from pinned memory of the host, and brought back."""
+    generator = torch.Generator().manual_seed(3)
+    for dtype in (torch.bfloat16, torch.float32):
+        shape = (num_pages, 2, 64, 80)
+        k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        there = (k.pin_memory(), v.pin_memory()) if device.type == "cuda" else (k.clone(), v.clone())
+        here = (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        places = torch.randperm(num_pages * 128, generator=generator)[: num_pages * 70].int()
+        ops.copy_keys(there, here, places.to(device))
+        wanted = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
+        for pages, others in zip((k, v), wanted, strict=True):
+            others.view(-1, 80)[places] = pages.view(-1, 80)[places]
+        yield f"keys of the host {dtype}", max(_equal(a.cpu(), b) for a, b in zip(here, wanted, strict=True))
+        for pages in here:
+            pages += 1
+        ops.copy_keys(here, there, places[:100].to(device))
+        back = [pages.cpu().view(-1, 80)[places[:100]] for pages in here]  # waits for the device
+        brought = [pages.view(-1, 80)[places[:100]] for pages in there]
+        yield f"keys brought back {dtype}", max(_equal(a, b) for a, b in zip(brought, back, strict=True))
+
+
 def checks(ops: TritonOps, device: torch.device) -> Iterator[tuple[str, float]]:
     """All of them; 1 and less is right."""
     yield from row_checks(ops, device)
     yield from keep_checks(device)
+    yield from host_checks(ops, device)
     yield from prefill_checks(device)

@@ -21,7 +21,8 @@ def test_right_kernels_pass_every_check(monkeypatch: pytest.MonkeyPatch) -> None
     shares = dict(gpu_checks.row_checks(TritonOps(num_programs=3), CPU, (140, 110, 150, 40)))
     shares |= dict(gpu_checks.keep_checks(CPU, 3000))
     shares |= dict(gpu_checks.prefill_checks(CPU, 300))
-    assert len(shares) == 15 + 7 + 8
+    shares |= dict(gpu_checks.host_checks(TritonOps(num_programs=3), CPU, 2))
+    assert len(shares) == 15 + 7 + 8 + 4
     assert {what: share for what, share in shares.items() if not share <= 1} == {}
 
 
