@@ -69,7 +69,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         num_threads=1,
         kv_cache_bytes=300 * DEVICE_PAGE,
         speculation=SpeculationConfig(mode="off"),
-        attention=AttentionConfig(methods=(LABELS,), calibration=(str(path),)),
+        attention=AttentionConfig(methods=(LABELS,), calibration=(str(path),), num_channels=4),
     )
 
 

@@ -114,7 +114,8 @@ class SparseAttention:
                 continue
             q_RQD = q_TQD.index_select(0, group.at)
             if role is not Role.FOLLOW:
-                self._choose(method, group, q_RQD, k_pages, rows, rows.sparse, scale, layer)
+                lists = _lists_of(rows.sparse) if method is Method.TIDAL else None
+                self._choose(method, group, q_RQD, k_pages, rows, scale, layer, lists)
             elif not group.is_chosen:
                 _follow(group, rows, rows.sparse, k_pages)
             if role is not Role.LIST:
@@ -128,7 +129,8 @@ class SparseAttention:
         if group is None:
             return torch.empty(0, dtype=torch.int32, device=q_TQD.device)
         q_RQD = q_TQD.contiguous().index_select(0, group.at)
-        self._choose(Method.DOUBLE_SPARSITY, group, q_RQD, k_pages, rows, rows.sparse, scale, layer)
+        # Into `SparseRows.lists` too: who attends may have made these rows anew.
+        self._choose(Method.DOUBLE_SPARSITY, group, q_RQD, k_pages, rows, scale, layer, _lists_of(rows.sparse))
         # Behind a list shorter than the longest stands place 0, which may be copied, too.
         return group.rows.page_table.view(-1)
 
@@ -144,18 +146,16 @@ class SparseAttention:
         q_RQD: Tensor,
         k_pages: Tensor,
         rows: AttentionRows,
-        sparse: SparseRows,
         scale: float,
         layer: SparseLayer,
+        lists: Tensor | None,
     ) -> None:
-        """Rewrite the group's lists for this layer, and for TIDAL rows `SparseRows.lists`."""
+        """Rewrite the group's lists for this layer, and `lists`, the step's `SparseRows.lists`, where it is given."""
         num_kv, page_size = k_pages.shape[1:3]
         of_pages = method is Method.QUEST
         width = group.most_visible if not of_pages else -(-group.most_visible // page_size)
         ids_RKB = group.rows.page_table.view(len(q_RQD), num_kv, -1)
-        indices = None
-        if method is Method.TIDAL:
-            indices = _lists_of(sparse).index_select(0, group.places)
+        indices = None if lists is None else lists.index_select(0, group.places)
         at_a_time = max(1, _SCORE_BYTES // (2 * num_kv * width))
         for start in range(0, len(q_RQD), at_a_time):
             part = slice(start, start + at_a_time)
@@ -177,8 +177,8 @@ class SparseAttention:
                 scores, rows.page_table, seq, visible, budgets, ids_RKB[part],
                 None if indices is None else indices[part], page_size, of_pages, FIRST_KEYS, LAST_KEYS,
             )  # fmt: skip
-        if indices is not None:
-            _lists_of(sparse).index_copy_(0, group.places, indices)
+        if lists is not None and indices is not None:
+            lists.index_copy_(0, group.places, indices)
         group.is_chosen = True
 
     def _attend(
@@ -254,7 +254,7 @@ def _follow(group: Group, rows: AttentionRows, sparse: SparseRows, k_pages: Tens
 
 def _lists_of(sparse: SparseRows) -> Tensor:
     if sparse.lists is None:
-        raise ValueError("TIDAL rows need sparse.lists")
+        raise ValueError("rows that follow a list need sparse.lists")
     return sparse.lists
 
 

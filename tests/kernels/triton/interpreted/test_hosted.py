@@ -36,6 +36,8 @@ def test_a_choice_ahead_is_the_references_and_its_keys_are_all_that_is_read(int4
         ops.copy_keys((world.k, world.v), (k, v), chosen)
         follows = replace(world.layer, roles=FOLLOWS)
         outs.append(ops.paged_attention(q, k, v, rows, 0.25, layer=follows))
+        again = replace(rows)  # the same rows, as who attends may have made them
+        assert torch.equal(outs[-1], ops.paged_attention(q, k, v, again, 0.25, layer=follows))
         assert torch.equal(outs[-1], ops.paged_attention(q, world.k, world.v, rows, 0.25, layer=follows))
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
 
