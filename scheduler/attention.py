@@ -3,6 +3,10 @@
 The row of an output token is sparse by its position in the sequence, not by the step it is computed in: alone, as a
 draft under verification, or in a chunk after a preemption it reads the same keys (R4). Rows of the prompt are dense,
 or as `prompt_attention.py` says.
+
+Corrections come at positions, too: with `correct_every` n, the rows of the first kn output tokens are dense for
+whatever comes behind them. So each of them is computed twice, sparse for its own token and dense for those from the
+next multiple of n on (`decoding/autoregressive.py`).
 """
 
 from __future__ import annotations
@@ -28,17 +32,24 @@ class AttentionOffer:
     least_budget: int
 
 
+ALL_DENSE = 1 << 30
+"""Where the dense rows end of a sequence that has no others: behind every position."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attention:
     """Sparse attention of a request's output tokens; None in its place = every row reads all it may see.
 
     budget    most keys that a row reads, in each layer that the method does not leave dense
     lossless  only drafts are made so, and the rows that verify them read everything: the text is the dense one
+    correct_every   so many output tokens at a time have their keys and values computed again by rows that read
+                    everything, before the next token's row; 0 = never. Not with `lossless`: nothing is to be corrected
     """
 
     method: AttentionMethod
     budget: int
     lossless: bool = False
+    correct_every: int = 0
 
     def misfit(self, offers: Sequence[AttentionOffer]) -> tuple[str, str] | None:
         """(field, what is wrong with it) if no method that is offered can do this; None = one can."""
@@ -49,7 +60,17 @@ class Attention:
             return "method", f"is {self.method}, but {have} (sparse-attention)"
         if self.budget < offer.least_budget:
             return "budget", f"is {self.budget}, but {self.method} needs at least {offer.least_budget} keys here"
+        if self.correct_every < 0:
+            return "correct_every", f"is {self.correct_every}, but must be 0 (never) or a number of tokens"
+        if self.correct_every and self.lossless:
+            return "correct_every", f"is {self.correct_every}, but with lossless no key or value has to be corrected"
         return None
+
+    def dense_end(self, num_prompt: int, num_tokens: int) -> int:
+        """Where sparse rows begin for whoever knows `num_tokens` tokens: the row of the last one sees all before it
+        dense. Not to be asked of a lossless one, which has no sparse rows."""
+        every, num_before = self.correct_every, num_tokens - 1 - num_prompt
+        return num_prompt + (num_before // every * every if every and num_before > 0 else 0)
 
 
 def leaves_keys_out(attention: Attention | None) -> bool:

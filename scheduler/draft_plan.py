@@ -72,6 +72,7 @@ class DraftPlan:
         self.num_fused = 0
         self.num_prefill = 0
         self.num_recomputed = 0
+        self.num_corrected = 0
         self.num_preempted = 0
         self.context_tokens = 0
         self.prefill_context = 0
@@ -125,6 +126,7 @@ class DraftPlan:
             self.num_fused += rows - max(0, span.denoise.lo - span.start)
         self.num_prefill += rows
         self.num_judged += len(span.judged)
+        self.num_corrected += rows * seq.is_correcting
         self.num_recomputed += max(0, min(span.kv_len, seq.high_water) - span.start)
         self.prefill_context += rows * span.start + rows * (rows + 1) // 2
 

@@ -7,10 +7,11 @@ by the simulator and by the tests of everything above the worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from scheduler.attention import ALL_DENSE, leaves_keys_out
 from scheduler.fake_denoiser import run_block_span
 from scheduler.hashing import EMPTY, mix
 from scheduler.types import (
@@ -27,6 +28,22 @@ from scheduler.types import (
     StepPlan,
     TokenLogprob,
 )
+
+
+def row_kv(before: int, token: int, is_sparse: bool) -> int:
+    """The KV of a row behind `before`; a sparse one leaves its mark on all that follow it, until it is corrected."""
+    return mix(mix(before, token), 1) if is_sparse else mix(before, token)
+
+
+def context_kv(request: Request, tokens: Sequence[int]) -> int:
+    """The KV of the last of `tokens`, the first ones of the request, when nothing is left to correct behind it."""
+    attention, kv = request.attention, EMPTY
+    dense_end = ALL_DENSE
+    if attention is not None and not attention.lossless:
+        dense_end = attention.dense_end(len(request.prompt), len(tokens))
+    for index, token in enumerate(tokens):
+        kv = row_kv(kv, token, index >= dense_end)
+    return kv
 
 
 def next_token(request: Request, kv: int, vocab_size: int) -> int:
@@ -50,13 +67,14 @@ def run_alone(
         if index and request.sampling.prompt_logprobs is not None and not request.output:
             logprobs.append(token_logprob(kv, token))
         kv = mix(kv, token)
-    for token in request.output:
-        kv = mix(kv, token)
+    tokens = [*request.prompt, *request.output]
+    kv = context_kv(request, tokens)
     new: list[int] = []
     while len(request.output) + len(new) < request.max_tokens:
         token = next_token(request, kv, vocab_size)
         new.append(token)
-        kv = mix(kv, token)
+        tokens.append(token)
+        kv = mix(kv, token) if request.attention is None else context_kv(request, tokens)
         if token in request.stop_ids:
             return tuple(new), FinishReason.STOP, tuple(logprobs)
         if len(request.prompt) + len(request.output) + len(new) >= max_model_len:
@@ -68,13 +86,13 @@ def output_logprobs(request: Request, tokens: tuple[int, ...]) -> tuple[TokenLog
     """The oracle's logprobs of new output `tokens`, if the request asks for any."""
     if request.sampling.logprobs is None:
         return ()
-    kv = EMPTY
-    for token in (*request.prompt, *request.output):
-        kv = mix(kv, token)
+    known = [*request.prompt, *request.output]
+    kv = context_kv(request, known)
     logprobs = []
     for token in tokens:
         logprobs.append(token_logprob(kv, token))
-        kv = mix(kv, token)
+        known.append(token)
+        kv = mix(kv, token) if request.attention is None else context_kv(request, known)
     return tuple(logprobs)
 
 
@@ -183,7 +201,8 @@ class FakeWorker:
         """Tokens, their logprobs, prompt logprobs of a chunk or of a plain decode."""
         assert tuple(known.tokens[span.start : span.kv_len]) == span.tokens, "the span's tokens are not the sequence's"
         for index, token in enumerate(span.tokens, span.start):
-            self._write(known, index, mix(self._read(known, index - 1), token))
+            is_sparse = _is_sparse(known.request, span, index)
+            self._write(known, index, row_kv(self._read(known, index - 1), token, is_sparse))
         tokens: list[int] = []
         logprobs, prompt_logprobs = [], []
         assert (span.read is Read.SAMPLE) == bool(span.judged), "rows are judged exactly when they are read"
@@ -210,7 +229,8 @@ class FakeWorker:
         assert all(0 <= parent < row for row, parent in enumerate(parents[1:], 1)), "parents come before children"
         hashes: list[int] = []
         for row, (token, parent) in enumerate(zip(span.tokens, parents, strict=True)):
-            hashes.append(mix(hashes[parent] if row else self._read(known, start - 1), token))
+            before = hashes[parent] if row else self._read(known, start - 1)
+            hashes.append(row_kv(before, token, _is_sparse(known.request, span, start + row)))
             self._write(known, start + row, hashes[row])
         tokens, logprobs, node = [], [], 0
         while True:
@@ -230,11 +250,15 @@ class FakeWorker:
             kv = self._read(known, len(known.tokens) - 2)
             tokens = [known.tokens[-1]]
             for _ in range(count):
-                kv = mix(kv, tokens[-1])
+                kv = row_kv(kv, tokens[-1], leaves_keys_out(known.request.attention))
                 tokens.append(next_token(known.request, kv, self.vocab_size))
             return tuple(tokens[1:])
 
         return self._drafter(known, num_drafts, truth)
+
+
+def _is_sparse(request: Request, span: Span, index: int) -> bool:
+    return leaves_keys_out(request.attention) and index >= max(len(request.prompt), span.dense_end)
 
 
 def features_of(plan: StepPlan) -> StepFeatures:

@@ -6,7 +6,6 @@ committed, and it writes past its committed tokens (R2, R3).
 
 from __future__ import annotations
 
-from scheduler.attention import leaves_keys_out
 from scheduler.pages import PagePool
 from scheduler.prefix import PageName, PrefixIndex
 from scheduler.prompt_attention import chosen_by
@@ -36,11 +35,10 @@ class KVMemory:
         """Full pages of the first `num_tokens` tokens whose KV is what any other request under their names computes.
 
         Behind a sparse row's first sparse layer, keys and values are approximations: such pages of output are the
-        request's own, and those of a block-sparse prompt have names that tell (`name_pages`).
+        request's own until they are corrected, and those of a block-sparse prompt have names that tell (`name_pages`);
+        all output behind such a prompt is the request's own.
         """
-        num_prompt = len(seq.request.prompt)
-        if leaves_keys_out(seq.request.attention):
-            num_tokens = min(num_tokens, num_prompt)
+        num_prompt, num_tokens = len(seq.request.prompt), min(num_tokens, seq.dense_end)
         if (chosen := chosen_by(seq.request.prompt_attention, num_prompt)) is not None:
             num_tokens = chosen.num_shareable(num_tokens, num_prompt)
         return num_tokens // self.page_size

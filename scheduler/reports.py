@@ -65,6 +65,7 @@ def step_stats(
         generated_tokens=generated,
         num_preempted=draft.num_preempted,
         recomputed_tokens=draft.num_recomputed,
+        corrected_tokens=draft.num_corrected,
         prefix_queries=draft.prefix_queries,
         prefix_hits=draft.prefix_hits,
         accepted_tokens=report.num_accepted,

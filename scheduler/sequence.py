@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from scheduler.attention import ALL_DENSE
 from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Sequence:
     high_water      most tokens ever committed: what is computed again below it was lost to a preemption
     pages           page table; page_names the chained names of its full pages; num_entered pages offered to the index
     num_announced   pages announced as pending in the index
+    dense_end       rows before it are dense for good: the prompt's, and those that were corrected; rows from it on may
+                    leave keys out, so that their pages are the request's own (`scheduler/attention.py`)
     deferred_on     name of the page it waits for a running sequence to compute
     waiting_since_s when it entered the queue, last time
     last_step       of one that ended: its pages are its own until this step is over
@@ -54,6 +57,7 @@ class Sequence:
     page_names: list[bytes] = field(default_factory=list)
     num_entered: int = 0
     num_announced: int = 0
+    dense_end: int = ALL_DENSE
     deferred_on: bytes | None = None
     waiting_since_s: float = 0.0
     finish_reason: FinishReason | None = None
@@ -66,6 +70,11 @@ class Sequence:
     drafting: DraftState | None = None
     denoising: DenoiseState | None = None
     last_step: int = 0
+
+    @property
+    def is_correcting(self) -> bool:
+        """Rows of its output are computed again, and its last token waits for them."""
+        return self.num_committed < self.prefill_end == self.dense_end and self.num_output > 0
 
     @property
     def num_output(self) -> int:

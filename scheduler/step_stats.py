@@ -11,7 +11,8 @@ from scheduler.speculation import DraftTally
 class StepStats:
     """One step in numbers, for metrics and the status line. Counts are of this step; gauges are as it ends.
 
-    prefill_tokens    prompt rows computed; recomputed_tokens of these had been computed before a preemption
+    prefill_tokens    prompt rows computed; recomputed_tokens of these had been computed before a preemption, and
+                      corrected_tokens are rows of output computed again because they had left keys out
     generated_tokens  output tokens in this step's deltas
     num_preempted     sequences that lost their pages in this step
     prefix_queries    tokens of the requests admitted for the first time that looked into the prefix cache
@@ -41,6 +42,7 @@ class StepStats:
     num_waiting: int = 0
     num_preempted: int = 0
     recomputed_tokens: int = 0
+    corrected_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     pages_used: int = 0

@@ -116,6 +116,7 @@ class Span(NamedTuple):
                 ancestors and itself. At most `MAX_TREE_NODES` tokens
     num_drafts  most drafts wanted for the sequence's next span, proposed at the end of this step; 0 = no drafter works
     denoise     there if `read` is DENOISE
+    dense_end   where the request's attention is sparse: rows before this KV index read everything, as the prompt's do
     positions   of a bidirectional span that brings only some rows: the sequence position (= KV index) of each token,
                 ascending; () = start, start + 1, ...
     num_masks   rows of mask tokens behind the span, to the end of their block at most, whose answers are drafts
@@ -132,6 +133,7 @@ class Span(NamedTuple):
     num_drafts: int = 0
     denoise: Denoise | None = None
     positions: tuple[int, ...] = ()
+    dense_end: int = 0
     num_masks: int = 0
 
 

@@ -83,6 +83,8 @@ def _attention(facts: EngineInfo) -> list[str]:
     methods = ", ".join(f"{offer.method} (from {offer.least_budget} keys)" for offer in facts.attention)
     default = facts.default_attention
     unasked = "dense" if default is None else f"{default.method}, {default.budget} keys: lossy, the text differs"
+    if default is not None and default.correct_every:
+        unasked += f", corrected every {default.correct_every} tokens"
     return [f"attention {methods}; unless asked: {unasked}"]
 
 

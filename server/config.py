@@ -123,6 +123,7 @@ class ServerConfig(BaseModel):
         "dense", "of requests that say nothing; not dense: the text is another"
     )
     attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")
+    attention_correct_every: int = _sparse(0, "output tokens whose KV is computed again at a time; 0 = never", ge=0)
     attention_prefill: Literal["dense", "xattention", "pbs"] = _sparse(
         "dense", "of the prompts of requests that say nothing; not dense: the text is another"
     )

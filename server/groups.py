@@ -32,6 +32,7 @@ def attention_config(config: ServerConfig) -> AttentionConfig:
         methods=config.sparse_attention or (),
         default=config.attention_method,
         budget=config.attention_budget,
+        correct_every=config.attention_correct_every,
         prefill=config.attention_prefill,
         prefill_threshold=config.attention_prefill_threshold,
         prefill_from=config.attention_prefill_from,

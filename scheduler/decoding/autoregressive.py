@@ -2,10 +2,15 @@
 
 A sequence is prompt + output; a resubmitted or preempted one arrives with output, which is prefilled like a prompt
 (R4).
+
+Where sparse rows are corrected, no span goes past the next multiple of `Attention.correct_every` output tokens before
+those in front of it are computed again: as if these few were a prompt that is not computed yet, in chunks, with the
+token behind them known already. After a preemption they are computed once, in their final form.
 """
 
 from __future__ import annotations
 
+from scheduler.attention import ALL_DENSE
 from scheduler.decoding.base import After, BadOutcome, News, Widths
 from scheduler.decoding.drafts import accepted_path, span_parents
 from scheduler.sequence import Sequence
@@ -19,6 +24,8 @@ class Autoregressive:
     """Decoding state machine of an autoregressive request (protocol: decoding/base.py)."""
 
     __slots__ = (
+        "_correct_at",
+        "_dense_end",
         "_max_tokens",
         "_max_total",
         "_num_logprobs_due",
@@ -47,6 +54,17 @@ class Autoregressive:
         self._wants_logprobs = request.sampling.logprobs is not None
         self._waits_for_tokens = request.sampling.needs_tokens
         self.drafts: Drafts | None = None
+        self._find_dense_end()
+
+    def _find_dense_end(self) -> None:
+        """The rows that are dense behind the last known token, and the position whose row waits for a correction."""
+        seq, attention = self._seq, self._seq.request.attention
+        self._dense_end, self._correct_at = 0, ALL_DENSE
+        if attention is None or attention.lossless:
+            return
+        seq.dense_end = self._dense_end = attention.dense_end(len(seq.request.prompt), len(seq.tokens))
+        if attention.correct_every:
+            self._correct_at = seq.dense_end + attention.correct_every
 
     @property
     def judges_prompt(self) -> bool:
@@ -67,7 +85,8 @@ class Autoregressive:
 
     @property
     def most_drafts(self) -> int:
-        return self._max_total - len(self._seq.tokens) - 1
+        """The last of their rows is in front of the next correction."""
+        return min(self._max_total - 1, self._correct_at) - len(self._seq.tokens)
 
     def next_span(self, budget: int, num_drafts: int = 0) -> Span:
         seq = self._seq
@@ -75,23 +94,25 @@ class Autoregressive:
         tokens = seq.tokens
         known = len(tokens)
         if seq.prefill_end <= start == known - 1:
-            if budget > 1 and self.drafts is not None:
-                return self._verify_span(self.drafts, min(budget - 1, self.most_drafts), num_drafts)
-            return Span(seq.seq_id, (tokens[start],), start, known, 1, _FIRST_ROW, _SAMPLE, (), num_drafts)
+            most = 0 if budget == 1 or self.drafts is None else min(budget - 1, self.most_drafts)
+            if most > 0 and self.drafts is not None and self.drafts.tokens:
+                return self._verify_span(self.drafts, most, num_drafts)
+            one, dense_end = (tokens[start],), self._dense_end
+            return Span(seq.seq_id, one, start, known, 1, _FIRST_ROW, _SAMPLE, (), num_drafts, None, (), dense_end)
         end = min(known, start + budget)
         judged = self._judged_rows(start, end)
         read = Read.SAMPLE if judged else Read.NOTHING
-        return Span(seq.seq_id, tuple(tokens[start:end]), start, end, 1, judged, read, (), num_drafts)
+        chunk = tuple(tokens[start:end])
+        return Span(seq.seq_id, chunk, start, end, 1, judged, read, (), num_drafts, dense_end=self._dense_end)
 
     def _verify_span(self, drafts: Drafts, most: int, num_drafts: int) -> Span:
         seq = self._seq
         start = seq.num_committed
-        tokens = (seq.tokens[start], *drafts.tokens[: max(0, most)])
-        rows = len(tokens)
-        if rows == 1:
-            return Span(seq.seq_id, tokens, start, start + 1, 1, _FIRST_ROW, _SAMPLE, (), num_drafts)
-        parents = span_parents(drafts, rows - 1)
-        return Span(seq.seq_id, tokens, start, start + rows, 1, tuple(range(rows)), Read.VERIFY, parents, num_drafts)
+        tokens = (seq.tokens[start], *drafts.tokens[:most])
+        end, judged = start + len(tokens), tuple(range(len(tokens)))
+        parents = span_parents(drafts, len(tokens) - 1)
+        read, dense_end = Read.VERIFY, self._dense_end
+        return Span(seq.seq_id, tokens, start, end, 1, judged, read, parents, num_drafts, dense_end=dense_end)
 
     def _judged_rows(self, start: int, end: int) -> tuple[int, ...]:
         """Rows that predict a prompt token somebody asked about, and the last token's row unless nothing is generated.
@@ -109,11 +130,13 @@ class Autoregressive:
         return end == len(self._seq.tokens) and self._max_tokens > 0
 
     def foresee(self, span: Span) -> After:
-        """OPEN where drafts are at work, where prompt log-probabilities are read, and where the host weighs what was
-        sampled before the next token is."""
+        """OPEN where drafts are at work, where prompt log-probabilities are read, where the host weighs what was
+        sampled before the next token is, and where a correction begins or ends."""
         num_judged, end = len(span.judged), span.kv_len
         is_last = end == len(self._seq.tokens)
         if span.num_drafts or self.drafts is not None or num_judged > is_last:
+            return After.OPEN
+        if end == self._correct_at or end == self._seq.prefill_end < len(self._seq.tokens):
             return After.OPEN
         if not is_last:
             return After.PROMPT
@@ -136,9 +159,11 @@ class Autoregressive:
         else:
             prompt_logprobs = ()
         seq.num_committed = end
-        self.drafts = outcome.drafts
         if expected:
+            # Drafts are for the token behind the last one, so those that came before a correction wait for its end.
+            self.drafts = outcome.drafts
             self._append(outcome.tokens[0])
+            self._correct_if_due()
         elif end == len(seq.tokens):
             seq.finish_reason = FinishReason.LENGTH
         return News(outcome.tokens, outcome.logprobs, prompt_logprobs)
@@ -160,6 +185,7 @@ class Autoregressive:
                 break
         # The KV of the token that was sampled last is not written yet, unless the text ended before it.
         seq.num_committed = min(span.start + len(outcome.tokens), len(seq.tokens))
+        self._correct_if_due()
         usage = self._usage(len(span.tokens) - 1, min(len(path), num_new))
         self.drafts = outcome.drafts
         return News(outcome.tokens[:num_new], outcome.logprobs[:num_new], speculation=usage)
@@ -187,8 +213,16 @@ class Autoregressive:
         elif len(seq.tokens) >= self._max_total:
             seq.finish_reason = FinishReason.LENGTH
 
+    def _correct_if_due(self) -> None:
+        """Turn the rows since the last correction into rows to compute, unless the text has ended."""
+        seq = self._seq
+        if seq.num_committed == self._correct_at and seq.finish_reason is None:
+            seq.num_committed, seq.prefill_end = seq.dense_end, self._correct_at
+            self._find_dense_end()
+
     def restart(self) -> None:
-        """All state is in the tokens, and sent prompt logprobs stay sent; drafters start anew with the KV."""
+        """All state is in the tokens, sent prompt logprobs stay sent, and what was corrected will be dense at once;
+        drafters start anew with the KV."""
         self.drafts = None
 
 

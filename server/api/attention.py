@@ -22,11 +22,13 @@ class AttentionFacts:
     offers   the methods that requests may choose
     default  what a request gets that says nothing; None = dense
     budget   keys a row reads where a request does not say
+    correct_every   output tokens between two corrections where it does not; 0 = none
     """
 
     offers: tuple[AttentionOffer, ...] = ()
     default: Attention | None = None
     budget: int = 1024
+    correct_every: int = 0
 
 
 def read_attention(
@@ -42,8 +44,10 @@ def read_attention(
             _check_without_method(fields)
         return None if decoding is not None else facts.default
     if fields.method == DENSE:
-        if fields.budget is not None:
-            raise invalid("attention.budget", "attention.budget is given, but attention.method dense reads every key")
+        for name, value in (("budget", fields.budget), ("correct_every", fields.correct_every)):
+            if value is not None:
+                message = f"attention.{name} is given, but attention.method dense reads every key"
+                raise invalid(f"attention.{name}", message)
         if fields.lossless:
             raise invalid("attention.lossless", "attention.lossless is true, but attention.method dense loses nothing")
         return None
@@ -53,8 +57,12 @@ def read_attention(
     if decoding is not None:
         message = f"attention.method is {fields.method}, but decoding.policy {decoding.policy} denoises"
         raise invalid("attention", f"{message}: sparse attention is for tokens decoded one by one")
+    every = 0 if fields.lossless else facts.correct_every
     asked = Attention(
-        AttentionMethod(fields.method), facts.budget if fields.budget is None else fields.budget, fields.lossless
+        AttentionMethod(fields.method),
+        facts.budget if fields.budget is None else fields.budget,
+        fields.lossless,
+        every if fields.correct_every is None else fields.correct_every,
     )
     if (problem := asked.misfit(facts.offers)) is not None:
         raise invalid(f"attention.{problem[0]}", f"attention.{problem[0]} {problem[1]}")
@@ -69,8 +77,13 @@ def read_attention(
 def _check_without_method(fields: AttentionFields) -> None:
     if fields.prefill is None and fields.prefill_threshold is None:
         raise invalid("attention", "attention has neither method nor prefill; name one of them")
-    for name, is_given in (("budget", fields.budget is not None), ("lossless", fields.lossless)):
-        if is_given:
+    is_given = {
+        "budget": fields.budget is not None,
+        "lossless": fields.lossless,
+        "correct_every": fields.correct_every is not None,
+    }
+    for name in is_given:
+        if is_given[name]:
             raise invalid(f"attention.{name}", f"attention.{name} is given, but attention.method is not")
 
 
@@ -93,4 +106,6 @@ def attention_usage(
     if attention is None:
         return {"attention": {"method": DENSE} | of_prompt}
     shown_as: dict[str, object] = {"method": attention.method.value, "budget": attention.budget}
-    return {"attention": shown_as | ({"lossless": True} if attention.lossless else {}) | of_prompt}
+    lossless = {"lossless": True} if attention.lossless else {}
+    corrected = {"correct_every": attention.correct_every} if attention.correct_every else {}
+    return {"attention": shown_as | lossless | corrected | of_prompt}

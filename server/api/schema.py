@@ -136,7 +136,8 @@ class DecodingFields(BaseModel):
 
 
 class AttentionFields(BaseModel):
-    """`attention`: how many keys the tokens of the answer (method, budget, lossless) and of the prompt (prefill) read.
+    """`attention`: how many keys the tokens of the answer (method, budget, lossless, correct_every) and of the prompt
+    (prefill) read.
 
     None = the server's default.
     """
@@ -146,6 +147,7 @@ class AttentionFields(BaseModel):
     method: str | None = None
     budget: int | None = None
     lossless: bool = False
+    correct_every: int | None = None
     prefill: str | None = None
     prefill_threshold: float | None = None
 

@@ -105,7 +105,9 @@ class Services:
                 info.model_len,
                 max(self.admission.max_tokens, info.model_len),
             ),
-            attention=AttentionFacts(info.attention, info.default_attention, info.attention_budget),
+            attention=AttentionFacts(
+                info.attention, info.default_attention, info.attention_budget, info.attention_correct_every
+            ),
             prompt_attention=PromptAttentionFacts(info.prompt_attention, info.default_prompt_attention),
             diffusion=info.diffusion,
             delimiters=self.delimiters,

@@ -19,6 +19,7 @@ class AttentionConfig:
     methods      those that requests may choose, for their output or their prompt; the KV memory keeps what they need
     default      of requests that say nothing: dense, or one of `methods`
     budget       keys that a row reads where a request does not say
+    correct_every   output tokens between two corrections where a request does not say; 0 = none
     prefill      of the prompts of requests that say nothing: dense, or one of `methods`
     prefill_threshold, prefill_from   `PromptAttention.threshold` where a request does not say, and its `dense`
     calibration, num_channels, label_dtype, offload, offload_bytes   as `server/worker/sparse_config.py` has them
@@ -27,6 +28,7 @@ class AttentionConfig:
     methods: tuple[str, ...] = ()
     default: str = DENSE
     budget: int = 1024
+    correct_every: int = 0
     prefill: str = DENSE
     prefill_threshold: float = 0.9
     prefill_from: int = 4096
@@ -90,4 +92,4 @@ class AttentionConfig:
         methods = tuple(name for name in self.methods if name != AttentionMethod.DOUBLE_SPARSITY)
         default = DENSE if self.default == AttentionMethod.DOUBLE_SPARSITY else self.default
         prompts = (self.prefill, self.prefill_threshold, self.prefill_from)
-        return AttentionConfig(methods, default, self.budget, *prompts)
+        return AttentionConfig(methods, default, self.budget, self.correct_every, *prompts)

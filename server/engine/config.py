@@ -163,7 +163,8 @@ class EngineInfo:
     max_drafts  most drafts of one sequence in one step
     speculation, synthetic_acceptance   as configured (`SpeculationConfig`)
     attention   the sparse methods that requests may choose
-    default_attention, attention_budget   what requests get that say nothing, or no budget
+    default_attention   what requests get that say nothing
+    attention_budget, attention_correct_every   of those that leave them out
     prompt_attention, default_prompt_attention   the same for prompts, with the threshold of who names none
     name, also  of several models: this one's name in `Request.model`, and what there is besides the first
     """
@@ -198,6 +199,7 @@ class EngineInfo:
     attention: tuple[AttentionOffer, ...] = ()
     default_attention: Attention | None = None
     attention_budget: int = 1024
+    attention_correct_every: int = 0
     prompt_attention: tuple[PromptAttention, ...] = ()
     default_prompt_attention: PromptAttention | None = None
     name: str = ""

@@ -93,7 +93,7 @@ def default_attention(config: AttentionConfig, offers: tuple[AttentionOffer, ...
     """What a request gets that says nothing. Raises ValueError for a budget that the method cannot work with."""
     if config.default == DENSE:
         return None
-    found = Attention(AttentionMethod(config.default), config.budget)
+    found = Attention(AttentionMethod(config.default), config.budget, correct_every=config.correct_every)
     if (misfit := found.misfit(offers)) is not None:
         raise ValueError(f"attention-{misfit[0]} {misfit[1]}")
     return found
@@ -180,7 +180,7 @@ def describe(config: EngineConfig, worker: Worker, phases: tuple[tuple[str, floa
     known |= {"synthetic_acceptance": asked.synthetic_acceptance, "name": config.name}
     known |= {"diffusion": diffusion_model(config, facts.diffusion)}
     known |= {"default_attention": default_attention(config.attention, facts.attention)}
-    known |= {"attention_budget": config.attention.budget}
+    known |= {"attention_budget": config.attention.budget, "attention_correct_every": config.attention.correct_every}
     known |= {"prompt_attention": config.attention.for_prompts()}
     known |= {"default_prompt_attention": config.attention.default_for_prompts()}
     return EngineInfo(**known)

@@ -50,6 +50,7 @@ class StepMetrics:
         self._hits = make.counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = make.counter("vllm:num_preemptions", "Preempted sequences")
         self._recomputed = make.counter("vllm:prompt_tokens_recomputed", "Tokens computed again after a preemption")
+        self._corrected = make.counter("braid_corrected_tokens", "Output tokens computed again, all keys read")
         self._ahead = make.counter("braid_steps_ahead", "Steps launched before the tokens of the one before were known")
         self._surplus = make.counter("braid_surplus_tokens", "Their rows of sequences that turned out to have ended")
         self._compiled = make.counter("braid_kernel_compilations", "Kernels compiled while serving: 0 is right")
@@ -84,6 +85,7 @@ class StepMetrics:
             (self._hits, stats.prefix_hits),
             (self._preemptions, stats.num_preempted),
             (self._recomputed, stats.recomputed_tokens),
+            (self._corrected, stats.corrected_tokens),
             (self._ahead, int(stats.is_ahead)),
             (self._surplus, stats.num_surplus),
             (self._compiled, stats.num_compiled),

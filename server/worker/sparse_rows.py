@@ -1,7 +1,8 @@
 """Which rows of a step are sparse, as the back end reads it.
 
-A row is sparse if its token is output of a request with `Request.attention`: a matter of its position alone, so that a
-step computed again after a preemption, or a draft that is verified, reads what the decode step would have read.
+A row is sparse if its token is output of a request with `Request.attention` and not corrected (`Span.dense_end`): a
+matter of positions alone, so that a step computed again after a preemption, or a draft that is verified, reads what the
+decode step would have read.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def sparse_rows(
             continue
         if span.parents:
             raise ValueError(f"the span of sequence {span.seq_id} is a tree, but its rows read a part of their keys")
-        first = first_rows[at] + max(0, state.num_prompt - span.start)
+        first = first_rows[at] + max(0, max(state.num_prompt, span.dense_end) - span.start)
         count = max(0, first_rows[at + 1] - first)
         index[first : first + count] = np.arange(len(methods), len(methods) + count)
         methods += [METHODS[asked.method]] * count

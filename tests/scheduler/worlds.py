@@ -58,6 +58,13 @@ class Story:
         return not self.is_aborted and not (self.deltas and self.deltas[-1].finish_reason is not None)
 
     @property
+    def is_corrected(self) -> bool:
+        """So many tokens are out that the rows of some must be computed again before the next one's."""
+        attention, num_output = self.request.attention, len(self.request.output) + len(self.tokens)
+        every = 0 if attention is None else attention.correct_every
+        return every > 0 and num_output > 1 and (num_output - 1) % every == 0
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         return tuple(token for delta in self.deltas for token in delta.tokens)
 
@@ -145,8 +152,8 @@ class World:
         return plan, self.worker.run(plan)
 
     def _check_decodes(self, plan: StepPlan) -> None:
-        """R1: who decoded in the step before decodes in this one, unless it ended or lost its pages."""
-        due = {seq_id for seq_id, story in self._decoding.items() if story.is_alive}
+        """R1: who decoded in the step before decodes in this one, unless it ended, lost its pages or is corrected."""
+        due = {seq_id for seq_id, story in self._decoding.items() if story.is_alive and not story.is_corrected}
         placed = {span.seq_id for span in plan.spans}
         refused = due - placed - set(plan.released)
         assert not refused, f"R1: decodes {sorted(refused)} were refused"
@@ -183,6 +190,7 @@ class World:
         assert stats.step == plan.step
         assert stats.pages_used + stats.pages_cached <= stats.pages_total
         assert stats.recomputed_tokens <= stats.prefill_tokens
+        assert stats.corrected_tokens <= stats.prefill_tokens
         assert stats.prefix_hits <= stats.prefix_queries
 
     def _receive(self, delta: Delta) -> None:

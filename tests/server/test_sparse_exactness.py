@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,12 @@ BYTES_PER_PAGE = 4 * 2 * 2 * 64 * 4 * PAGE  # layers x (K and V) x KV heads x he
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    path = tmp_path_factory.mktemp("calibration") / "channels.safetensors"
+    return tiny_config(tmp_path_factory.mktemp("calibration"))
+
+
+def tiny_config(folder: Path) -> EngineConfig:
+    """The embedded model with every method; its label channels, drawn by lot, are kept in `folder`."""
+    path = folder / "channels.safetensors"
     generator = torch.Generator().manual_seed(1)
     orders = [torch.randperm(64, generator=generator) for _ in range(4 * 2)]
     channels = torch.stack(orders).view(4, 2, 64).to(torch.int16)

@@ -38,6 +38,8 @@ def ask(server: Server, path: str = "/v1/completions", **fields: Any) -> Any:
         ({"method": "quest"}, Attention(AttentionMethod.QUEST, 256)),
         ({"method": "tidal", "budget": 69}, Attention(AttentionMethod.TIDAL, 69)),
         ({"method": "tidal", "lossless": True}, Attention(AttentionMethod.TIDAL, 256, True)),
+        ({"method": "tidal", "correct_every": 64}, Attention(AttentionMethod.TIDAL, 256, correct_every=64)),
+        ({"method": "tidal", "correct_every": 0}, Attention(AttentionMethod.TIDAL, 256)),
         ({"method": "dense"}, None),
     ],
 )
@@ -50,6 +52,7 @@ def test_what_is_asked_reaches_the_engine_and_is_reported(
     shown: dict[str, Any] = {"method": "dense"}
     if wanted is not None:
         shown = {"method": wanted.method, "budget": wanted.budget} | ({"lossless": True} if wanted.lossless else {})
+        shown |= {"correct_every": wanted.correct_every} if wanted.correct_every else {}
     assert answer.json()["usage"]["attention"] == shown
 
 
@@ -69,6 +72,19 @@ def test_who_says_nothing_gets_the_servers_method_and_no_report(server: Server) 
         server.engine.info = info
 
 
+def test_who_does_not_say_is_corrected_as_often_as_the_server_says(server: Server) -> None:
+    info = server.engine.info
+    try:
+        server.engine.info = replace(info, attention_correct_every=32)
+        for fields, every in (({}, 32), ({"correct_every": 8}, 8), ({"correct_every": 0}, 0), ({"lossless": True}, 0)):
+            assert ask(server, attention={"method": "quest", **fields}).status_code == 200
+            asked = server.engine.requests[-1].attention
+            assert asked is not None
+            assert asked.correct_every == every
+    finally:
+        server.engine.info = info
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
@@ -77,6 +93,9 @@ def test_who_says_nothing_gets_the_servers_method_and_no_report(server: Server) 
         ({"attention": {"method": "double_sparsity"}}, "attention.method", "this server has dense and quest, tidal"),
         ({"attention": {"method": "lsh"}}, "attention.method", "is lsh, but must be one of dense, quest"),
         ({"attention": {"method": "dense", "budget": 512}}, "attention.budget", "dense reads every key"),
+        ({"attention": {"method": "dense", "correct_every": 8}}, "attention.correct_every", "dense reads every key"),
+        ({"attention": {"method": "quest", "correct_every": -1}}, "attention.correct_every", "is -1, but must be 0"),
+        ({"attention": LOSSLESS | {"correct_every": 8}}, "attention.correct_every", "with lossless no key or value"),
         ({"attention": {"budget": 512}}, "attention", ""),
         ({"attention": {"method": "quest", "pages": 3}}, "attention", ""),
         ({"attention": "quest"}, "attention", ""),
