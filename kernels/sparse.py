@@ -20,6 +20,8 @@ from torch import Tensor
 FIRST_KEYS = 4
 LAST_KEYS = 64
 """Always read, within the budget: attention sinks, and what was just said."""
+SUB_PAGE = 8
+"""Keys that have bounds of their own, of a page that is so many times as long."""
 DENSE_LAYERS = 2
 """The first layers attend to everything for every row; their scores are spread too evenly for any method."""
 
@@ -27,7 +29,7 @@ DENSE_LAYERS = 2
 class Method(IntEnum):
     """How a row chooses.
 
-    QUEST            whole pages, by an upper bound of q.k from the page's elementwise smallest and largest key
+    QUEST            whole pages, by an upper bound of q.k from the elementwise extremes of each sub-page's keys
     DOUBLE_SPARSITY  single keys, by q.k over a few channels that were found to matter (the keys' labels)
     TIDAL            single keys, by the q.k that one layer has computed for all of them; the layers after it follow
     """
@@ -61,7 +63,8 @@ class SparseLayer:
     """What one layer's KV memory has for sparse rows, beside its pages and under their ids (`Ops.allocate_sparse`).
 
     roles     by `Method`
-    bounds    of complete pages, for QUEST: written whenever a row is written to a page's last slot, from all its keys
+    bounds    of complete sub-pages, for QUEST: written whenever a row is written to the last slot of one, from all its
+              keys. Only complete pages are scored, each by its best sub-page
     labels    of every key, for DOUBLE_SPARSITY
     channels  int32 [K, C]: the elements of a rotated key that are its label
     label_scales  of labels that are codes of 4 bits (label_codes.py); None = they are elements as they are
@@ -95,6 +98,12 @@ class SparseRows:
     methods: Tensor
     budgets: Tensor
     lists: Tensor | None = None
+
+
+def sub_page(page_size: int) -> int:
+    """Keys that have bounds of their own: where a page is large, its elementwise extremes are of keys so far apart that
+    they bound nothing, and one key that matters does not stand out (attention.md 4.3)."""
+    return page_size if page_size % SUB_PAGE else SUB_PAGE
 
 
 def least_budget(method: Method, page_size: int) -> int:

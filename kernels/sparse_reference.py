@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.hosted import chosen_places
 from kernels.label_codes import decode, encode, num_bytes
 from kernels.ops import AttentionRows
-from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, SparseLayer, SparseRows
+from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, SparseLayer, SparseRows, sub_page
 
 
 def allocate(
@@ -22,10 +22,11 @@ def allocate(
     channels_KC: Tensor | None,
     int4_labels: bool = False,
 ) -> SparseLayer:
-    """bounds [P, K, 2, D] (smallest, largest) and labels [P, K, S, C], of the pages' dtype; as codes of 4 bits
-    [P, K, S, B] with scales [P, K, S]."""
+    """bounds [P, K, N, 2, D] (smallest, largest) of N sub-pages and labels [P, K, S, C], of the pages' dtype; as codes
+    of 4 bits [P, K, S, B] with scales [P, K, S]."""
     num_pages, num_kv, page_size, head_dim = k_pages.shape
-    bounds = k_pages.new_empty((num_pages, num_kv, 2, head_dim)) if has_bounds else None
+    sub_pages = (num_pages, num_kv, page_size // sub_page(page_size), 2, head_dim)
+    bounds = k_pages.new_empty(sub_pages) if has_bounds else None
     if channels_KC is None:
         return SparseLayer(roles, bounds)
     shape, num_channels = (num_pages, num_kv, page_size), channels_KC.shape[1]
@@ -40,9 +41,11 @@ def write(layer: SparseLayer, k_pages: Tensor, slots_T: Tensor) -> None:
     page_size = k_pages.shape[2]
     pages, offsets = slots_T // page_size, slots_T % page_size
     if layer.bounds is not None:
-        complete = pages[offsets == page_size - 1]
-        keys_PKSD = k_pages[complete]
-        layer.bounds[complete] = torch.stack((keys_PKSD.amin(2), keys_PKSD.amax(2)), dim=2)
+        size = sub_page(page_size)
+        complete = offsets % size == size - 1
+        at, parts = pages[complete], offsets[complete] // size
+        keys_TKsD = k_pages.view(*k_pages.shape[:2], -1, size, k_pages.shape[3])[at, :, parts]
+        layer.bounds[at, :, parts] = torch.stack((keys_TKsD.amin(2), keys_TKsD.amax(2)), dim=2)
     if layer.labels is not None:
         assert layer.channels is not None
         channels_TKC = layer.channels.long().expand(len(slots_T), -1, -1)
@@ -128,13 +131,14 @@ def _choose_pages(
 ) -> Tensor:
     """Places in the page table [K, budget // S], ascending. Scored pages end before the last LAST_KEYS keys begin.
 
-    The bound of a page is sum_d max(q_d min_d, q_d max_d) >= q.k of each of its keys; of a group of heads the highest.
+    The bound of a sub-page is sum_d max(q_d min_d, q_d max_d) >= q.k of each of its keys; a page has the highest of its
+    sub-pages' and of its group's heads'.
     """
     assert layer.bounds is not None
     first_late = (visible - LAST_KEYS) // page_size
-    bounds_KPD2 = layer.bounds[table[1:first_late]].permute(1, 0, 3, 2).float()
-    products = q_KGD[:, :, None, :, None] * bounds_KPD2[:, None]
-    scores_KP = products.amax(4).sum(3).amax(1)
+    bounds_KPN2D = layer.bounds[table[1:first_late]].transpose(0, 1).float()
+    products = q_KGD[:, :, None, None, None] * bounds_KPN2D[:, None]
+    scores_KP = products.amax(4).sum(4).amax(3).amax(1)
     num_late = len(table) - first_late
     chosen = 1 + _best(scores_KP, budget // page_size - 1 - num_late)
     late = torch.arange(first_late, len(table), device=table.device).expand(len(chosen), -1)

@@ -132,7 +132,7 @@ class ServerConfig(BaseModel):
         4096, "rows of a prompt before this position read everything; a multiple of 512"
     )
     attention_calibration: Names = _sparse((), "files of calibration, repeatable: .safetensors channels, .json layers")
-    attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = head size / 8")
+    attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = head size / 4")
     kv_offload: bool = _sparse(False, "K and V of the middle layers in host memory; for double_sparsity alone")
     kv_offload_memory: AutoCount = _sparse(None, "most host memory for them (64GiB); auto = half of what is free")
     attention_label_dtype: LabelDtype = _sparse("model", "of these labels; int4: less memory and reads, coarser choice")

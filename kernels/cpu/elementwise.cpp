@@ -101,7 +101,7 @@ void qkv_rope_write(Pool* pool, const QkvArgs& g) {
   });
   if (!g.layer || !g.layer->bounds) return;
   rows_in_parallel(pool, g.rows, g.num_kv * d, [&](long r) {  // all keys are written now
-    for (long h = 0; h < g.num_kv && g.slots[r] % g.page_size == g.page_size - 1; h++)
+    for (long h = 0; h < g.num_kv && completes(g.slots[r], g.page_size); h++)
       write_bounds(*g.layer, layout, static_cast<const T*>(g.k_pages), g.slots[r], h);
   });
 }
@@ -116,7 +116,7 @@ static void move_kv(const MoveArgs& g) {
       layout.move(static_cast<const T*>(g.k_from), static_cast<const T*>(g.v_from), static_cast<T*>(g.k_pages),
                   static_cast<T*>(g.v_pages), g.from[m], g.to[m], h);
       if (g.layer && g.layer->labels) write_label(*g.layer, layout, k_pages, g.to[m], h);
-      if (g.layer && g.layer->bounds && g.to[m] % g.page_size == g.page_size - 1)
+      if (g.layer && g.layer->bounds && completes(g.to[m], g.page_size))
         write_bounds(*g.layer, layout, k_pages, g.to[m], h);
     }
 }

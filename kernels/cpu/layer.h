@@ -60,7 +60,7 @@ enum Method : int32_t { kQuest = 0, kDoubleSparsity = 1, kTidal = 2 };      // s
 enum Role : int32_t { kDense = 0, kChoose = 1, kList = 2, kFollow = 3 };  // sparse.py Role
 
 // What one layer does for sparse rows, and its metadata of keys under the page ids of K and V. Null in its place: none.
-//   bounds of (page, head): [largest, smallest][head_dim], then zeros up to bound_words
+//   bounds of (page, head, sub-page): [largest, smallest][head_dim], then zeros up to bound_words
 //   labels of (page, head): [channels][padded keys]    a lane is a key, no horizontal sums
 //   labels of 4 bits: [bytes][padded keys] of codes + 8, channel b in the low half of byte b, channel bytes + b in the high
 //   label_scales of (page, head): bf16 [padded keys]; null: labels are elements of the keys as they are
@@ -71,7 +71,10 @@ struct SparseLayer {
   int32_t roles[3], unused;
 };
 
-// Words of a page's bounds: whole vectors.
+// Keys that have bounds of their own (sparse.py sub_page).
+inline long sub_page(long page_size) { return page_size % 8 ? page_size : 8; }
+
+// Words of a sub-page's bounds: whole vectors.
 template <class T>
 long bound_words(long head_dim) {
   return (2 * head_dim + Word<T>::k * kLanes - 1) / (Word<T>::k * kLanes) * kLanes;

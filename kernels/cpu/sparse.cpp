@@ -58,13 +58,14 @@ bool chooses(const AttentionArgs& g, long token) {
   return at >= 0 && g.layer->roles[g.sparse->methods[at]] != kDense && g.visible[token] > g.sparse->budgets[at];
 }
 
-// A page's bound is sum_d max(q_d smallest_d, q_d largest_d) = max(q, 0) . largest + min(q, 0) . smallest: one product of twice
-// the width. The group's queries are laid out for it once.
+// A sub-page's bound is sum_d max(q_d smallest_d, q_d largest_d) = max(q, 0) . largest + min(q, 0) . smallest: one product of
+// twice the width. The group's queries are laid out for it once. A page is as good as the best of its sub-pages.
 template <class T>
 void choose_pages(const AttentionArgs& g, long token, long head, int32_t* chosen) {
   const int32_t* pages = g.page_table + g.row_seq[token] * g.max_pages;
   long visible = g.visible[token], group = g.num_q / g.num_kv, dim = g.head_dim, words = bound_words<T>(dim);
   long end = (visible + g.page_size - 1) / g.page_size, late = (visible - kLastKeys) / g.page_size;
+  long parts = g.page_size / sub_page(g.page_size), page_words = parts * words, distance = (5 + parts) / parts;
   uint32_t* q = scratch_of<uint32_t>(1, group * words + late);
   float* scores = reinterpret_cast<float*>(q + group * words);
   std::memset(q, 0, size_t(group * words) * 4);
@@ -74,17 +75,18 @@ void choose_pages(const AttentionArgs& g, long token, long head, int32_t* chosen
     for (long d = 0; d < dim; d++) split[to_float(from[d]) > 0.f ? d : dim + d] = from[d];
   }
   for (long p = 1; p < late; p++) {
-    const uint32_t* bounds = static_cast<const uint32_t*>(g.layer->bounds) + (pages[p] * g.num_kv + head) * words;
-    long soon = pages[p + 6 < late ? p + 6 : p];
-    const uint32_t* ahead = static_cast<const uint32_t*>(g.layer->bounds) + (soon * g.num_kv + head) * words;
-    for (long w = 0; w < words; w += kLanes) __builtin_prefetch(ahead + w);
+    const uint32_t* bounds = static_cast<const uint32_t*>(g.layer->bounds) + (pages[p] * g.num_kv + head) * page_words;
+    long soon = pages[p + distance < late ? p + distance : p];
+    const uint32_t* ahead = static_cast<const uint32_t*>(g.layer->bounds) + (soon * g.num_kv + head) * page_words;
+    for (long w = 0; w < page_words; w += kLanes) __builtin_prefetch(ahead + w);
     float best = 0.f;
-    for (long h = 0; h < group; h++) {
-      vf sum{};
-      for (long w = 0; w < words; w += kLanes) sum = Word<T>::each(sum, load<vu>(bounds + w), load<vu>(q + h * words + w));
-      float bound = sum_lanes(sum);
-      best = h && best >= bound ? best : bound;
-    }
+    for (long at = 0; at < page_words; at += words)
+      for (long h = 0; h < group; h++) {
+        vf sum{};
+        for (long w = 0; w < words; w += kLanes) sum = Word<T>::each(sum, load<vu>(bounds + at + w), load<vu>(q + h * words + w));
+        float bound = sum_lanes(sum);
+        best = at + h && best >= bound ? best : bound;
+      }
     scores[p] = best;
   }
   *chosen++ = 0;
@@ -194,13 +196,14 @@ void write_label(const SparseLayer& layer, const KvLayout<T>& layout, const T* k
 
 template <class T>
 void write_bounds(const SparseLayer& layer, const KvLayout<T>& layout, const T* k_pages, long slot, long head) {
-  long page = slot / layout.page_size, words = bound_words<T>(layout.head_dim);
-  T* largest = reinterpret_cast<T*>(static_cast<uint32_t*>(layer.bounds) + (page * layout.num_kv + head) * words);
+  long page = slot / layout.page_size, words = bound_words<T>(layout.head_dim), size = sub_page(layout.page_size);
+  long parts = layout.page_size / size, part = slot % layout.page_size / size, first = slot - slot % layout.page_size % size;
+  T* largest = reinterpret_cast<T*>(static_cast<uint32_t*>(layer.bounds) + ((page * layout.num_kv + head) * parts + part) * words);
   std::memset(largest, 0, size_t(words) * 4);
   for (long d = 0; d < layout.head_dim; d++) {
     float low = 0.f, high = 0.f;
-    for (long s = 0; s < layout.page_size; s++) {
-      float x = to_float(layout.key_at(const_cast<T*>(k_pages), page * layout.page_size + s, head)[layout.key_step(d)]);
+    for (long s = 0; s < size; s++) {
+      float x = to_float(layout.key_at(const_cast<T*>(k_pages), first + s, head)[layout.key_step(d)]);
       low = s && low <= x ? low : x;
       high = s && high >= x ? high : x;
     }

@@ -24,6 +24,9 @@ void label_scores(const AttentionArgs&, long token, long head, float* scores);
 // Metadata of one key of one head, which has been written to its slot.
 template <class T>
 void write_label(const SparseLayer&, const KvLayout<T>&, const T* k_pages, long slot, long head);
+
+// Whether a key in this slot is the last of its sub-page, whose bounds are written then, from all its keys.
+inline bool completes(long slot, long page_size) { return (slot % page_size + 1) % sub_page(page_size) == 0; }
 template <class T>
 void write_bounds(const SparseLayer&, const KvLayout<T>&, const T* k_pages, long slot, long head);
 

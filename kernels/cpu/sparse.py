@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.cpu import library
 from kernels.label_codes import num_bytes
 from kernels.ops import AttentionRows
-from kernels.sparse import Method, Role, SparseLayer, SparseRows, least_budget
+from kernels.sparse import Method, Role, SparseLayer, SparseRows, least_budget, sub_page
 
 
 def allocate(
@@ -23,8 +23,8 @@ def allocate(
     channels_KC: Tensor | None,
     int4_labels: bool = False,
 ) -> SparseLayer:
-    """bounds [P, K, 2 D padded to whole vectors], labels [P, K, C, padded S]: a lane is a key, as in K pages. As codes
-    of 4 bits: labels [P, K, B, padded S] and scales [P, K, padded S]."""
+    """bounds [P, K, N, 2 D padded to whole vectors], labels [P, K, C, padded S]: a lane is a key, as in K pages. As
+    codes of 4 bits: labels [P, K, B, padded S] and scales [P, K, padded S]."""
     num_pages, num_kv, page_size, head_dim = k_pages.shape
     labels = scales = None
     if channels_KC is not None:
@@ -41,7 +41,8 @@ def allocate(
             labels = k_pages.new_empty((num_pages, num_kv, num_channels, padded))
         channels_KC = channels_KC.contiguous()
     vector = 64 // k_pages.element_size()
-    bounds = k_pages.new_empty((num_pages, num_kv, -(-2 * head_dim // vector) * vector)) if has_bounds else None
+    shape = (num_pages, num_kv, page_size // sub_page(page_size), -(-2 * head_dim // vector) * vector)
+    bounds = k_pages.new_empty(shape) if has_bounds else None
     return SparseLayer(roles, bounds, labels, channels_KC, scales)
 
 

@@ -172,7 +172,7 @@ def _add_sparse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", type=Path, nargs="+", default=[], help="files (otherwise the embedded model's own)"
     )
-    parser.add_argument("--channels", type=_positive, help="of a label (otherwise an eighth of the head size)")
+    parser.add_argument("--channels", type=_positive, help="of a label (otherwise a quarter of the head size)")
     parser.add_argument("--rounds", type=int, default=5, help="times that speeds are compared; 0 = not at all")
     parser.add_argument("--streams", type=_positive, default=4, help="that decode together then")
     parser.add_argument("--speed-tokens", type=_positive, default=48, help="steps of a stream then")

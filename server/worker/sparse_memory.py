@@ -59,7 +59,7 @@ class SparsePlan:
         calibration = Calibration(config.calibration, weights_hash)
         self._channels: Tensor | None = None
         if AttentionMethod.DOUBLE_SPARSITY in config.methods:
-            num_channels = config.num_channels or max(4, model.head_dim // 8)
+            num_channels = config.num_channels or max(4, model.head_dim // 4)
             self._channels = load_channels(calibration, model, num_channels)
         first, again = load_tidal(calibration, model.num_layers)
         self._is_ahead = bool(ahead)

@@ -26,6 +26,7 @@ from kernels.sparse import (
     SparseRows,
     least_budget,
     roles_of_layers,
+    sub_page,
 )
 from tests.kernels.cpu.worlds import Shape, World, rows_of
 
@@ -228,15 +229,49 @@ def test_equal_scores_go_to_the_lowest_index_and_one_key_less_drops_the_lowest_s
         assert rows.sparse.lists[0, 0].tolist() == [key for key in range(length) if key not in missing]
 
 
-def test_bounds_hold_for_every_key_of_a_complete_page() -> None:
+def test_bounds_hold_for_every_key_of_a_complete_sub_page() -> None:
+    """The last 3 keys complete none."""
     world = SparseWorld(ReferenceOps(), SHAPES[0], [128])
-    q = world.write(world.rows({0: (0, 128)}, {}), {0: (0, 128)})
+    q = world.write(world.rows({0: (0, 123)}, {}), {0: (0, 123)})
     assert world.layer.bounds is not None
-    for page in world.pages[0]:
-        low, high = world.layer.bounds[page, 0]
+    size, num_parts = sub_page(32), 0
+    for number, part in ((page, part) for page in range(4) for part in range(32 // size)):
+        low, high = world.layer.bounds[world.pages[0][number], 0, part]
+        if number * 32 + (part + 1) * size > 123:
+            assert low.isnan().all()
+            continue
         best = torch.maximum(q[:, 0] * low, q[:, 0] * high).sum(1)
-        exact = q[:, 0] @ world.k[page, 0].T
+        exact = q[:, 0] @ world.k[world.pages[0][number], 0, part * size : (part + 1) * size].T
         assert (best >= exact.amax(1) - 1e-4).all()
+        num_parts += 1
+    assert num_parts == 15
+
+
+@pytest.mark.parametrize(("page_size", "size"), [(4, 4), (16, 8), (32, 8), (64, 8), (12, 12), (24, 8)])
+def test_a_page_that_does_not_divide_into_sub_pages_is_one(page_size: int, size: int) -> None:
+    assert sub_page(page_size) == size
+
+
+def test_a_needle_of_one_sub_page_is_read_where_bounds_of_the_whole_page_would_lose_it(ops: Ops) -> None:
+    """Both halves of many pages have what the query asks for, in different keys: their extremes together promise more
+    than any key has. The needle has all of it, and its page's other keys nothing."""
+    shape = replace(SHAPES[0], num_q=1, num_kv=1, page_size=16)
+    world = SparseWorld(ops, shape, [400])
+    qkv = torch.zeros(400, 3, 64)
+    decoys = torch.arange(400) % 16
+    qkv[:, 1, :32] = torch.where(decoys == 3, 4.0, 0.0)[:, None]
+    qkv[:, 1, 32:] = torch.where(decoys == 12, 4.0, 0.0)[:, None]
+    qkv[160:176, 1] = 0.0
+    qkv[165, 1] = 3.0
+    qkv[399, 0] = 1.0
+    qkv[:, 2, 0] = torch.arange(400.0) == 165
+    half = shape.head_dim // 2
+    world.cos_sin = torch.cat((torch.ones(400, half), torch.zeros(400, half)), dim=1)
+    world.qkv[0] = qkv.flatten(1).to(shape.dtype)
+    world.write(world.rows({0: (0, 399)}, {}), {0: (0, 399)})
+    out = world.sparse_step({0: (399, 400)}, {0: Wish(Method.QUEST, least_budget(Method.QUEST, 16))})
+    # One page is chosen of 19. A decoy promises 4 x 32, two of them in one bound 4 x 64, the needle 3 x 64.
+    assert float(out[0, 0, 0]) > 0.9
 
 
 @pytest.mark.parametrize("int4_labels", [False, True])

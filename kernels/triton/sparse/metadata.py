@@ -1,7 +1,7 @@
 """What sparse rows need to know of keys, kept under the ids of their pages: bounds of pages, labels of keys.
 
 Both are written after the keys of the same rows, in one launch a layer. Nothing here reads a key that is not written:
-a label is of the row's own key, and a page's bounds are made when its last slot is written, from all of its keys, so
+a label is of the row's own key, and a sub-page's bounds are made when its last slot is written, from all its keys, so
 rewritten slots (rejected drafts, denoised blocks) need no memory of what the bounds were.
 
 Legend of shapes in `kernels/ops.py`; C label channels.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sparse import SparseLayer
+from kernels.sparse import SparseLayer, sub_page
 from kernels.triton.paged import is_interpreted
 from kernels.triton.sparse.label_codes import write_codes
 from kernels.triton.tiles import next_power_of_two, padded_dim
@@ -24,7 +24,7 @@ from kernels.triton.tiles import next_power_of_two, padded_dim
 def metadata(
     k_pages,  # [pages, K, PAGE, D]
     slots,  # int64 [T]
-    bounds,  # [pages, K, 2, D]: smallest, largest; not written without BOUNDS
+    bounds,  # [pages, K, PAGE / SUB, 2, D]: smallest, largest; not written without BOUNDS
     labels,  # [pages, K, PAGE, C]; these two are not used without LABELS
     channels,  # int32 [K, C]
     label_scales,  # bfloat16 [pages, K, PAGE]; not used without CODES
@@ -32,7 +32,8 @@ def metadata(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    PAGE_P: tl.constexpr,
+    SUB: tl.constexpr,
+    SUB_P: tl.constexpr,
     C: tl.constexpr,
     CP: tl.constexpr,
     BOUNDS: tl.constexpr,
@@ -55,23 +56,23 @@ def metadata(
         label = tl.load(k_pages + (page * PAGE + offset) * D + channel, mask=c < C, other=0.0)
         tl.store(labels + (page * PAGE + offset) * C + c, label, mask=c < C)
     if BOUNDS:  # noqa: SIM102 -- this one is the compiler's, the next the program's
-        if offset == PAGE - 1:
-            n = tl.arange(0, PAGE_P)[:, None]
+        if offset % SUB == SUB - 1:
+            n = tl.arange(0, SUB_P)[:, None]
             d = tl.arange(0, DP)
-            at = k_pages + (page * PAGE + n) * D + d[None, :]
-            keys = tl.load(at, mask=(n < PAGE) & (d < D)[None, :], other=0.0)
+            at = k_pages + (page * PAGE + offset - (SUB - 1) + n) * D + d[None, :]
+            keys = tl.load(at, mask=(n < SUB) & (d < D)[None, :], other=0.0)
             if UPCAST:
                 keys = keys.to(tl.float32)
-            least = tl.min(tl.where(n < PAGE, keys, float("inf")), 0)
-            most = tl.max(tl.where(n < PAGE, keys, float("-inf")), 0)
-            at = bounds + page * 2 * D + d
+            least = tl.min(tl.where(n < SUB, keys, float("inf")), 0)
+            most = tl.max(tl.where(n < SUB, keys, float("-inf")), 0)
+            at = bounds + (page * (PAGE // SUB) + offset // SUB) * 2 * D + d
             tl.store(at, least.to(bounds.dtype.element_ty), mask=d < D)
             tl.store(at + D, most.to(bounds.dtype.element_ty), mask=d < D)
 
 
 def write_metadata(k_pages: Tensor, slots_T: Tensor, layer: SparseLayer) -> None:
     """After the keys of `slots_T` were written: their labels [P, K, S, C] (or codes and scales), and bounds
-    [P, K, 2, D] of the pages they complete, as `sparse_reference.allocate` lays them out.
+    [P, K, N, 2, D] of the sub-pages they complete, as `sparse_reference.allocate` lays them out.
 
     slots_T  int64; a sequence's slots of one page are written in ascending order, in this step or in others
     """
@@ -86,7 +87,8 @@ def write_metadata(k_pages: Tensor, slots_T: Tensor, layer: SparseLayer) -> None
     metadata[(len(slots_T), num_kv)](
         k_pages, slots_T, k_pages if bounds is None else bounds, k_pages if labels is None else labels,
         slots_T if channels_KC is None else channels_KC, k_pages if scales is None else scales,
-        K=num_kv, D=head_dim, DP=padded_dim(head_dim), PAGE=page_size, PAGE_P=next_power_of_two(page_size),
-        C=num_channels, CP=next_power_of_two(num_channels), BOUNDS=bounds is not None, LABELS=labels is not None,
-        CODES=scales is not None, UPCAST=is_interpreted() and k_pages.dtype == torch.bfloat16, num_warps=4,
+        K=num_kv, D=head_dim, DP=padded_dim(head_dim), PAGE=page_size, SUB=sub_page(page_size),
+        SUB_P=next_power_of_two(sub_page(page_size)), C=num_channels, CP=next_power_of_two(num_channels),
+        BOUNDS=bounds is not None, LABELS=labels is not None, CODES=scales is not None,
+        UPCAST=is_interpreted() and k_pages.dtype == torch.bfloat16, num_warps=4,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Scores that keys and pages are ranked by: float16, one for a kv head's whole group of query heads.
 
 `key_scores` streams what stands for each key, its label of a few channels or the key itself; `page_scores` the bounds
-of pages. A group's score is the highest of its heads': lists are of kv heads, or a group would read up to G lists.
-float16 is what the ranking needs and an eighth of what float32 scores of every query head would take (`attention.md` 7,
-mistakes 7 and 8). Rows that read all their keys are not scored.
+of sub-pages, of which a page has the best. A group's score is the highest of its heads': lists are of kv heads, or a
+group would read up to G lists. float16 is what the ranking needs and an eighth of what float32 scores of every query
+head would take (`attention.md` 7, mistakes 7 and 8). Rows that read all their keys are not scored.
 
 Legend: R sparse rows, Q query heads, K kv heads, G = Q / K, U keys or pages, C channels, M pages of a table.
 """
@@ -99,7 +99,7 @@ def key_scores(
 @triton.jit(do_not_specialize=["table_stride", "width"])
 def page_scores(
     q,  # [R, Q, D]
-    bounds,  # [pages, K, 2, D]: smallest, largest
+    bounds,  # [pages, K, N, 2, D]: smallest, largest of each sub-page
     page_table,
     row_seq,
     row_visible,
@@ -113,11 +113,16 @@ def page_scores(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
     LAST: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (R, K, splits). Pages from 1 on that end before the last LAST keys begin: all of them are complete."""
+    """Grid (R, K, splits). Pages from 1 on that end before the last LAST keys begin: all of them are complete.
+
+    A tile is BN pages of NP sub-pages, N padded.
+    """
     row = tl.program_id(0)
     head = tl.program_id(1)
     visible = tl.load(row_visible + row)
@@ -126,7 +131,8 @@ def page_scores(
         part = tl.cdiv(tl.cdiv(late, BN), tl.num_programs(2)) * BN
         start = tl.program_id(2) * part
         end = tl.minimum(start + part, late)
-        n = tl.arange(0, BN)
+        n = tl.arange(0, BN * NP) // NP
+        part_of_page = tl.arange(0, BN * NP) % NP
         d = tl.arange(0, DP)
         query = q + ((row * K + head).to(tl.int64) * G) * D + d
         out = (row * K + head).to(tl.int64) * width
@@ -135,17 +141,19 @@ def page_scores(
         for tile in tl.range(start, end, BN, num_stages=STAGES):
             following = tile + BN + n
             next_page = tl.load(table + following, mask=following < end, other=0)
-            exists = (tile + n >= 1) & (tile + n < end)
-            at = (page.to(tl.int64) * K + head) * 2 * D
+            exists = (tile + n >= 1) & (tile + n < end) & (part_of_page < N)
+            at = ((page.to(tl.int64) * K + head) * N + part_of_page) * 2 * D
             at = bounds + at[:, None] + d[None, :]
             mask = exists[:, None] & (d < D)[None, :]
             least = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             most = tl.load(at + D, mask=mask, other=0.0).to(tl.float32)
-            best = tl.full([BN], float("-inf"), tl.float32)
+            best = tl.full([BN * NP], float("-inf"), tl.float32)
             for member in tl.static_range(G):
                 of_head = tl.load(query + member * D, mask=d < D, other=0.0).to(tl.float32)[None, :]
                 best = tl.maximum(best, tl.sum(tl.maximum(of_head * least, of_head * most), 1))
-            _store_scores(scores, out + tile + n, best, scale, exists)
+            best = tl.max(tl.reshape(tl.where(exists, best, float("-inf")), [BN, NP]), 1)
+            at_page = tile + tl.arange(0, BN)
+            _store_scores(scores, out + at_page, best, scale, (at_page >= 1) & (at_page < end))
             page = next_page
 
 
@@ -177,11 +185,13 @@ def score_pages(
 ) -> None:  # fmt: skip
     """Of rows that see more keys than their budget: an upper bound of scale q.k over each page's keys and the group.
 
-    Source: Tang et al., "Quest" (2024), algorithm 1; departures: the group's highest bound, float16.
+    Source: Tang et al., "Quest" (2024), algorithm 1; departures: a page's best sub-page, a group's highest bound, and
+    float16.
     """
-    num_kv, head_dim = bounds.shape[1], q_RQD.shape[2]
+    num_kv, parts, head_dim = bounds.shape[1], bounds.shape[2], q_RQD.shape[2]
+    padded = next_power_of_two(parts)
     page_scores[(len(q_RQD), num_kv, splits)](
         q_RQD, bounds, page_table, row_seq_R, visible_R, budgets_R, scores_RKU, scale, page_table.stride(0),
         scores_RKU.shape[2], K=num_kv, G=q_RQD.shape[1] // num_kv, D=head_dim, DP=padded_dim(head_dim),
-        PAGE=page_size, LAST=last, BN=32, STAGES=3, num_warps=4, num_stages=3,
+        PAGE=page_size, N=parts, NP=padded, LAST=last, BN=max(1, 32 // padded), STAGES=3, num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -48,8 +48,11 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "labels of 32 channels", Case(scores.key_scores, {**labels, "C": 32, "CP": 32, "BN": 64, "DOT": True}, 40, 3)
     probe = {**keys, "C": 128, "CP": 128, "BN": 64, "CHANNELS": False, "DOT": True}
     yield "probe", Case(scores.key_scores, probe, 44, 3)
-    yield "pages", Case(scores.page_scores, {**ROWS, **SIZES, "bounds": BF16, "LAST": 64, "BN": 32}, 121, 2)
-    written = {"k_pages": BF16, "slots": LONG, "bounds": BF16, "labels": BF16, "channels": INT, "PAGE_P": 64}
+    yield (
+        "pages",
+        Case(scores.page_scores, {**ROWS, **SIZES, "bounds": BF16, "LAST": 64, "BN": 4, "N": 8, "NP": 8}, 117, 2),
+    )
+    written = {"k_pages": BF16, "slots": LONG, "bounds": BF16, "labels": BF16, "channels": INT, "SUB": 8, "SUB_P": 8}
     written |= {"C": 16, "CP": 16, "BOUNDS": True, "LABELS": True, "label_scales": BF16, "CODES": False}
     yield "metadata", Case(metadata.metadata, {**SIZES, **written}, 42, 0)
     coded = {**written, "labels": BYTE, "CODES": True}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.sparse import Role, SparseLayer
+from kernels.sparse import Role, SparseLayer, sub_page
 from kernels.sparse_keep import physical_ids, top_k
 from kernels.triton.sparse import top_k as top_k_kernels
 from kernels.triton.sparse.metadata import write_metadata
@@ -85,17 +85,19 @@ def test_rows_that_read_all_their_keys_are_not_scored() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_bounds_are_made_when_a_page_is_complete_and_from_written_keys_alone(dtype: torch.dtype) -> None:
-    pool = Pool([39, 16, 1], dtype=dtype)
-    bounds = torch.full((len(pool.k), 2, 2, 40), math.nan, dtype=dtype)
+def test_bounds_are_made_when_a_sub_page_is_complete_and_from_written_keys_alone(dtype: torch.dtype) -> None:
+    pool = Pool([42, 16, 1], dtype=dtype)
+    bounds = torch.full((len(pool.k), 2, 2, 2, 40), math.nan, dtype=dtype)
     write_metadata(pool.k, pool.slots, SparseLayer(DENSE, bounds))
-    complete = {int(pool.table[0, 0]), int(pool.table[0, 1]), int(pool.table[1, 0])}
-    for page in range(len(pool.k)):
-        if page in complete:
-            assert torch.equal(bounds[page, :, 0], pool.k[page].amin(1))
-            assert torch.equal(bounds[page, :, 1], pool.k[page].amax(1))
+    whole = (int(pool.table[0, 0]), int(pool.table[0, 1]), int(pool.table[1, 0]))
+    complete = {(page, part) for page in whole for part in range(2)} | {(int(pool.table[0, 2]), 0)}
+    for page, part in ((page, part) for page in range(len(pool.k)) for part in range(2)):
+        keys = pool.k[page, :, part * 8 : part * 8 + 8]
+        if (page, part) in complete:
+            assert torch.equal(bounds[page, :, part, 0], keys.amin(1))
+            assert torch.equal(bounds[page, :, part, 1], keys.amax(1))
         else:
-            assert bounds[page].isnan().all(), "a page that is not full has no bounds yet"
+            assert bounds[page, :, part].isnan().all(), "a sub-page that is not full has no bounds yet"
     # A rejected draft in the page's last slots: they are written again, and the bounds follow.
     page = int(pool.table[1, 0])
     before = bounds[page].clone()
@@ -103,11 +105,13 @@ def test_bounds_are_made_when_a_page_is_complete_and_from_written_keys_alone(dty
     write_metadata(pool.k, torch.tensor([page * 16 + 14]), SparseLayer(DENSE, bounds))
     assert torch.equal(bounds[page], before)
     write_metadata(pool.k, torch.tensor([page * 16 + 15]), SparseLayer(DENSE, bounds))
-    assert torch.equal(bounds[page, :, 1], pool.k[page].amax(1))
+    assert torch.equal(bounds[page, :, 1, 1], pool.k[page, :, 8:].amax(1))
+    assert torch.equal(bounds[page, :, 0], before[:, 0])
 
 
 def page_score(pool: Pool, budgets: list[int], last: int, splits: int) -> Tensor:
-    bounds = torch.full((len(pool.k), pool.num_kv, 2, pool.head_dim), math.nan, dtype=pool.dtype)
+    parts = pool.page // sub_page(pool.page)
+    bounds = torch.full((len(pool.k), pool.num_kv, parts, 2, pool.head_dim), math.nan, dtype=pool.dtype)
     write_metadata(pool.k, pool.slots, SparseLayer(DENSE, bounds))
     scores, whole = guarded(len(pool.lengths), pool.num_kv, pool.table.shape[1], dtype=torch.float16)
     score_pages(
@@ -118,17 +122,19 @@ def page_score(pool: Pool, budgets: list[int], last: int, splits: int) -> Tensor
     return scores
 
 
-@pytest.mark.parametrize(("page", "splits", "dtype"), [(16, 1, torch.bfloat16), (7, 3, torch.float32)])
+@pytest.mark.parametrize(
+    ("page", "splits", "dtype"), [(16, 1, torch.bfloat16), (7, 3, torch.float32), (24, 2, torch.float32)]
+)
 def test_the_score_of_a_page_is_a_bound_of_the_scores_of_its_keys(page: int, splits: int, dtype: torch.dtype) -> None:
     pool = Pool([20 * page + 3, 5 * page], page=page, dtype=dtype)
     scores = page_score(pool, [3 * page, 3 * page], 2 * page, splits)
     for row, keys in enumerate(pool.keys):
         late = (pool.lengths[row] - 2 * page) // page
         assert scores[row, :, [0, *range(late, scores.shape[2])]].isnan().all(), "neither the first nor the last pages"
-        of_pages = keys[page : late * page].double().view(late - 1, page, 2, 1, 40)
-        q = pool.q[row].double().view(2, 3, 40)
-        wanted = torch.maximum(q * of_pages.amin(1), q * of_pages.amax(1)).sum(3).amax(2).T * 0.5
-        mass = torch.maximum((q * of_pages.amin(1)).abs(), (q * of_pages.amax(1)).abs()).sum(3).amax(2).T
+        of_parts = keys[page : late * page].double().view(late - 1, -1, sub_page(page), 2, 1, 40)
+        q, least, most = pool.q[row].double().view(2, 3, 40), of_parts.amin(2), of_parts.amax(2)
+        wanted = torch.maximum(q * least, q * most).sum(4).amax(3).amax(1).T * 0.5
+        mass = torch.maximum((q * least).abs(), (q * most).abs()).sum(4).amax(3).amax(1).T
         assert_scores(scores[row, :, 1:late], wanted, mass)
         best = (pool.products(row)[..., page : late * page] * 0.5).amax(1).view(2, late - 1, page).amax(2)
         assert bool((scores[row, :, 1:late].double() >= best * (1 - 2.0**-10) - 2.0**-10).all())
@@ -223,11 +229,11 @@ from kernels.triton.sparse.scores import score_keys, score_pages
 pages = (2**31 + 2**23) // (64 * 64)
 pool = torch.empty(pages, 1, 64, 64, dtype=torch.float16)
 pool[-1] = 1.0
-bounds = torch.empty((2**31 + 2**23) // (2 * 64), 1, 2, 64, dtype=torch.float16)
+bounds = torch.empty((2**31 + 2**23) // (8 * 2 * 64), 1, 8, 2, 64, dtype=torch.float16)
 labels = torch.empty((2**31 + 2**23) // (64 * 64), 1, 64, 64, dtype=torch.float16)
 channels = torch.arange(64, dtype=torch.int32)[None]
 write_metadata(pool, torch.tensor([pages * 64 - 1]), SparseLayer((Role.DENSE,) * 3, bounds, labels, channels))
-assert (bounds[pages - 1] == 1).all() and (labels[-1, 0, -1] == 1).all()
+assert (bounds[pages - 1, :, -1] == 1).all() and (labels[-1, 0, -1] == 1).all()
 labels[-1] = 1.0
 bounds[-1] = 1.0
 one, scores = torch.tensor([0], dtype=torch.int32), torch.zeros(1, 1, 64).half()
