@@ -1,7 +1,7 @@
 """Sparse attention: which of the keys it may see a row reads. The words that all back ends share; no computation.
 
 A row is sparse by its own right: what it reads is a function of its query, of the keys [0, visible) and of their
-metadata, and of nothing else (README, rule 10). So it may stand alone, in a chunk of its own sequence's rows or among
+metadata, and of nothing else (README, rule 12). So it may stand alone, in a chunk of its own sequence's rows or among
 drafts and reads the same keys. Three parts are always read and count towards the budget: the first `FIRST_KEYS` keys,
 the last `LAST_KEYS`, and what a method scores best of the others. A row that sees no more keys than its budget is
 computed as if it were dense, bit for bit.
