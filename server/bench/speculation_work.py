@@ -5,6 +5,8 @@ list       copy, sort, reverse or change a short list: part of the answer was se
 free       plain words to go on from: nothing of the answer was seen
 
 The functions are those the embedded model knows; any model can be asked. The same seed gives the same requests.
+Texts that do not end by themselves get lengths of their own: equal ones would end in the same step, and plain decoding,
+whose streams all do a token a step, would have all new prompts in one step, which no server sees.
 """
 
 from __future__ import annotations
@@ -52,6 +54,11 @@ class Ask:
         return body
 
 
+def drawn_length(rng: random.Random, mean: int) -> int:
+    """Most tokens of an answer: from half of `mean` to half as many again."""
+    return rng.randint((mean + 1) // 2, mean + mean // 2)
+
+
 def code_edit(rng: random.Random) -> Ask:
     text = rng.choice(_functions())
     head, body = text.split("\n", 1)
@@ -63,11 +70,11 @@ def code_edit(rng: random.Random) -> Ask:
 def list_task(rng: random.Random) -> Ask:
     operation = rng.choice(("copy", "reverse", "sort"))
     items = rng.sample(ITEMS, 6) if rng.random() < 0.5 else [str(rng.randrange(10)) for _ in range(6)]
-    return Ask(f"{operation}: {' '.join(items)} ->", 32, f" {' '.join(items)}\n")
+    return Ask(f"{operation}: {' '.join(items)} ->", drawn_length(rng, 32), f" {' '.join(items)}\n")
 
 
 def free_text(rng: random.Random) -> Ask:
-    return Ask(" ".join(rng.choices(WORDS, k=16)), 64)
+    return Ask(" ".join(rng.choices(WORDS, k=16)), drawn_length(rng, 64))
 
 
 WORKLOADS: dict[str, Callable[[random.Random], Ask]] = {"code-edit": code_edit, "list": list_task, "free": free_text}
