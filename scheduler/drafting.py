@@ -64,7 +64,7 @@ class DraftingPolicy:
         self._most_masks = limits.max_batched_tokens
         self._first_gains = FirstGains()
         self._host = HostCost()
-        self._num_drafting = 0
+        self._worked = 0, 0
         self._num_rested, self._num_skipped = _REST, 0
         self._price = PromptPrice(settings.price)
         self._draft_s = 0.0
@@ -84,8 +84,8 @@ class DraftingPolicy:
             self._num_rested += 1
         else:
             if draft.host_s is not None:
-                self._host.observe(draft.host_s, self._num_drafting)
-                self._asking.extra = self._host.extra
+                self._host.observe(draft.host_s, *self._worked)
+                self._asking.extra = self._host.asking
             if draft.num_decodes and self.cost.is_ready:
                 self._draft(draft, backlog, bound_s)
         self._budget.fill(draft, backlog, bound_s)
@@ -108,7 +108,8 @@ class DraftingPolicy:
             lengths |= zip((offer.row for offer in free), allocation.lengths, strict=True)
             count, prefill = sum(allocation.lengths), min(allocation.prefill, outlook.fewest)
             step_s = outlook.seconds(count, prefill)
-            self._asking.row_s = outlook.seconds(count + 1, prefill) - step_s
+            # Without what is paid once.
+            self._asking.row_s = outlook.seconds(count + 2, prefill) - outlook.seconds(count + 1, prefill)
             wishes = self._ask(draft, states, allocation, outlook)
             self._place(draft, lengths, wishes, outlook.draft_bound_s - step_s)
             return
@@ -168,7 +169,7 @@ class DraftingPolicy:
         lengths: dict[int, int],
     ) -> Outlook:
         curve = self.cost.curve(draft.features, backlog.start if backlog else 0)
-        taken, host_s = sum(lengths.values()), self.host_s
+        taken, host_s, host = sum(lengths.values()), self.host_s, self._host
         overhead_s = self._draft_s + host_s
         waiting = backlog.tokens if backlog else 0
         value = sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced)
@@ -177,7 +178,7 @@ class DraftingPolicy:
             room=self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise - taken,
             backlog=waiting,
             price=self._price.value,
-            seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
+            seconds=lambda drafts, rows: overhead_s + host.verifying_s(taken + drafts) + curve(taken + drafts, rows),
             bound_s=bound_s + host_s,
             fewest=min(waiting, MIN_CHUNK),
             draft_bound_s=host_s + self._draft_bound_s(draft, backlog, bound_s),
@@ -254,7 +255,7 @@ class DraftingPolicy:
 
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         self._budget.learn(draft, result, is_timed)
-        self._num_drafting = max(draft.num_asked, len(draft.verified))
+        self._worked = draft.num_asked, draft.num_drafts
         if is_timed:
             self._draft_s += 0.1 * (result.draft_s - self._draft_s)
             if draft.num_asked:

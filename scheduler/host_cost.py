@@ -2,8 +2,9 @@
 which the engine comes back for its next plan.
 
 Drafts save `plain_s`, what any step takes, once for every token they bring: a plan that leaves it out buys too few of
-them where steps are short. `extra`, what more a step with drafts takes, is a price of asking: a part is paid once, a
-part for each sequence.
+them where steps are short. What more a step with drafts takes has two parts, each paid once and again for every one:
+`asking` is a price of being asked, whatever comes of it; `verifying_s` is borne by the drafts that are verified. An
+answer in vain costs the first alone, less than half of both.
 """
 
 from __future__ import annotations
@@ -23,36 +24,45 @@ class HostCost:
 
     def __init__(self) -> None:
         self._plain_s = inf
-        self._extra = NonNegativeRidge((1.0, 0.1), forgetting=0.98)
-        self._num_drafting = 0
+        # A stratum for steps that asked, that verified, that did both: the common kind must not drown what the others
+        # tell of the parts. While there is nothing but both, the first terms get all of it: drafts that are verified
+        # can be found not to pay, an answer in vain that seems dear is not asked for again.
+        self._extra = NonNegativeRidge((1.0, 0.1, 1.0, 0.1), num_strata=3, forgetting=0.98)
+        self._num_observed = 0
 
     @property
     def plain_s(self) -> float:
         return self._plain_s if self._plain_s < inf else 0.0
 
     @property
-    def extra(self) -> tuple[float, float]:
-        """What drafting adds to a step: once, and for each sequence that is asked or has drafts verified."""
-        once_s, each_s = self._extra.coefficients
+    def asking(self) -> tuple[float, float]:
+        """What asking adds to a step: once, and for each sequence that is asked."""
+        _, _, once_s, each_s = self._extra.coefficients
         return once_s, each_s
 
-    def observe(self, seconds: float, num_drafting: int) -> None:
+    def verifying_s(self, num_drafts: int) -> float:
+        """What verifying so many drafts adds to a step."""
+        once_s, each_s, _, _ = self._extra.coefficients
+        return once_s + each_s * num_drafts if num_drafts else 0.0
+
+    def observe(self, seconds: float, num_asked: int = 0, num_verified: int = 0) -> None:
         """Learn from a step. Far more than expected (the engine waited, a neighbour took the core) is clipped.
 
-        num_drafting  sequences that were asked for drafts or had some verified
+        num_asked  sequences that were asked for drafts; num_verified drafts that were verified
         """
         if seconds < 0.0:
             return
         if self._plain_s == inf:
             self._plain_s = seconds
-        terms = (1.0, float(num_drafting))
-        extra_s = self._extra.predict(terms) if num_drafting else 0.0
+        is_plain = not num_asked and not num_verified
+        terms = (float(num_verified > 0), float(num_verified), float(num_asked > 0), float(num_asked))
+        extra_s = self._extra.predict(terms)
         more_s = min(seconds, _CLIP * (self._plain_s + extra_s)) - self._plain_s
         # A step with drafts that was as fast as a plain one tells that plain ones have become faster.
-        if num_drafting and more_s > 0.0:
-            self._num_drafting += 1
-            self._extra.accumulate(terms, more_s, _UNIT_S)
-            if self._num_drafting <= _FIT_EVERY or self._num_drafting % _FIT_EVERY == 0:
+        if not is_plain and more_s > 0.0:
+            self._num_observed += 1
+            self._extra.accumulate(terms, more_s, _UNIT_S, (num_asked > 0) + 2 * (num_verified > 0) - 1)
+            if self._num_observed <= _FIT_EVERY or self._num_observed % _FIT_EVERY == 0:
                 self._extra.fit(_SWEEPS)
         else:
             # The first sample may be far off, so what is lower counts for more.

@@ -185,6 +185,21 @@ def test_a_request_at_no_drafts_comes_back_when_its_text_becomes_predictable() -
     assert len(running.plans) < 195 + 150
 
 
+def test_verified_drafts_must_save_what_they_cost_the_host() -> None:
+    """A draft saves 11 ms, and the host takes 16 longer in a step that verifies any: two pay, one does not."""
+
+    def one_or_two(known: Known, most: int, truth: Truth) -> Drafts:
+        return always_right(known, 1 + len(known.tokens) // 3 % 2, truth)
+
+    running = world(make_limits(max_model_len=900, num_pages=600), one_or_two)
+    running.add(make_request("a", 5, max_tokens=800))
+    while (plan := running.step()) is not None:
+        running.now += 1e-3 + (16e-3 if any(num_drafts(plan)) else 0.0)
+    verified = [sum(num_drafts(plan)) for plan in running.plans[len(running.plans) // 2 :]]
+    assert verified.count(2) > 0.2 * len(verified)
+    assert verified.count(1) < 0.05 * len(verified)
+
+
 @pytest.mark.parametrize("count", [1, 8, 32])
 def test_drafts_that_are_always_wrong_cost_next_to_nothing(count: int) -> None:
     plain, drafted = stream(WRONG, count, None), stream(WRONG, count, SpeculationSettings())

@@ -18,31 +18,44 @@ from tests.scheduler.worlds import make_limits, make_request
 def test_plain_and_drafting_steps_are_told_apart() -> None:
     cost, rng = HostCost(), random.Random(0)
     for step in range(400):
-        num_drafting = step % 3 * rng.randrange(1, 9)
-        extra_s = 1e-4 + 5e-5 * num_drafting if num_drafting else 0.0
-        cost.observe((3e-4 + extra_s) * rng.uniform(0.95, 1.05), num_drafting)
+        num_asked = step % 3 * rng.randrange(1, 9)
+        extra_s = 1e-4 + 5e-5 * num_asked if num_asked else 0.0
+        cost.observe((3e-4 + extra_s) * rng.uniform(0.95, 1.05), num_asked)
     assert cost.plain_s == pytest.approx(3e-4, rel=0.1)
-    assert cost.extra[0] == pytest.approx(1e-4, rel=0.4)
-    assert cost.extra[1] == pytest.approx(5e-5, rel=0.2)
+    assert cost.asking[0] == pytest.approx(1e-4, rel=0.4)
+    assert cost.asking[1] == pytest.approx(5e-5, rel=0.2)
+    assert cost.verifying_s(8) == 0.0
 
 
-@pytest.mark.parametrize("num_drafting", [0, 3])
-def test_a_first_sample_far_off_is_forgotten_whatever_steps_follow(num_drafting: int) -> None:
+def test_what_asking_costs_is_told_from_what_verifying_costs() -> None:
+    """Nearly every step of a text that drafts well does both; the few that only ask, or only verify, tell."""
+    cost, rng = HostCost(), random.Random(0)
+    for step in range(600):
+        num_asked, num_verified = (1, 4 + step % 5) if step % 10 else ((1, 0), (0, 3), (0, 0))[step // 10 % 3]
+        seconds = 1e-4 + 5e-5 * num_asked + (1e-4 + 5e-6 * num_verified if num_verified else 0.0)
+        cost.observe(seconds * rng.uniform(0.95, 1.05), num_asked, num_verified)
+    assert sum(cost.asking) == pytest.approx(5e-5, rel=0.3)
+    assert cost.verifying_s(6) == pytest.approx(1.3e-4, rel=0.15)
+    assert cost.verifying_s(0) == 0.0
+
+
+@pytest.mark.parametrize("worked", [(0, 0), (3, 0), (3, 9), (0, 9)])
+def test_a_first_sample_far_off_is_forgotten_whatever_steps_follow(worked: tuple[int, int]) -> None:
     """Or else drafting could never stop, or never begin."""
     cost = HostCost()
-    cost.observe(12e-3, 0)
+    cost.observe(12e-3)
     for _ in range(100):
-        cost.observe(3e-4, num_drafting)
+        cost.observe(3e-4, *worked)
     assert cost.plain_s == pytest.approx(3e-4, rel=0.1)
-    assert sum(cost.extra) < 1e-5
+    assert sum(cost.asking) + cost.verifying_s(9) < 1e-5
 
 
 def test_a_wait_now_and_then_hardly_counts() -> None:
     cost = HostCost()
     for step in range(300):
-        cost.observe(1.0 if step % 50 == 20 else 3e-4, 0)
+        cost.observe(1.0 if step % 50 == 20 else 3e-4)
     assert cost.plain_s < 4.5e-4
-    cost.observe(-1.0, 0)
+    cost.observe(-1.0)
     assert cost.plain_s < 4.5e-4
 
 
