@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.types import FinishReason
 from server.bench.cli import main
 from server.bench.client import BenchError, Sample
 from server.bench.speculation import OFF, read_policies, read_policy, rotated
 from server.bench.speculation_report import Point, Round, as_table, draw, verdict
 from server.bench.speculation_work import WORKLOADS
+from server.engine.config import SpeculationConfig
+from server.engine.offline import Engine
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,19 @@ def test_texts_are_a_function_of_the_seed(workload: str) -> None:
     first, again, other = ([WORKLOADS[workload](random.Random(seed + i)) for i in range(20)] for seed in (0, 0, 1000))
     assert first == again
     assert first != other
+
+
+def test_lists_are_such_as_the_embedded_model_can_answer() -> None:
+    """With names it never saw it goes on with text of any kind, to the last token that it may."""
+    rng = random.Random(0)
+    asks = [WORKLOADS["list"](rng) for _ in range(24)]
+    with Engine("braid-tiny", speculation=SpeculationConfig(mode="off"), num_threads=1) as engine:
+        answers = [engine.generate([ask.prompt], max_tokens=ask.max_tokens)[0] for ask in asks]
+    items = [ask.prompt.removesuffix(" ->").split()[1:] for ask in asks]
+    assert {len(some) for some in items} == {4, 5, 6}
+    right = [sorted(answer.text.split()) == sorted(some) for answer, some in zip(answers, items, strict=True)]
+    assert sum(right) >= 23
+    assert all(answer.finish_reason is FinishReason.STOP for answer in answers)
 
 
 def test_a_prediction_is_sent_only_where_asked_and_known() -> None:
