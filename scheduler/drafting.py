@@ -208,8 +208,7 @@ class DraftingPolicy:
 
     def _ask(self, draft: DraftPlan, states: list[DraftState], allocation: Allocation, outlook: Outlook) -> list[int]:
         """Drafts wanted of each decode at the end of this step."""
-        count, prefill = sum(allocation.lengths), allocation.prefill
-        step_s = outlook.seconds(count, prefill)
+        prefill, step_s = allocation.prefill, outlook.seconds(sum(allocation.lengths), allocation.prefill)
         if step_s > 0.0:
             draft.goodput = allocation.goodput - outlook.price * prefill / step_s
         wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s)
@@ -228,11 +227,13 @@ class DraftingPolicy:
         self._placing.place(draft, lengths, wishes, self._most_masks)
 
     def finish(self, draft: DraftPlan) -> None:
-        """Ask for the first drafts of prompts that end in this step."""
+        """Ask for the first drafts of prompts that end in this step. Where nobody decodes, nobody waits for masks."""
         if not self.cost.is_ready:
             return
         most = self._policy.most(draft.num_decodes + 1)
-        most_masks = min(self._most_masks, self._limits.max_batched_tokens - draft.features.tokens + draft.num_masks)
+        most_masks = self._limits.max_batched_tokens - draft.features.tokens + draft.num_masks
+        if draft.num_decodes or draft.num_denoising or draft.others.stream_s > 0.0:
+            most_masks = min(most_masks, self._most_masks)
         for index in range(draft.num_decodes, len(draft.spans)):
             span, seq = draft.spans[index], draft.owners[index]
             if span.read is not Read.SAMPLE or span.kv_len != len(seq.tokens):
