@@ -33,6 +33,7 @@ class DraftState:
     patience    how many probing intervals it waits until it is asked again
     source      name of the drafter of the last offer
     load        class of load (`FirstGains`) that gain_s and mask_gain_s are of
+    lasts       probability that the text goes on behind the step that is planned: if not, what is asked in it is lost
     is_first, is_first_masked   no answer has been counted since they were last set to what others' first ones saved
     """
 
@@ -54,6 +55,7 @@ class DraftState:
     num_unverified: int = 0
     source: str = ""
     load: int = 0
+    lasts: float = 1.0
     is_first: bool = True
     is_first_masked: bool = True
 
@@ -70,7 +72,7 @@ class DraftState:
 
     def worth_s(self, mask_s: float) -> float:
         """Seconds that asking saves, where mask rows cost `mask_s`; what is of no use is left out."""
-        return self.gain_s + (max(0.0, self.mask_gain_s - mask_s) if self.may_mask else 0.0)
+        return self.lasts * self.gain_s + (max(0.0, self.lasts * self.mask_gain_s - mask_s) if self.may_mask else 0.0)
 
 
 def _mean(old: float, new: float) -> float:

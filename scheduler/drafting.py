@@ -22,7 +22,7 @@ from scheduler.kv_memory import KVMemory
 from scheduler.placing import Placing
 from scheduler.prompt_price import PromptPrice
 from scheduler.sequence import Sequence
-from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
+from scheduler.types import DraftTally, Limits, Outcome, SpeculationSettings, StepResult
 
 _DRAFT_LEEWAY = 2.0
 """Without an explicit target a step may take so much longer for drafts than for prompts: drafts pay in tokens."""
@@ -64,7 +64,7 @@ class DraftingPolicy:
         self._most_masks = limits.max_batched_tokens
         self._first_gains = FirstGains()
         self._host = HostCost()
-        self._worked = 0, 0
+        self._worked = 0, 0, False
         self._num_rested, self._num_skipped = _REST, 0
         self._price = PromptPrice(settings.price)
         self._draft_s = 0.0
@@ -95,6 +95,7 @@ class DraftingPolicy:
         states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
         for state in states:
             self._first_gains.expect(state, draft.num_decodes)
+            state.lasts = self._price.lasts
         offers = self._offers(draft, states)
         if offers or self._settings.has_sequential:
             free = [offer for offer in offers if not offer.state.is_forced]
@@ -108,19 +109,17 @@ class DraftingPolicy:
             lengths |= zip((offer.row for offer in free), allocation.lengths, strict=True)
             count, prefill = sum(allocation.lengths), min(allocation.prefill, outlook.fewest)
             step_s = outlook.seconds(count, prefill)
-            # Without what is paid once.
             self._asking.row_s = outlook.seconds(count + 2, prefill) - outlook.seconds(count + 1, prefill)
             wishes = self._ask(draft, states, allocation, outlook)
             self._place(draft, lengths, wishes, outlook.draft_bound_s - step_s)
             return
         # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
-        value = draft.num_decodes + draft.denoise_value
         features = draft.features
         target_s = self.cost.predict(features)
         one_more = features._replace(tokens=features.tokens + 1, judged=features.judged + 1)
         self._asking.row_s = self.cost.predict(one_more) - target_s
         step_s = self._draft_s + self.host_s + target_s
-        draft.goodput = value / step_s if step_s > 0.0 else 0.0
+        draft.goodput = (draft.num_decodes + draft.denoise_value) / step_s if step_s > 0.0 else 0.0
         wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s, 1 + self._num_skipped)
         self._num_skipped = 0
         if any(wishes):
@@ -129,10 +128,9 @@ class DraftingPolicy:
             self._num_rested, self._num_skipped = 0, _REST
 
     def _meet(self, seq: Sequence) -> DraftState:
-        asked = seq.request.speculation
-        seq.drafting = state = make_state(asked, self._settings.max_drafts)
+        seq.drafting = state = make_state(seq.request.speculation, self._settings.max_drafts)
         names = ("auto", self._settings.mask_drafter)
-        state.may_mask = state.wants_masks = self._settings.mask_block > 0 and asked.drafter in names
+        state.may_mask = state.wants_masks = self._settings.mask_block > 0 and seq.request.speculation.drafter in names
         state.takes_trees = state.takes_trees and not leaves_keys_out(seq.request.attention)
         return state
 
@@ -200,6 +198,7 @@ class DraftingPolicy:
         saved_s = max(0.0, saved_seconds(allocation, outlook, self._draft_s)) if total > 0.0 else 0.0
         for offer, expected in zip(offers, tokens, strict=True):
             self._gained(offer.state, saved_s * expected / total if saved_s else 0.0)
+            offer.state.lasts = self._price.lasts ** (1.0 + expected)
 
     def _gained(self, state: DraftState, seconds: float) -> None:
         is_of_masks = state.source == self._settings.mask_drafter
@@ -230,16 +229,16 @@ class DraftingPolicy:
         """Ask for the first drafts of prompts that end in this step. Where nobody decodes, nobody waits for masks."""
         if not self.cost.is_ready:
             return
-        most = self._policy.most(draft.num_decodes + 1)
+        num_soon = draft.num_decodes + len(draft.ending)
+        most = self._policy.most(num_soon)
         most_masks = self._limits.max_batched_tokens - draft.features.tokens + draft.num_masks
-        if draft.num_decodes or draft.num_denoising or draft.others.stream_s > 0.0:
+        if num_soon > 1 or draft.num_denoising or draft.others.stream_s > 0.0:
             most_masks = min(most_masks, self._most_masks)
-        for index in range(draft.num_decodes, len(draft.spans)):
-            span, seq = draft.spans[index], draft.owners[index]
-            if span.read is not Read.SAMPLE or span.kv_len != len(seq.tokens):
-                continue
+        for index in draft.ending:
+            seq = draft.owners[index]
             state = seq.drafting or self._meet(seq)
-            self._first_gains.expect(state, draft.num_decodes + 1)
+            self._first_gains.expect(state, num_soon)
+            state.lasts = self._price.lasts
             wish = min(state.limit, most, seq.decoding.most_drafts)
             is_free = state.is_forced or not self._policy.is_selective
             is_paid = draft.num_asked > 0
@@ -256,7 +255,7 @@ class DraftingPolicy:
 
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         self._budget.learn(draft, result, is_timed)
-        self._worked = draft.num_asked, draft.num_drafts
+        self._worked = draft.num_asked, draft.num_drafts, draft.num_prefill > 0
         if is_timed:
             self._draft_s += 0.1 * (result.draft_s - self._draft_s)
             if draft.num_asked:
@@ -271,6 +270,7 @@ class DraftingPolicy:
         return report
 
     def _observe(self, draft: DraftPlan, outcomes: Many[Outcome]) -> DraftReport:
+        """How the drafts fared. One behind the end of the text is worth no more than a wrong one."""
         num_accepted = 0
         tallies: dict[tuple[str, int], Many[int]] = {}
         for row, drafts, length in draft.verified:
@@ -278,7 +278,8 @@ class DraftingPolicy:
             path = accepted_path(span, outcomes[row].tokens)
             if path is None or seq.drafting is None:
                 continue
-            num_accepted += min(len(path), len(seq.tokens) - span.start - 1)
+            path = path[: len(seq.tokens) - span.start - 1]
+            num_accepted += len(path)
             state = seq.drafting
             found = self.acceptance.observe(drafts, length, path, state.counts, state.survivals)
             for source, depth, *counts in found:

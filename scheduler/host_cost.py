@@ -4,7 +4,8 @@ which the engine comes back for its next plan.
 Drafts save `plain_s`, what any step takes, once for every token they bring: a plan that leaves it out buys too few of
 them where steps are short. What more a step with drafts takes has two parts, each paid once and again for every one:
 `asking` is a price of being asked, whatever comes of it; `verifying_s` is borne by the drafts that are verified. An
-answer in vain costs the first alone, less than half of both.
+answer in vain costs the first alone, less than half of both. Prompts are told apart as well: no draft saves what
+admitting them takes, and where texts are short that is part of every third step.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class HostCost:
 
     def __init__(self) -> None:
         self._plain_s = inf
-        # A stratum for steps that asked, that verified, that did both: the common kind must not drown what the others
-        # tell of the parts. While there is nothing but both, the first terms get all of it: drafts that are verified
-        # can be found not to pay, an answer in vain that seems dear is not asked for again.
-        self._extra = NonNegativeRidge((1.0, 0.1, 1.0, 0.1), num_strata=3, forgetting=0.98)
+        # A stratum for steps that asked, that verified, that did both or neither: the common kind must not drown what
+        # the others tell of the parts. While there is nothing but both, the first terms get most of it: drafts that are
+        # verified can be found not to pay, an answer in vain that seems dear is not asked for again.
+        self._extra = NonNegativeRidge((1.0, 0.1, 1.0, 0.1, 1.0), num_strata=4, forgetting=0.98)
         self._num_observed = 0
 
     @property
@@ -37,15 +38,15 @@ class HostCost:
     @property
     def asking(self) -> tuple[float, float]:
         """What asking adds to a step: once, and for each sequence that is asked."""
-        _, _, once_s, each_s = self._extra.coefficients
+        _, _, once_s, each_s, _ = self._extra.coefficients
         return once_s, each_s
 
     def verifying_s(self, num_drafts: int) -> float:
         """What verifying so many drafts adds to a step."""
-        once_s, each_s, _, _ = self._extra.coefficients
+        once_s, each_s, _, _, _ = self._extra.coefficients
         return once_s + each_s * num_drafts if num_drafts else 0.0
 
-    def observe(self, seconds: float, num_asked: int = 0, num_verified: int = 0) -> None:
+    def observe(self, seconds: float, num_asked: int = 0, num_verified: int = 0, has_prompts: bool = False) -> None:
         """Learn from a step. Far more than expected (the engine waited, a neighbour took the core) is clipped.
 
         num_asked  sequences that were asked for drafts; num_verified drafts that were verified
@@ -54,14 +55,15 @@ class HostCost:
             return
         if self._plain_s == inf:
             self._plain_s = seconds
-        is_plain = not num_asked and not num_verified
-        terms = (float(num_verified > 0), float(num_verified), float(num_asked > 0), float(num_asked))
+        kind = (num_asked > 0) + 2 * (num_verified > 0)
+        is_plain = not kind and not has_prompts
+        terms = (num_verified > 0, num_verified, num_asked > 0, num_asked, has_prompts)
         extra_s = self._extra.predict(terms)
         more_s = min(seconds, _CLIP * (self._plain_s + extra_s)) - self._plain_s
-        # A step with drafts that was as fast as a plain one tells that plain ones have become faster.
+        # A step with more work that was as fast as a plain one tells that plain ones have become faster.
         if not is_plain and more_s > 0.0:
             self._num_observed += 1
-            self._extra.accumulate(terms, more_s, _UNIT_S, (num_asked > 0) + 2 * (num_verified > 0) - 1)
+            self._extra.accumulate(terms, more_s, _UNIT_S, kind)
             if self._num_observed <= _FIT_EVERY or self._num_observed % _FIT_EVERY == 0:
                 self._extra.fit(_SWEEPS)
         else:

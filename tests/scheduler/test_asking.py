@@ -39,6 +39,17 @@ def test_who_saves_more_than_proposing_costs_is_asked() -> None:
     assert asking().choose(states, 8, step_s=1e-9) == [8, 4, 0]
 
 
+def test_what_is_asked_in_a_step_that_ends_the_text_is_lost() -> None:
+    lasting, ending = DraftState(8, gain_s=2e-3, lasts=0.9), DraftState(8, gain_s=2e-3, lasts=0.01)
+    assert asking().choose([lasting, ending], 8, step_s=1e-9) == [8, 0]
+    made = asking()
+    made.row_s, made.mean_masks = 1e-4, 4.0
+    for state, wants in ((lasting, True), (ending, False)):
+        state.may_mask, state.mask_gain_s, state.gain_s = True, 2e-3, inf
+        assert made.pays(state, is_paid=True)
+        assert state.wants_masks is wants
+
+
 def test_off_is_never_asked_and_on_always() -> None:
     off = make_state(Speculation(SpeculationMode.OFF), 8)
     forced = make_state(Speculation(SpeculationMode.ON, max_tokens=3), 8)

@@ -78,3 +78,15 @@ def test_the_time_between_two_plans_is_the_hosts_but_for_the_workers() -> None:
     scheduler.add(make_request("b", 5, max_tokens=2), 9.0)
     step(9.0, 10.0)
     assert policy.host_s == 0.5
+
+
+def test_what_prompts_cost_is_no_part_of_a_plain_step() -> None:
+    """Where texts are short every third step has one, and no draft saves that."""
+    cost, rng = HostCost(), random.Random(0)
+    for step in range(400):
+        has_prompts = step % 3 == 0
+        num_asked = int(step % 6 in (2, 3))
+        seconds = 1e-4 + 1.5e-4 * has_prompts + 5e-5 * num_asked
+        cost.observe(seconds * rng.uniform(0.95, 1.05), num_asked, 0, has_prompts)
+    assert cost.plain_s == pytest.approx(1e-4, rel=0.1)
+    assert sum(cost.asking) == pytest.approx(5e-5, rel=0.2)
