@@ -27,8 +27,7 @@ from scheduler.types import DraftTally, Limits, Outcome, SpeculationSettings, St
 _DRAFT_LEEWAY = 2.0
 """Without an explicit target a step may take so much longer for drafts than for prompts: drafts pay in tokens."""
 _LEEWAY_BESIDE = 1.25
-"""Beside streams of another model, over what our own need without drafts: an equal part of a target that is kept by
-late steps may be less than that."""
+"""Beside streams of another model, over what our own need without drafts: an equal part of a target may be less."""
 _REST = 7
 """After a step in which nobody had drafts or was asked, so many go by without a look at who might be."""
 
@@ -64,8 +63,7 @@ class DraftingPolicy:
         self._most_masks = limits.max_batched_tokens
         self._first_gains = FirstGains()
         self._host = HostCost()
-        self._worked = 0, 0, False
-        self._num_rested, self._num_skipped = _REST, 0
+        self._num_rested, self._num_skipped, self._worked = _REST, 0, (0, 0, False)
         self._price = PromptPrice(settings.price)
         self._draft_s = 0.0
 
@@ -93,6 +91,8 @@ class DraftingPolicy:
     def _draft(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
         """Verify what waits and pays, ask for what may pay."""
         states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
+        if self._host.is_stale and not any(state.is_forced for state in states):
+            return
         for state in states:
             self._first_gains.expect(state, draft.num_decodes)
             state.lasts = self._price.lasts

@@ -17,6 +17,7 @@ from scheduler.regression import NonNegativeRidge
 _RATE = 0.05
 _CLIP = 3.0
 _FIT_EVERY, _SWEEPS = 8, 8
+_STALE, _STALE_EARLY, _FEW = 128, 16, 8
 _UNIT_S = 1e-3
 
 
@@ -29,7 +30,13 @@ class HostCost:
         # the others tell of the parts. While there is nothing but both, the first terms get most of it: drafts that are
         # verified can be found not to pay, an answer in vain that seems dear is not asked for again.
         self._extra = NonNegativeRidge((1.0, 0.1, 1.0, 0.1, 1.0), num_strata=4, forgetting=0.98)
-        self._num_observed = 0
+        self._num_observed = self._num_plain = self._num_since = 0
+
+    @property
+    def is_stale(self) -> bool:
+        """Many steps have gone by without a plain one: what drafts save should be measured again, or those that do not
+        pay may seem to for ever."""
+        return self._num_since >= (_STALE_EARLY if self._num_plain < _FEW else _STALE)
 
     @property
     def plain_s(self) -> float:
@@ -57,6 +64,8 @@ class HostCost:
             self._plain_s = seconds
         kind = (num_asked > 0) + 2 * (num_verified > 0)
         is_plain = not kind and not has_prompts
+        self._num_since = 0 if is_plain else self._num_since + 1
+        self._num_plain += is_plain
         terms = (num_verified > 0, num_verified, num_asked > 0, num_asked, has_prompts)
         extra_s = self._extra.predict(terms)
         more_s = min(seconds, _CLIP * (self._plain_s + extra_s)) - self._plain_s
@@ -67,5 +76,6 @@ class HostCost:
             if self._num_observed <= _FIT_EVERY or self._num_observed % _FIT_EVERY == 0:
                 self._extra.fit(_SWEEPS)
         else:
-            # The first sample may be far off, so what is lower counts for more.
-            self._plain_s += (_RATE if more_s > 0.0 else 2 * _RATE) * more_s
+            # The first sample may be far off, so what is lower counts for more, and the first plain ones for most.
+            rate = _RATE if more_s > 0.0 else 2 * _RATE
+            self._plain_s += (max(rate, 1.0 / self._num_plain) if is_plain else rate) * more_s

@@ -10,8 +10,9 @@ from scheduler.drafting import DraftingPolicy
 from scheduler.fake_worker import FakeWorker
 from scheduler.host_cost import HostCost
 from scheduler.scheduler import Scheduler
-from scheduler.types import SpeculationSettings, StepResult
+from scheduler.types import Speculation, SpeculationMode, SpeculationSettings, StepResult
 from tests.scheduler.draft_worlds import flat_cost
+from tests.scheduler.test_drafting import always_right, num_drafts, world
 from tests.scheduler.worlds import make_limits, make_request
 
 
@@ -90,3 +91,29 @@ def test_what_prompts_cost_is_no_part_of_a_plain_step() -> None:
         cost.observe(seconds * rng.uniform(0.95, 1.05), num_asked, 0, has_prompts)
     assert cost.plain_s == pytest.approx(1e-4, rel=0.1)
     assert sum(cost.asking) == pytest.approx(5e-5, rel=0.2)
+
+
+def test_what_a_plain_step_takes_is_not_guessed_for_ever_from_steps_that_are_none() -> None:
+    """The first step has a prompt, and then all draft: from those alone nothing can be told of plain ones."""
+    cost = HostCost()
+    cost.observe(3e-4, 1, 0, has_prompts=True)
+    for _ in range(15):
+        assert cost.plain_s > 2e-4
+        cost.observe(4e-4, 1, 4)
+    assert cost.is_stale
+    cost.observe(1e-4)
+    assert not cost.is_stale
+    assert cost.plain_s == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("mode", [SpeculationMode.AUTO, SpeculationMode.ON])
+def test_a_stream_that_always_drafts_does_without_now_and_then(mode: SpeculationMode) -> None:
+    """But for one that insists on its drafts."""
+    running = world(
+        make_limits(max_model_len=2000, num_pages=1000), lambda known, most, truth: always_right(known, 2, truth)
+    )
+    running.add(make_request("a", 5, max_tokens=1500, speculation=Speculation(mode)))
+    while running.step() is not None:
+        running.now += 1e-3
+    plain = [plan for plan in running.plans[2:-1] if not any(num_drafts(plan)) and not plan.spans[0].num_drafts]
+    assert len(plain) in (range(8, 14) if mode is SpeculationMode.AUTO else (0,))
