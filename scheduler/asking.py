@@ -60,6 +60,11 @@ class DraftCost:
         one, two = self.predict(1, depth), self.predict(2, depth)
         return 2.0 * one - two, two - one
 
+    @property
+    def mask_s(self) -> float:
+        """Seconds that reading one mask row takes."""
+        return self._model.coefficients[-1]
+
 
 def _terms(num_asked: int, depth: int, num_masks: int) -> tuple[float, ...]:
     return 1.0, num_asked, depth, depth * num_asked, num_masks
@@ -215,8 +220,8 @@ class Asking:
 
     @property
     def _mask_s(self) -> float:
-        """What the mask rows of one sequence cost."""
-        return self.mean_masks * self.row_s
+        """What the mask rows of one sequence cost: in the step, and to be read behind it."""
+        return self.mean_masks * (self.row_s + self.cost.mask_s)
 
     def choose_depth(self, rates: Sequence[float], outlook: Outlook, prefill: int, cutoff: float) -> int:
         """Sequential draft steps at the end of this step, for sequences with these acceptance rates.

@@ -151,6 +151,18 @@ def test_mask_rows_are_asked_where_what_they_saved_exceeds_what_they_cost() -> N
     assert 5 <= tried <= 400 // SETTINGS.probe_every
 
 
+def test_mask_rows_must_also_pay_for_being_read() -> None:
+    made = Asking(SETTINGS, is_selective=True)
+    for number in range(400):
+        num_asked, num_masks = 1 + number % 4, 4 * (number % 3)
+        made.cost.observe(num_asked, 0, 1e-4 * num_asked + 1e-4 * num_masks, num_masks)
+    made.row_s, made.mean_masks = 1e-4, 4.0
+    dear = DraftState(8, gain_s=1e-3, may_mask=True, mask_gain_s=6e-4)
+    pays = DraftState(8, gain_s=1e-3, may_mask=True, mask_gain_s=1e-3)
+    made.choose([dear, pays], 8, step_s=1e-9)
+    assert [dear.wants_masks, pays.wants_masks] == [False, True]
+
+
 def test_what_masks_saved_is_not_what_others_would_have_saved() -> None:
     state = DraftState(8, gain_s=1e-3, may_mask=True)
     state.is_masked = True
