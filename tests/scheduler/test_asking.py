@@ -165,11 +165,25 @@ def test_mask_rows_must_also_pay_for_being_read() -> None:
 
 def test_what_masks_saved_is_not_what_others_would_have_saved() -> None:
     state = DraftState(8, gain_s=1e-3, may_mask=True)
-    state.is_masked = True
+    state.is_masked = state.wants_masks = True
     state.gained(5e-3, is_of_masks=True)
     assert (state.gain_s, state.mask_gain_s) == (1e-3, 5e-3)
     state.gained(1e-3)
     assert (state.gain_s, state.mask_gain_s) == (1e-3, 0.75 * 5e-3)
+
+
+def test_mask_rows_that_find_no_room_save_nothing() -> None:
+    """Asked for their sake, a request would be asked in vain for ever."""
+    gains, state = FirstGains(), DraftState(8, may_mask=True, mask_gain_s=1e-3)
+    gains.expect(state, 2)
+    state.mask_gain_s, state.wants_masks, state.is_masked = 1e-3, True, False
+    for _ in range(20):
+        gains.observe(state, 0.0, is_of_masks=False)
+        state.gained(0.0)
+    assert state.mask_gain_s < 1e-5
+    new = DraftState(8, may_mask=True)
+    gains.expect(new, 2)
+    assert new.mask_gain_s == 0.0
 
 
 def test_a_gain_is_a_mean() -> None:
