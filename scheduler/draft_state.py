@@ -26,8 +26,8 @@ class DraftState:
                 mask rows saved is not in it: what another drafter would have offered in their place is not known
     num_gains   answers so far
     may_mask    mask rows may be asked for this request's drafts
-    mask_gain_s what answers of mask rows saved, in the steps that wanted such rows, whether there was room or not; inf =
-                unknown
+    mask_gain_s what answers of mask rows saved, in the steps that wanted such rows, with room for them or not;
+                inf = unknown
     num_masked  answers of steps that wanted mask rows so far; num_unmasked steps with drafts since the last one
     wants_masks mask rows are asked as well; is_masked the latest step had room for them
     num_quiet   steps since drafts were asked for; num_unverified since one was verified although some were offered
