@@ -60,6 +60,11 @@ class DraftCost:
         one, two = self.predict(1, depth), self.predict(2, depth)
         return 2.0 * one - two, two - one
 
+    @property
+    def mask_s(self) -> float:
+        """Seconds that reading one mask row takes."""
+        return self._model.coefficients[-1]
+
 
 def _terms(num_asked: int, depth: int, num_masks: int) -> tuple[float, ...]:
     return 1.0, num_asked, depth, depth * num_asked, num_masks
@@ -71,7 +76,7 @@ class Asking:
     def __init__(self, settings: SpeculationSettings, is_selective: bool) -> None:
         self.cost = DraftCost()
         self.row_s = 0.0
-        """What verifying one draft costs: those who are asked to learn how they fare have one verified."""
+        """What verifying one draft more costs: those who are asked to learn how they fare have one verified."""
         self.extra = (0.0, 0.0)
         """What drafting costs in a step beside the drafters: once, and for each sequence."""
         self.mean_masks = 0.5 * settings.mask_block
@@ -99,7 +104,7 @@ class Asking:
         wishes, unpaid = [], []
         for index, state in enumerate(states):
             limit = state.limit
-            state.wants_masks = state.may_mask and (state.is_forced or state.mask_gain_s > mask_s)
+            state.wants_masks = state.may_mask and (state.is_forced or state.lasts * state.mask_gain_s > mask_s)
             if limit and not state.is_forced and state.worth_s(mask_s) <= price_s:
                 state.num_quiet += num_steps
                 unpaid.append(index)
@@ -154,7 +159,7 @@ class Asking:
         """
         once_s, each_s = self._prices_s(self._depth)
         is_free = state.is_forced or not self._is_selective
-        state.wants_masks = state.may_mask and (is_free or state.mask_gain_s > self._mask_s)
+        state.wants_masks = state.may_mask and (is_free or state.lasts * state.mask_gain_s > self._mask_s)
         surplus_s = state.worth_s(self._mask_s) - each_s
         return surplus_s > (0.0 if is_paid else max(0.0, min(once_s, -self._surplus_s)))
 
@@ -215,8 +220,8 @@ class Asking:
 
     @property
     def _mask_s(self) -> float:
-        """What the mask rows of one sequence cost."""
-        return self.mean_masks * self.row_s
+        """What the mask rows of one sequence cost: in the step, and to be read behind it."""
+        return self.mean_masks * (self.row_s + self.cost.mask_s)
 
     def choose_depth(self, rates: Sequence[float], outlook: Outlook, prefill: int, cutoff: float) -> int:
         """Sequential draft steps at the end of this step, for sequences with these acceptance rates.

@@ -109,6 +109,13 @@ class DraftPlan:
         features = self.features
         return features._replace(tokens=features.tokens - extra, judged=0, draft_context=0)
 
+    @property
+    def ending(self) -> list[int]:
+        """Rows of the prompts that end in this step, with a first token."""
+        spans, owners = self.spans, self.owners
+        rows = range(self.num_decodes, len(spans))
+        return [row for row in rows if spans[row].read is Read.SAMPLE and spans[row].kv_len == len(owners[row].tokens)]
+
     def add_page(self, seq_id: int, page: int) -> None:
         """One entry per sequence: a worker takes them in once a step, so that it can repeat the step."""
         self.new_pages.setdefault(seq_id, []).append(page)

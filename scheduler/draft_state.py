@@ -26,13 +26,15 @@ class DraftState:
                 mask rows saved is not in it: what another drafter would have offered in their place is not known
     num_gains   answers so far
     may_mask    mask rows may be asked for this request's drafts
-    mask_gain_s what answers of mask rows saved, in the steps that had such rows; inf = unknown
-    num_masked  answers of steps with mask rows so far; num_unmasked steps with drafts since the last one
+    mask_gain_s what answers of mask rows saved, in the steps that wanted such rows, with room for them or not;
+                inf = unknown
+    num_masked  answers of steps that wanted mask rows so far; num_unmasked steps with drafts since the last one
     wants_masks mask rows are asked as well; is_masked the latest step had room for them
     num_quiet   steps since drafts were asked for; num_unverified since one was verified although some were offered
     patience    how many probing intervals it waits until it is asked again
     source      name of the drafter of the last offer
     load        class of load (`FirstGains`) that gain_s and mask_gain_s are of
+    lasts       probability that the text goes on behind the step that is planned: if not, what is asked in it is lost
     is_first, is_first_masked   no answer has been counted since they were last set to what others' first ones saved
     """
 
@@ -54,6 +56,7 @@ class DraftState:
     num_unverified: int = 0
     source: str = ""
     load: int = 0
+    lasts: float = 1.0
     is_first: bool = True
     is_first_masked: bool = True
 
@@ -61,7 +64,7 @@ class DraftState:
         """A mean and nothing more: what pays now and then must pay for the answers in between. A mean that rose faster
         than it falls would be half as much again where every other answer is empty."""
         self.patience = 1 if seconds > 0.0 else min(MOST_PATIENCE, 2 * self.patience)
-        if self.is_masked:
+        if self.wants_masks:
             self.num_masked += 1
             self.mask_gain_s = _mean(self.mask_gain_s, seconds if is_of_masks else 0.0)
         if not is_of_masks:
@@ -70,7 +73,7 @@ class DraftState:
 
     def worth_s(self, mask_s: float) -> float:
         """Seconds that asking saves, where mask rows cost `mask_s`; what is of no use is left out."""
-        return self.gain_s + (max(0.0, self.mask_gain_s - mask_s) if self.may_mask else 0.0)
+        return self.lasts * self.gain_s + (max(0.0, self.lasts * self.mask_gain_s - mask_s) if self.may_mask else 0.0)
 
 
 def _mean(old: float, new: float) -> float:
@@ -99,7 +102,7 @@ class FirstGains:
 
     def observe(self, state: DraftState, seconds: float, is_of_masks: bool) -> None:
         """An answer that the request has not counted yet."""
-        if state.is_masked and state.is_first_masked:
+        if state.wants_masks and state.is_first_masked:
             state.is_first_masked = False
             self._learn(state.load, True, seconds if is_of_masks else 0.0)
         if not is_of_masks and state.is_first:

@@ -22,13 +22,12 @@ from scheduler.kv_memory import KVMemory
 from scheduler.placing import Placing
 from scheduler.prompt_price import PromptPrice
 from scheduler.sequence import Sequence
-from scheduler.types import DraftTally, Limits, Outcome, Read, SpeculationSettings, StepResult
+from scheduler.types import DraftTally, Limits, Outcome, SpeculationSettings, StepResult
 
 _DRAFT_LEEWAY = 2.0
 """Without an explicit target a step may take so much longer for drafts than for prompts: drafts pay in tokens."""
 _LEEWAY_BESIDE = 1.25
-"""Beside streams of another model, over what our own need without drafts: an equal part of a target that is kept by
-late steps may be less than that."""
+"""Beside streams of another model, over what our own need without drafts: an equal part of a target may be less."""
 _REST = 7
 """After a step in which nobody had drafts or was asked, so many go by without a look at who might be."""
 
@@ -64,8 +63,7 @@ class DraftingPolicy:
         self._most_masks = limits.max_batched_tokens
         self._first_gains = FirstGains()
         self._host = HostCost()
-        self._num_drafting = 0
-        self._num_rested, self._num_skipped = _REST, 0
+        self._num_rested, self._num_skipped, self._worked = _REST, 0, (0, 0, False)
         self._price = PromptPrice(settings.price)
         self._draft_s = 0.0
 
@@ -84,8 +82,8 @@ class DraftingPolicy:
             self._num_rested += 1
         else:
             if draft.host_s is not None:
-                self._host.observe(draft.host_s, self._num_drafting)
-                self._asking.extra = self._host.extra
+                self._host.observe(draft.host_s, *self._worked)
+                self._asking.extra = self._host.asking
             if draft.num_decodes and self.cost.is_ready:
                 self._draft(draft, backlog, bound_s)
         self._budget.fill(draft, backlog, bound_s)
@@ -93,8 +91,11 @@ class DraftingPolicy:
     def _draft(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
         """Verify what waits and pays, ask for what may pay."""
         states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
+        if self._host.is_stale and not any(state.is_forced for state in states):
+            return
         for state in states:
             self._first_gains.expect(state, draft.num_decodes)
+            state.lasts = self._price.lasts
         offers = self._offers(draft, states)
         if offers or self._settings.has_sequential:
             free = [offer for offer in offers if not offer.state.is_forced]
@@ -108,18 +109,17 @@ class DraftingPolicy:
             lengths |= zip((offer.row for offer in free), allocation.lengths, strict=True)
             count, prefill = sum(allocation.lengths), min(allocation.prefill, outlook.fewest)
             step_s = outlook.seconds(count, prefill)
-            self._asking.row_s = outlook.seconds(count + 1, prefill) - step_s
+            self._asking.row_s = outlook.seconds(count + 2, prefill) - outlook.seconds(count + 1, prefill)
             wishes = self._ask(draft, states, allocation, outlook)
             self._place(draft, lengths, wishes, outlook.draft_bound_s - step_s)
             return
         # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
-        value = draft.num_decodes + draft.denoise_value
         features = draft.features
         target_s = self.cost.predict(features)
         one_more = features._replace(tokens=features.tokens + 1, judged=features.judged + 1)
         self._asking.row_s = self.cost.predict(one_more) - target_s
         step_s = self._draft_s + self.host_s + target_s
-        draft.goodput = value / step_s if step_s > 0.0 else 0.0
+        draft.goodput = (draft.num_decodes + draft.denoise_value) / step_s if step_s > 0.0 else 0.0
         wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s, 1 + self._num_skipped)
         self._num_skipped = 0
         if any(wishes):
@@ -128,10 +128,9 @@ class DraftingPolicy:
             self._num_rested, self._num_skipped = 0, _REST
 
     def _meet(self, seq: Sequence) -> DraftState:
-        asked = seq.request.speculation
-        seq.drafting = state = make_state(asked, self._settings.max_drafts)
+        seq.drafting = state = make_state(seq.request.speculation, self._settings.max_drafts)
         names = ("auto", self._settings.mask_drafter)
-        state.may_mask = state.wants_masks = self._settings.mask_block > 0 and asked.drafter in names
+        state.may_mask = state.wants_masks = self._settings.mask_block > 0 and seq.request.speculation.drafter in names
         state.takes_trees = state.takes_trees and not leaves_keys_out(seq.request.attention)
         return state
 
@@ -168,7 +167,7 @@ class DraftingPolicy:
         lengths: dict[int, int],
     ) -> Outlook:
         curve = self.cost.curve(draft.features, backlog.start if backlog else 0)
-        taken, host_s = sum(lengths.values()), self.host_s
+        taken, host_s, host = sum(lengths.values()), self.host_s, self._host
         overhead_s = self._draft_s + host_s
         waiting = backlog.tokens if backlog else 0
         value = sum(sum(offer.survivals[: lengths[offer.row]]) for offer in forced)
@@ -177,7 +176,7 @@ class DraftingPolicy:
             room=self._limits.max_batched_tokens - draft.num_decodes - draft.num_denoise - taken,
             backlog=waiting,
             price=self._price.value,
-            seconds=lambda drafts, prefill: overhead_s + curve(taken + drafts, prefill),
+            seconds=lambda drafts, rows: overhead_s + host.verifying_s(taken + drafts) + curve(taken + drafts, rows),
             bound_s=bound_s + host_s,
             fewest=min(waiting, max(MIN_CHUNK, backlog.fewest)) if backlog else 0,
             draft_bound_s=host_s + self._draft_bound_s(draft, backlog, bound_s),
@@ -199,6 +198,7 @@ class DraftingPolicy:
         saved_s = max(0.0, saved_seconds(allocation, outlook, self._draft_s)) if total > 0.0 else 0.0
         for offer, expected in zip(offers, tokens, strict=True):
             self._gained(offer.state, saved_s * expected / total if saved_s else 0.0)
+            offer.state.lasts = self._price.lasts ** (1.0 + expected)
 
     def _gained(self, state: DraftState, seconds: float) -> None:
         is_of_masks = state.source == self._settings.mask_drafter
@@ -207,8 +207,7 @@ class DraftingPolicy:
 
     def _ask(self, draft: DraftPlan, states: list[DraftState], allocation: Allocation, outlook: Outlook) -> list[int]:
         """Drafts wanted of each decode at the end of this step."""
-        count, prefill = sum(allocation.lengths), allocation.prefill
-        step_s = outlook.seconds(count, prefill)
+        prefill, step_s = allocation.prefill, outlook.seconds(sum(allocation.lengths), allocation.prefill)
         if step_s > 0.0:
             draft.goodput = allocation.goodput - outlook.price * prefill / step_s
         wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s)
@@ -227,17 +226,19 @@ class DraftingPolicy:
         self._placing.place(draft, lengths, wishes, self._most_masks)
 
     def finish(self, draft: DraftPlan) -> None:
-        """Ask for the first drafts of prompts that end in this step."""
+        """Ask for the first drafts of prompts that end in this step. Where nobody decodes, nobody waits for masks."""
         if not self.cost.is_ready:
             return
-        most = self._policy.most(draft.num_decodes + 1)
-        most_masks = min(self._most_masks, self._limits.max_batched_tokens - draft.features.tokens + draft.num_masks)
-        for index in range(draft.num_decodes, len(draft.spans)):
-            span, seq = draft.spans[index], draft.owners[index]
-            if span.read is not Read.SAMPLE or span.kv_len != len(seq.tokens):
-                continue
+        num_soon = draft.num_decodes + len(draft.ending)
+        most = self._policy.most(num_soon)
+        most_masks = self._limits.max_batched_tokens - draft.features.tokens + draft.num_masks
+        if num_soon > 1 or draft.num_denoising or draft.others.stream_s > 0.0:
+            most_masks = min(most_masks, self._most_masks)
+        for index in draft.ending:
+            seq = draft.owners[index]
             state = seq.drafting or self._meet(seq)
-            self._first_gains.expect(state, draft.num_decodes + 1)
+            self._first_gains.expect(state, num_soon)
+            state.lasts = self._price.lasts
             wish = min(state.limit, most, seq.decoding.most_drafts)
             is_free = state.is_forced or not self._policy.is_selective
             is_paid = draft.num_asked > 0
@@ -254,7 +255,7 @@ class DraftingPolicy:
 
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         self._budget.learn(draft, result, is_timed)
-        self._num_drafting = max(draft.num_asked, len(draft.verified))
+        self._worked = draft.num_asked, draft.num_drafts, draft.num_prefill > 0
         if is_timed:
             self._draft_s += 0.1 * (result.draft_s - self._draft_s)
             if draft.num_asked:
@@ -269,6 +270,7 @@ class DraftingPolicy:
         return report
 
     def _observe(self, draft: DraftPlan, outcomes: Many[Outcome]) -> DraftReport:
+        """How the drafts fared. One behind the end of the text is worth no more than a wrong one."""
         num_accepted = 0
         tallies: dict[tuple[str, int], Many[int]] = {}
         for row, drafts, length in draft.verified:
@@ -276,7 +278,8 @@ class DraftingPolicy:
             path = accepted_path(span, outcomes[row].tokens)
             if path is None or seq.drafting is None:
                 continue
-            num_accepted += min(len(path), len(seq.tokens) - span.start - 1)
+            path = path[: len(seq.tokens) - span.start - 1]
+            num_accepted += len(path)
             state = seq.drafting
             found = self.acceptance.observe(drafts, length, path, state.counts, state.survivals)
             for source, depth, *counts in found:

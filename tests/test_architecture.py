@@ -113,6 +113,7 @@ ALLOWED: dict[str, set[str]] = {
     # The step-time benchmark runs the engine's own parts in-process.
     "server.bench.steps": {"torch", "tqdm", "kernels", "scheduler", "server.models", "server.worker", "server.engine"},
     "server.bench.engine_alone": {"scheduler.types", "server.engine.offline"},
+    "server.bench.drafting": {"scheduler.types", "server.engine", "server.models.locate", "server.text.tokenizer"},
     # So does the end-to-end part of the GPU report, beside transformers' engine.
     "server.bench.gpu_loads": {"torch", "kernels.gpu_report", "scheduler", "server.engine", "server.models"},
     "server.bench.transformers_peer": {"torch", "transformers", "server.models"},

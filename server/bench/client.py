@@ -10,6 +10,7 @@ import asyncio
 import json
 import ssl
 import time
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,7 @@ class Sample:
     status         HTTP status; 0 = no answer (`error` says why)
     event_times    when each event that brought tokens arrived; the first is the first token
     output_tokens  from the server's usage, else the number of events (`is_counted` False)
+    event_tokens   output tokens known by each of `event_times`
     texts          what each event brought
     drafted, accepted, draft_steps   from `usage.speculation`, where the server tells
     error          what went wrong, None for a complete answer
@@ -75,6 +77,7 @@ class Sample:
     drafted: int = 0
     accepted: int = 0
     draft_steps: int = 0
+    event_tokens: list[int] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
@@ -83,6 +86,13 @@ class Sample:
     @property
     def ttft(self) -> float:
         return self.event_times[0] - self.sent
+
+    def tokens_by(self, moment: float) -> int:
+        """Output tokens that had arrived by then."""
+        if self.finished <= moment:
+            return self.output_tokens
+        num_events = bisect_right(self.event_times, moment)
+        return self.event_tokens[num_events - 1] if num_events else 0
 
     @property
     def gaps(self) -> list[float]:
@@ -199,6 +209,7 @@ def _absorb(content: bytes, now: float, sample: Sample, on_event: Callable[[floa
                 on_event(now)
             if not sample.is_counted:
                 sample.output_tokens += 1
+            sample.event_tokens.append(sample.output_tokens)
         sample.finish_reason = choice.get("finish_reason") or sample.finish_reason
     return False
 

@@ -169,8 +169,8 @@ async def _ask_all(target: Target, model: str, asks: dict[str, list[Ask]], timeo
             if not sample.is_complete:
                 raise BenchError(f"a request to {model} failed: {sample.status} {sample.error}")
             samples.append(sample)
-        found[kind] = Round.of(samples)
-    return found | {ALL: Round.of([sample for one in found.values() for sample in one.samples])}
+        found[kind] = Round.of(samples, 1)
+    return found | {ALL: Round.of([sample for one in found.values() for sample in one.samples], 1)}
 
 
 def num_right(samples: Sequence[Sample], asks: Sequence[Ask]) -> int:

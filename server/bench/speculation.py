@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from server.bench import speculation_report as report
 from server.bench.client import BenchError, Sample, Target, get_json, stream
 from server.bench.spawn import spawned_server
-from server.bench.speculation_work import WORKLOADS, Ask
+from server.bench.speculation_work import WORKLOADS, Ask, drawn_length
 
 OFF = "off"
 REHEARSAL_STREAMS = 8
@@ -111,7 +111,7 @@ class Sweep:
             texts: dict[str, list[str]] = {}
             for label in rotated(list(self._servers), number):
                 samples = await self._ask_all(label, place, asks)
-                rounds[label].append(report.Round.of(samples))
+                rounds[label].append(report.Round.of(samples, place.streams))
                 texts[label] = ["".join(sample.texts) for sample in samples]
                 bar.update()
             for label, found in texts.items():
@@ -145,7 +145,7 @@ class Sweep:
         count = place.streams * self._arguments.requests_per_stream
         asks = [WORKLOADS[place.workload](rng) for _ in range(count)]
         if self._arguments.max_tokens is not None:
-            asks = [Ask(ask.prompt, self._arguments.max_tokens, ask.expected) for ask in asks]
+            asks = [replace(ask, max_tokens=drawn_length(rng, self._arguments.max_tokens)) for ask in asks]
         return asks
 
 

@@ -17,7 +17,7 @@ from server.bench.report import percentile
 
 @dataclass(slots=True)
 class Round:
-    """One policy's share of one round."""
+    """One policy's share of one round: what came in the `seconds` in which every stream had a request."""
 
     samples: list[Sample]
     tokens: int
@@ -25,10 +25,13 @@ class Round:
     num_different: int = 0
 
     @classmethod
-    def of(cls, samples: list[Sample]) -> Round:
-        seconds = max(sample.finished for sample in samples) - min(sample.sent for sample in samples)
+    def of(cls, samples: list[Sample], streams: int) -> Round:
+        """samples: of `streams` closed loops that share their requests. The first of them that finds none left ends
+        the measurement: from there on the load is another one, and how long that lasts depends on the policy."""
+        ended = sorted(sample.finished for sample in samples)[max(0, len(samples) - streams)]
         done = [sample for sample in samples if sample.is_complete]
-        return cls(samples, sum(sample.output_tokens for sample in done), max(seconds, 1e-9))
+        seconds = ended - min(sample.sent for sample in samples)
+        return cls(samples, sum(sample.tokens_by(ended) for sample in done), max(seconds, 1e-9))
 
     @property
     def speed(self) -> float:
@@ -39,8 +42,8 @@ class Round:
 class Point:
     """One policy at one point of the sweep. Milliseconds; None where no request had two arrivals.
 
-    ratio           output tokens per second over those of `off` in the same round: median over the rounds, and the
-                    least and greatest
+    tokens_per_s    output tokens per second while every stream had a request
+    ratio           these over those of `off` in the same round: median over the rounds, and the least and greatest
     arrival_ms      median time between two arrivals of a stream, however many tokens came with them
     token_ms        median over requests of the time per output token after the first
     ttft_ms         median time to the first token
@@ -76,7 +79,7 @@ class Point:
         ratios = [one.speed / max(other.speed, 1e-9) for one, other in zip(rounds, off, strict=True)]
         drafted, accepted = sum(sample.drafted for sample in done), sum(sample.accepted for sample in done)
         steps = sum(sample.draft_steps for sample in done)
-        tokens = sum(one.tokens for one in rounds)
+        tokens = sum(sample.output_tokens for sample in done)
         return cls(
             workload=workload,
             temperature=temperature,
@@ -85,7 +88,7 @@ class Point:
             requests=len(samples),
             failed=len(samples) - len(done),
             num_different=sum(one.num_different for one in rounds),
-            tokens_per_s=tokens / sum(one.seconds for one in rounds),
+            tokens_per_s=sum(one.tokens for one in rounds) / sum(one.seconds for one in rounds),
             ratio=statistics.median(ratios),
             ratio_low=min(ratios),
             ratio_high=max(ratios),

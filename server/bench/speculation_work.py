@@ -4,7 +4,10 @@ code-edit  a function, then the first line of the same function with a name chan
 list       copy, sort, reverse or change a short list: part of the answer was seen
 free       plain words to go on from: nothing of the answer was seen
 
-The functions are those the embedded model knows; any model can be asked. The same seed gives the same requests.
+The functions, names and lengths of lists are those the embedded model knows; any model can be asked. The same seed
+gives the same requests.
+Texts that do not end by themselves get lengths of their own: equal ones would end in the same step, and plain decoding,
+whose streams all do a token a step, would have all new prompts in one step, which no server sees.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from server.bench.workload import WORDS
 
 FUNCTIONS = Path(__file__).resolve().parents[1] / "embedded" / "functions.txt"
 MIN_LINES = 7
-ITEMS = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Klara", "Leo")
+ITEMS = ("Ada", "Ben", "Cleo", "Dan", "Emma", "Finn", "Gina", "Hugo", "Ivy", "Jack", "Kate", "Leo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,11 @@ class Ask:
         return body
 
 
+def drawn_length(rng: random.Random, mean: int) -> int:
+    """Most tokens of an answer: from half of `mean` to half as many again."""
+    return rng.randint((mean + 1) // 2, mean + mean // 2)
+
+
 def code_edit(rng: random.Random) -> Ask:
     text = rng.choice(_functions())
     head, body = text.split("\n", 1)
@@ -62,12 +70,13 @@ def code_edit(rng: random.Random) -> Ask:
 
 def list_task(rng: random.Random) -> Ask:
     operation = rng.choice(("copy", "reverse", "sort"))
-    items = rng.sample(ITEMS, 6) if rng.random() < 0.5 else [str(rng.randrange(10)) for _ in range(6)]
-    return Ask(f"{operation}: {' '.join(items)} ->", 32, f" {' '.join(items)}\n")
+    count = rng.randint(4, 6)
+    items = rng.sample(ITEMS, count) if rng.random() < 0.5 else [str(rng.randrange(10)) for _ in range(count)]
+    return Ask(f"{operation}: {' '.join(items)} ->", drawn_length(rng, 32), f" {' '.join(items)}\n")
 
 
 def free_text(rng: random.Random) -> Ask:
-    return Ask(" ".join(rng.choices(WORDS, k=16)), 64)
+    return Ask(" ".join(rng.choices(WORDS, k=16)), drawn_length(rng, 64))
 
 
 WORKLOADS: dict[str, Callable[[random.Random], Ask]] = {"code-edit": code_edit, "list": list_task, "free": free_text}

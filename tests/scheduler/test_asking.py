@@ -39,6 +39,17 @@ def test_who_saves_more_than_proposing_costs_is_asked() -> None:
     assert asking().choose(states, 8, step_s=1e-9) == [8, 4, 0]
 
 
+def test_what_is_asked_in_a_step_that_ends_the_text_is_lost() -> None:
+    lasting, ending = DraftState(8, gain_s=2e-3, lasts=0.9), DraftState(8, gain_s=2e-3, lasts=0.01)
+    assert asking().choose([lasting, ending], 8, step_s=1e-9) == [8, 0]
+    made = asking()
+    made.row_s, made.mean_masks = 1e-4, 4.0
+    for state, wants in ((lasting, True), (ending, False)):
+        state.may_mask, state.mask_gain_s, state.gain_s = True, 2e-3, inf
+        assert made.pays(state, is_paid=True)
+        assert state.wants_masks is wants
+
+
 def test_off_is_never_asked_and_on_always() -> None:
     off = make_state(Speculation(SpeculationMode.OFF), 8)
     forced = make_state(Speculation(SpeculationMode.ON, max_tokens=3), 8)
@@ -140,13 +151,39 @@ def test_mask_rows_are_asked_where_what_they_saved_exceeds_what_they_cost() -> N
     assert 5 <= tried <= 400 // SETTINGS.probe_every
 
 
+def test_mask_rows_must_also_pay_for_being_read() -> None:
+    made = Asking(SETTINGS, is_selective=True)
+    for number in range(400):
+        num_asked, num_masks = 1 + number % 4, 4 * (number % 3)
+        made.cost.observe(num_asked, 0, 1e-4 * num_asked + 1e-4 * num_masks, num_masks)
+    made.row_s, made.mean_masks = 1e-4, 4.0
+    dear = DraftState(8, gain_s=1e-3, may_mask=True, mask_gain_s=6e-4)
+    pays = DraftState(8, gain_s=1e-3, may_mask=True, mask_gain_s=1e-3)
+    made.choose([dear, pays], 8, step_s=1e-9)
+    assert [dear.wants_masks, pays.wants_masks] == [False, True]
+
+
 def test_what_masks_saved_is_not_what_others_would_have_saved() -> None:
     state = DraftState(8, gain_s=1e-3, may_mask=True)
-    state.is_masked = True
+    state.is_masked = state.wants_masks = True
     state.gained(5e-3, is_of_masks=True)
     assert (state.gain_s, state.mask_gain_s) == (1e-3, 5e-3)
     state.gained(1e-3)
     assert (state.gain_s, state.mask_gain_s) == (1e-3, 0.75 * 5e-3)
+
+
+def test_mask_rows_that_find_no_room_save_nothing() -> None:
+    """Asked for their sake, a request would be asked in vain for ever."""
+    gains, state = FirstGains(), DraftState(8, may_mask=True, mask_gain_s=1e-3)
+    gains.expect(state, 2)
+    state.mask_gain_s, state.wants_masks, state.is_masked = 1e-3, True, False
+    for _ in range(20):
+        gains.observe(state, 0.0, is_of_masks=False)
+        state.gained(0.0)
+    assert state.mask_gain_s < 1e-5
+    new = DraftState(8, may_mask=True)
+    gains.expect(new, 2)
+    assert new.mask_gain_s == 0.0
 
 
 def test_a_gain_is_a_mean() -> None:

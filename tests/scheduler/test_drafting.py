@@ -8,6 +8,9 @@ from statistics import fmean
 import pytest
 
 from scheduler import simulated_drafts
+from scheduler.acceptance import RequestCounts
+from scheduler.draft_state import make_state
+from scheduler.drafting import DraftingPolicy
 from scheduler.fake_worker import FakeDrafter, Known, Truth
 from scheduler.scheduler import Scheduler
 from scheduler.simulated_drafts import STREAM_ALPHAS, ScriptedDrafter, stream
@@ -26,7 +29,7 @@ from scheduler.types import (
     StepSample,
 )
 from tests.scheduler.draft_worlds import flat_cost
-from tests.scheduler.worlds import World, make_limits, make_request
+from tests.scheduler.worlds import VOCAB, World, make_limits, make_request
 
 WRONG, RIGHT, MIXED = STREAM_ALPHAS["wrong"], STREAM_ALPHAS["right"], STREAM_ALPHAS["mixed"]
 
@@ -185,6 +188,21 @@ def test_a_request_at_no_drafts_comes_back_when_its_text_becomes_predictable() -
     assert len(running.plans) < 195 + 150
 
 
+def test_verified_drafts_must_save_what_they_cost_the_host() -> None:
+    """A draft saves 11 ms, and the host takes 16 longer in a step that verifies any: two pay, one does not."""
+
+    def one_or_two(known: Known, most: int, truth: Truth) -> Drafts:
+        return always_right(known, 1 + len(known.tokens) // 3 % 2, truth)
+
+    running = world(make_limits(max_model_len=900, num_pages=600), one_or_two)
+    running.add(make_request("a", 5, max_tokens=800))
+    while (plan := running.step()) is not None:
+        running.now += 1e-3 + (16e-3 if any(num_drafts(plan)) else 0.0)
+    verified = [sum(num_drafts(plan)) for plan in running.plans[len(running.plans) // 2 :]]
+    assert verified.count(2) > 0.2 * len(verified)
+    assert verified.count(1) < 0.05 * len(verified)
+
+
 @pytest.mark.parametrize("count", [1, 8, 32])
 def test_drafts_that_are_always_wrong_cost_next_to_nothing(count: int) -> None:
     plain, drafted = stream(WRONG, count, None), stream(WRONG, count, SpeculationSettings())
@@ -235,3 +253,37 @@ def test_under_load_the_planner_is_at_least_as_good_as_the_best_fixed_number(lat
 
 def test_without_a_price_of_prompts_drafts_starve_them(latencies: dict[str, float]) -> None:
     assert latencies["myopic (w=0)"] > 1.08 * latencies["marginal"]
+
+
+def test_drafts_behind_the_end_of_a_text_count_as_wrong() -> None:
+    """They are verified and thrown away: where texts are short, an offer is worth less than its drafts are right."""
+    expected = []
+    for stop_ids in ((), tuple(range(0, VOCAB, 4))):
+        running = world(make_limits(max_model_len=600, num_pages=400))
+        for number in range(30):
+            running.add(make_request(f"r{number}", (number % 20, 1, 2, number // 20), max_tokens=40, stop_ids=stop_ids))
+            running.finish()
+        policy = running.scheduler.policy
+        assert isinstance(policy, DraftingPolicy)
+        offer = Drafts((1,) * 8, tuple(0.9 ** (j + 1) for j in range(8)), "right")
+        assert (policy._price.lasts < 0.9) is bool(stop_ids)
+        expected.append(sum(policy.acceptance.survivals(offer, RequestCounts())))
+    assert expected[0] > 7
+    assert expected[1] < 0.6 * expected[0]
+
+
+@pytest.mark.parametrize(("count", "is_asked"), [(1, True), (16, False)])
+def test_prompts_that_come_together_expect_what_a_crowd_gets(count: int, is_asked: bool) -> None:
+    running = world(make_limits(max_seqs=32, max_batched_tokens=256, max_model_len=64, num_pages=400))
+    policy = running.scheduler.policy
+    assert isinstance(policy, DraftingPolicy)
+    for load, gain_s in ((1, 1.0), (16, 0.0)):
+        state = make_state(Speculation(), 8)
+        policy._first_gains.expect(state, load)
+        policy._first_gains.observe(state, gain_s, is_of_masks=False)
+    policy._asking.cost.observe(1, 0, 1e-3)
+    for number in range(count):
+        running.add(make_request(f"r{number}", (number, 1, 2, 3), max_tokens=8))
+    plan = running.step()
+    assert plan is not None
+    assert [span.num_drafts > 0 for span in plan.spans] == [is_asked] * count

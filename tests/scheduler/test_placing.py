@@ -76,3 +76,17 @@ def test_where_a_row_costs_nothing_a_step_past_its_bound_is_no_error() -> None:
     running.add(make_request("r", 5, max_tokens=24))
     running.finish()
     assert any(span.num_drafts for plan in running.plans for span in plan.spans)
+
+
+def test_a_prompt_that_nobody_waits_for_has_masks_though_decodes_left_no_room_for_any() -> None:
+    cost = StepCost([StepSample(StepFeatures(n, 0, 1, 9), 0.01 + 0.005 * n) for n in (1, 4, 8, 16)])
+    running = world(make_limits(tbt_slo_s=0.016), settings=SETTINGS, cost=cost)
+    running.elapsed_of = lambda rows: 0.01 + 0.005 * rows
+    for name in ("a", "b"):
+        running.add(make_request(name, 5, max_tokens=24))
+        first = running.step()
+        assert first is not None
+        assert first.spans[0].num_masks == 3
+        running.finish()
+    decodes = [span for plan in running.plans for span in plan.spans if span.start >= 5]
+    assert not any(span.num_masks for span in decodes)

@@ -33,6 +33,15 @@ def test_events_are_counted_when_the_server_reports_no_usage() -> None:
     assert (sample.output_tokens, sample.is_counted) == (5, False)
 
 
+@pytest.mark.parametrize(("counts_tokens", "counts"), [(True, [2, 4, 5]), (False, [1, 2, 3])])
+def test_it_is_known_how_many_tokens_had_arrived_when(counts_tokens: bool, counts: list[int]) -> None:
+    sample = one(FakeServer(counts_tokens=counts_tokens, bursts={"m": 2}), BODY | {"model": "m"})
+    assert sample.event_tokens == counts
+    first, second, _ = sample.event_times
+    moments = [sample.sent, first, second, (first + second) / 2, sample.finished]
+    assert [sample.tokens_by(moment) for moment in moments] == [0, counts[0], counts[1], counts[0], counts[-1]]
+
+
 def test_a_refusal_keeps_its_status_and_the_servers_words() -> None:
     sample = one(FakeServer(refuse={0: 429}))
     assert (sample.status, sample.error, sample.is_complete) == (429, "refused with 429", False)

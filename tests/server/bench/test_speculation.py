@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.types import FinishReason
 from server.bench.cli import main
 from server.bench.client import BenchError, Sample
 from server.bench.speculation import OFF, read_policies, read_policy, rotated
 from server.bench.speculation_report import Point, Round, as_table, draw, verdict
 from server.bench.speculation_work import WORKLOADS
+from server.engine.config import SpeculationConfig
+from server.engine.offline import Engine
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,19 @@ def test_texts_are_a_function_of_the_seed(workload: str) -> None:
     assert first != other
 
 
+def test_lists_are_such_as_the_embedded_model_can_answer() -> None:
+    """With names it never saw it goes on with text of any kind, to the last token that it may."""
+    rng = random.Random(0)
+    asks = [WORKLOADS["list"](rng) for _ in range(24)]
+    with Engine("braid-tiny", speculation=SpeculationConfig(mode="off"), num_threads=1) as engine:
+        answers = [engine.generate([ask.prompt], max_tokens=ask.max_tokens)[0] for ask in asks]
+    items = [ask.prompt.removesuffix(" ->").split()[1:] for ask in asks]
+    assert {len(some) for some in items} == {4, 5, 6}
+    right = [sorted(answer.text.split()) == sorted(some) for answer, some in zip(answers, items, strict=True)]
+    assert sum(right) >= 23
+    assert all(answer.finish_reason is FinishReason.STOP for answer in answers)
+
+
 def test_a_prediction_is_sent_only_where_asked_and_known() -> None:
     ask = WORKLOADS["code-edit"](random.Random(0))
     assert ask.expected in ask.prompt
@@ -74,7 +90,43 @@ def one_round(speed: float, drafted: int = 0, accepted: int = 0, steps: int = 0)
     sample = Sample(
         0.0, 200, [0.1 * end, end], end, 5, 100, True, drafted=drafted, accepted=accepted, draft_steps=steps
     )
-    return Round.of([sample])
+    return Round.of([sample], 1)
+
+
+def test_tokens_count_while_every_stream_has_a_request() -> None:
+    """Two streams, three requests of a token every 0.1 s: at 0.5 the first stream finds none left."""
+    samples = [
+        Sample(
+            sent,
+            200,
+            times,
+            times[-1],
+            output_tokens=len(times),
+            is_counted=True,
+            event_tokens=[*range(1, len(times) + 1)],
+        )
+        for sent, count in ((0.0, 2), (0.0, 5), (0.2, 9))
+        for times in [[round(sent + 0.1 * (number + 1), 1) for number in range(count)]]
+    ]
+    measured = Round.of(samples, 2)
+    assert (measured.tokens, measured.seconds) == (2 + 5 + 3, 0.5)
+    # However many streams there are, the last of their requests is not alone in the measurement.
+    assert Round.of(samples, 3).seconds == 0.2
+    assert Round.of(samples, 1).tokens == 16
+
+
+def test_a_failed_request_brings_no_tokens() -> None:
+    failed = Sample(0.0, 500, finished=1.0, error="no")
+    done = Sample(0.0, 200, [0.5, 2.0], 2.0, 1, 7, True, event_tokens=[3, 7])
+    assert Round.of([failed, done], 2).tokens == 3
+
+
+@pytest.mark.parametrize(("workload", "shortest", "longest"), [("free", 32, 96), ("list", 16, 48)])
+def test_texts_without_an_end_differ_in_length(workload: str, shortest: int, longest: int) -> None:
+    """Equal lengths would keep plain decoding in lockstep: all prompts in one step."""
+    lengths = [WORKLOADS[workload](random.Random(seed)).max_tokens for seed in range(500)]
+    assert (min(lengths), max(lengths)) == (shortest, longest)
+    assert len(set(lengths)) == longest - shortest + 1
 
 
 def test_ratios_are_of_the_same_round_and_their_median_counts() -> None:
