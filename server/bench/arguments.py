@@ -120,6 +120,7 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="sampling temperatures")
     parser.add_argument("--rounds", type=_positive, default=5, help="times that all policies are measured at a point")
     parser.add_argument("--requests-per-stream", type=_positive, default=4, help="in each round")
+    parser.add_argument("--min-requests", type=_positive, default=32, help="in each round, however few streams")
     parser.add_argument("--max-tokens", type=_positive, help="of an answer, on average (otherwise by the kind)")
     parser.add_argument("--prediction", action="store_true", help="send what is expected along, as `prediction`")
     parser.add_argument("--ignore-eos", action="store_true", help="answers of full length (random weights)")

@@ -143,7 +143,10 @@ def measure(
     rounds: dict[str, list[Round]] = {label: [] for label in engines}
     for number in range(-1, arguments.rounds):
         rng = random.Random(f"{arguments.seed} {workload} {streams} {number}")
-        asks = [WORKLOADS[workload](rng) for _ in range(streams * arguments.requests_per_stream)]
+        asks = [
+            WORKLOADS[workload](rng)
+            for _ in range(max(streams * arguments.requests_per_stream, arguments.min_requests))
+        ]
         found = {}
         for label in rotated(list(engines), number % len(engines)):
             if number == 0:
@@ -189,6 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=15, help="times that all policies are measured at a point")
     parser.add_argument("--requests-per-stream", type=int, default=4, help="in each round")
+    parser.add_argument(
+        "--min-requests", type=int, default=32, help="in each round: a load lasts longer than learning it"
+    )
     parser.add_argument("--threads", type=int, help="of each engine (otherwise the engine's own choice)")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine; with --threads 1")
     parser.add_argument("--seed", type=int, default=0, help="of the texts")

@@ -142,7 +142,7 @@ class Sweep:
     def _asks(self, place: Place, number: int) -> list[Ask]:
         """New texts in every round and at every point: what a server has learnt of one is no answer to another."""
         rng = random.Random(f"{self._arguments.seed} {place} {number}")
-        count = place.streams * self._arguments.requests_per_stream
+        count = max(place.streams * self._arguments.requests_per_stream, self._arguments.min_requests)
         asks = [WORKLOADS[place.workload](rng) for _ in range(count)]
         if self._arguments.max_tokens is not None:
             asks = [replace(ask, max_tokens=drawn_length(rng, self._arguments.max_tokens)) for ask in asks]

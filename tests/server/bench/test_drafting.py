@@ -45,7 +45,23 @@ def test_auto_is_compared_with_off_and_the_better_fixed_number() -> None:
 
 def test_texts_are_the_same_with_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--streams", "2", "--workloads", "code-edit", "--policies", "auto", "fixed:4"]
-    assert main([*arguments, "--rounds", "2", "--requests-per-stream", "2", "--threads", "1", "--cpu-time"]) == 0
+    assert (
+        main(
+            [
+                *arguments,
+                "--rounds",
+                "2",
+                "--requests-per-stream",
+                "2",
+                "--min-requests",
+                "1",
+                "--threads",
+                "1",
+                "--cpu-time",
+            ]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if "steps," in line] == ["off", "auto", "fixed:4"]
     assert any("auto/off" in line and "auto/fixed:4" in line for line in lines)

@@ -180,7 +180,16 @@ def test_a_real_sweep_writes_the_same_texts_with_and_without_drafts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["speculation", "--policies", "fixed:4", "--streams", "2", "--workloads", "code-edit", "--rounds", "1"]
-    arguments += ["--requests-per-stream", "2", "--temperature", "0.7", "--prediction", "--no-progress"]
+    arguments += [
+        "--requests-per-stream",
+        "2",
+        "--min-requests",
+        "1",
+        "--temperature",
+        "0.7",
+        "--prediction",
+        "--no-progress",
+    ]
     assert main([*arguments, "--json", str(tmp_path / "s.json"), "--spawn", "--threads 1"]) == 0
     report = json.loads((tmp_path / "s.json").read_text())
     assert [point["policy"] for point in report["points"]] == ["off", "fixed:4"]
