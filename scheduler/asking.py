@@ -57,8 +57,8 @@ class DraftCost:
 
     def parts(self, depth: int) -> tuple[float, float]:
         """Seconds that are paid once, and those of each sequence."""
-        one, two = self.predict(1, depth), self.predict(2, depth)
-        return 2.0 * one - two, two - one
+        once_s, each_s, once_deep_s, each_deep_s, _ = self._model.coefficients
+        return once_s + depth * once_deep_s, each_s + depth * each_deep_s
 
     @property
     def mask_s(self) -> float:

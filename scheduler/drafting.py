@@ -19,6 +19,7 @@ from scheduler.draft_state import DraftState, FirstGains, make_state
 from scheduler.goodput import Allocation, Outlook, make_policy, saved_seconds
 from scheduler.host_cost import HostCost
 from scheduler.kv_memory import KVMemory
+from scheduler.lookout import Lookout
 from scheduler.placing import Placing
 from scheduler.prompt_price import PromptPrice
 from scheduler.sequence import Sequence
@@ -28,8 +29,6 @@ _DRAFT_LEEWAY = 2.0
 """Without an explicit target a step may take so much longer for drafts than for prompts: drafts pay in tokens."""
 _LEEWAY_BESIDE = 1.25
 """Beside streams of another model, over what our own need without drafts: an equal part of a target may be less."""
-_REST = 7
-"""After a step in which nobody had drafts or was asked, so many go by without a look at who might be."""
 
 
 class _Offer(NamedTuple):
@@ -63,7 +62,8 @@ class DraftingPolicy:
         self._most_masks = limits.max_batched_tokens
         self._first_gains = FirstGains()
         self._host = HostCost()
-        self._num_rested, self._num_skipped, self._worked = _REST, 0, (0, 0, False)
+        self._lookout = Lookout()
+        self._worked = 0, 0, False
         self._price = PromptPrice(settings.price)
         self._draft_s = 0.0
 
@@ -78,9 +78,7 @@ class DraftingPolicy:
 
     def shape(self, draft: DraftPlan, backlog: Backlog | None) -> None:
         bound_s = self._budget.bound_s(draft, backlog)
-        if self._num_rested < _REST:
-            self._num_rested += 1
-        else:
+        if self._lookout.is_due(draft.num_decodes):
             if draft.host_s is not None:
                 self._host.observe(draft.host_s, *self._worked)
                 self._asking.extra = self._host.asking
@@ -120,12 +118,11 @@ class DraftingPolicy:
         self._asking.row_s = self.cost.predict(one_more) - target_s
         step_s = self._draft_s + self.host_s + target_s
         draft.goodput = (draft.num_decodes + draft.denoise_value) / step_s if step_s > 0.0 else 0.0
-        wishes = self._asking.choose(states, self._policy.most(draft.num_decodes), step_s, 1 + self._num_skipped)
-        self._num_skipped = 0
+        most, num_steps = self._policy.most(draft.num_decodes), 1 + self._lookout.num_skipped
+        wishes = self._asking.choose(states, most, step_s, num_steps)
+        self._lookout.saw(any(wishes))
         if any(wishes):
             self._place(draft, {}, wishes, self._draft_bound_s(draft, backlog, bound_s) - target_s)
-        else:
-            self._num_rested, self._num_skipped = 0, _REST
 
     def _meet(self, seq: Sequence) -> DraftState:
         seq.drafting = state = make_state(seq.request.speculation, self._settings.max_drafts)
@@ -226,15 +223,20 @@ class DraftingPolicy:
         self._placing.place(draft, lengths, wishes, self._most_masks)
 
     def finish(self, draft: DraftPlan) -> None:
-        """Ask for the first drafts of prompts that end in this step. Where nobody decodes, nobody waits for masks."""
-        if not self.cost.is_ready:
-            return
-        num_soon = draft.num_decodes + len(draft.ending)
+        """Ask for the first drafts of prompts that end in this step."""
+        if self.cost.is_ready and (ending := draft.ending):
+            self._ask_first(draft, ending)
+        if not draft.num_asked:
+            draft.draft_depth = 0
+
+    def _ask_first(self, draft: DraftPlan, ending: list[int]) -> None:
+        """ending: rows of the spans. Where nobody decodes, nobody waits for masks."""
+        num_soon = draft.num_decodes + len(ending)
         most = self._policy.most(num_soon)
         most_masks = self._limits.max_batched_tokens - draft.features.tokens + draft.num_masks
         if num_soon > 1 or draft.num_denoising or draft.others.stream_s > 0.0:
             most_masks = min(most_masks, self._most_masks)
-        for index in draft.ending:
+        for index in ending:
             seq = draft.owners[index]
             state = seq.drafting or self._meet(seq)
             self._first_gains.expect(state, num_soon)
@@ -245,9 +247,7 @@ class DraftingPolicy:
             if not (is_free or self._asking.pays(state, is_paid) or self._asking.may_try(state, is_paid)):
                 continue
             if wish and self._placing.place_first(draft, index, wish, most_masks):
-                self._num_rested = _REST
-        if not draft.num_asked:
-            draft.draft_depth = 0
+                self._lookout.wake()
 
     def predict(self, draft: DraftPlan) -> float:
         target_s = self._budget.predict(draft)
@@ -261,12 +261,14 @@ class DraftingPolicy:
             if draft.num_asked:
                 self._asking.observe_masks(draft.num_masks, draft.num_masked)
                 self._asking.cost.observe(draft.num_asked, draft.draft_depth, result.draft_s, draft.num_masks)
-        report = self._observe(draft, result.outcomes)
-        for seq, span, outcome in zip(draft.owners, draft.spans, result.outcomes, strict=True):
+        report = self._observe(draft, result.outcomes) if draft.verified else DraftReport()
+        for seq in draft.owners:
             if seq.finish_reason is not None:
                 self._price.learn(seq)
-            elif span.num_drafts:
-                self._receive(seq, span.num_drafts, outcome)
+        if draft.num_asked:
+            for seq, span, outcome in zip(draft.owners, draft.spans, result.outcomes, strict=True):
+                if span.num_drafts and seq.finish_reason is None:
+                    self._receive(seq, span.num_drafts, outcome)
         return report
 
     def _observe(self, draft: DraftPlan, outcomes: Many[Outcome]) -> DraftReport:
@@ -280,8 +282,7 @@ class DraftingPolicy:
                 continue
             path = path[: len(seq.tokens) - span.start - 1]
             num_accepted += len(path)
-            state = seq.drafting
-            found = self.acceptance.observe(drafts, length, path, state.counts, state.survivals)
+            found = self.acceptance.observe(drafts, length, path, seq.drafting.counts, seq.drafting.survivals)
             for source, depth, *counts in found:
                 old = tallies.get((source, depth), (0, 0, 0))
                 tallies[source, depth] = [a + b for a, b in zip(old, counts, strict=True)]
@@ -289,8 +290,7 @@ class DraftingPolicy:
 
     def _receive(self, seq: Sequence, num_asked: int, outcome: Outcome) -> None:
         """Rate an offer, or drop one that cannot be verified."""
-        state = seq.drafting
-        drafts = seq.decoding.drafts
+        state, drafts = seq.drafting, seq.decoding.drafts
         assert state is not None, "drafts were asked of a sequence without a state"
         if drafts is None or len(drafts.tokens) > num_asked or not is_well_formed(drafts):
             seq.decoding.drafts, state.source = None, ""
