@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from scheduler.types import MAX_TREE_NODES
 from server.also import AlsoServed, check_models, name_of, read_also, with_others
 from server.api.settings import LOOPBACK_HOSTS, ApiSettings, Limits, Timeouts
-from server.engine.attention import LabelDtype
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, LabelDtype
 from server.groups import attention_config, speculation_config
 from server.values import Auto, AutoCount, Count, Listed, Names, PolicyName, Seconds, Shares, Switch, Table, settings_of
 
@@ -119,7 +118,7 @@ class ServerConfig(BaseModel):
         "methods that requests may choose: quest,tidal,double_sparsity for answers (their KV metadata takes memory), "
         "xattention,pbs for prompts",
     )
-    attention_method: Literal["dense", "quest", "double_sparsity", "tidal"] = _sparse(
+    attention_method: Literal["dense", "quest", "double_sparsity", "tidal", "double_sparsity_pages"] = _sparse(
         "dense", "of requests that say nothing; not dense: the text is another"
     )
     attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")

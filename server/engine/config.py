@@ -18,6 +18,7 @@ from scheduler.types import (
 )
 from server.engine.attention import DENSE as DENSE
 from server.engine.attention import AttentionConfig as AttentionConfig
+from server.engine.attention import LabelDtype as LabelDtype
 
 
 class EngineState(StrEnum):
