@@ -30,6 +30,7 @@ _FOLLOWING = (Role.CHOOSE, Role.CHOOSE, Role.FOLLOW, Role.CHOOSE)
 _METHODS = {
     Reading.QUEST: Method.QUEST,
     Reading.DOUBLE_SPARSITY: Method.DOUBLE_SPARSITY,
+    Reading.DOUBLE_SPARSITY_PAGES: Method.DOUBLE_SPARSITY_PAGES,
     Reading.TIDAL_LIST: Method.TIDAL,
     Reading.TIDAL_FOLLOW: Method.TIDAL,
 }
