@@ -142,6 +142,8 @@ class Pool {
       uint32_t epoch;
       while ((epoch = epoch_.load(std::memory_order_acquire)) == seen) {
         for (int i = 0; i < 64 && epoch_.load(std::memory_order_relaxed) == seen; i++) relax();
+        // Whoever else wants this core goes first: the caller takes our tiles meanwhile.
+        sched_yield();
         if (std::chrono::steady_clock::now() < deadline) continue;
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
         futex_wait(&epoch_, seen);

@@ -131,12 +131,12 @@ class Autoregressive:
 
     def foresee(self, span: Span) -> After:
         """OPEN where drafts are at work, where prompt log-probabilities are read, where the host weighs what was
-        sampled before the next token is, and where a correction begins or ends."""
+        sampled before the next token is, and before a correction."""
         num_judged, end = len(span.judged), span.kv_len
         is_last = end == len(self._seq.tokens)
         if span.num_drafts or self.drafts is not None or num_judged > is_last:
             return After.OPEN
-        if end == self._correct_at or end == self._seq.prefill_end < len(self._seq.tokens):
+        if end == self._correct_at:
             return After.OPEN
         if not is_last:
             return After.PROMPT

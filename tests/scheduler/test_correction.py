@@ -72,6 +72,22 @@ def test_every_corrected_text_of_a_random_world_is_what_it_is_alone(part: int) -
     assert num_accepted > 50
 
 
+def test_every_corrected_text_of_a_world_that_plans_ahead_is_what_it_is_alone() -> None:
+    """Beside steps that are planned before the last token is known: one that begins or ends a correction waits."""
+    num_corrected = num_ahead = 0
+    for seed in range(NUM_WORLDS // 2):
+        world, rng = sparse_world(seed), random.Random(f"ahead {seed}")
+        world.plans_ahead = lambda rng=rng: rng.random() < 0.9  # type: ignore[misc]
+        try:
+            play_sparse(world, seed)
+        except AssertionError as error:
+            raise AssertionError(f"world {seed}: {error}") from error
+        num_corrected += sum(stats.corrected_tokens for stats in world.stats)
+        num_ahead += sum(stats.is_ahead for stats in world.stats)
+    assert num_corrected > 300
+    assert num_ahead > 100
+
+
 def lone(limits: Limits, *requests: Request) -> World:
     scheduler = Scheduler(limits, root=bytes(32), attention=OFFERS)
     world = World(limits, scheduler)

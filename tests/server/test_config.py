@@ -198,6 +198,8 @@ def test_offloading_reaches_the_worker_with_its_limit_and_needs_double_sparsity_
     for methods in (("--sparse-attention", "double_sparsity,quest", *labels), of_pages, ("--kv-offload",)):
         with pytest.raises(ConfigError, match="kv-offload fetches keys for double_sparsity: name it alone"):
             config_of(*methods)
+    with pytest.raises(ConfigError, match="block-sparse prompts choose among keys that are here"):
+        config_of("--sparse-attention", "double_sparsity,xattention", *labels)
     with pytest.raises(ConfigError, match="kv-offload-memory is set, but kv-offload is not"):
         config_of("--kv-offload-memory", "1GiB")
 

@@ -94,6 +94,23 @@ def test_preemption_changes_no_token(config: EngineConfig, alone: list[Found]) -
     assert num_preempted > 0
 
 
+def test_steps_planned_ahead_change_no_token(
+    config: EngineConfig, alone: list[Found], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, _ = engine(config, async_scheduling="on")
+    corrections: list[bool] = []
+    step = core.step
+
+    def noted() -> Any:
+        deltas, stats = step()
+        corrections.append(stats is not None and stats.is_ahead and stats.corrected_tokens > 0)
+        return deltas, stats
+
+    monkeypatch.setattr(core, "step", noted)
+    assert_same(run(core, corrected())[0], alone)
+    assert any(corrections), "no correction was planned ahead"
+
+
 def test_drafts_change_no_token(config: EngineConfig, alone: list[Found]) -> None:
     core, _ = engine(config, speculation=SpeculationConfig(mode="on", draft_tree=True))
     asked = [replace(r, speculation=Speculation(SpeculationMode.ON)) for r in corrected()]

@@ -96,10 +96,10 @@ def test_sparse_decode_costs_its_ranking_and_its_budget() -> None:
     follow = RowVariant(Reading.TIDAL_FOLLOW, 2048)
     assert follow.num_bytes(case) == dense // 16
     assert follow.num_flop(case) == case.num_flop // 16
-    # Smallest and largest of 512 pages.
-    assert RowVariant(Reading.QUEST, 2048).num_bytes(case) == dense // 16 + 2 * 512 * one
-    # Labels of 16 of 128 channels of keys alone: a sixteenth of keys and values.
-    assert RowVariant(Reading.DOUBLE_SPARSITY, 2048).num_bytes(case) == dense // 16 + dense // 16
+    # Smallest and largest of 4,096 sub-pages of 8 keys: an eighth of keys and values.
+    assert RowVariant(Reading.QUEST, 2048).num_bytes(case) == dense // 16 + dense // 8
+    # Labels of 32 of 128 channels of keys alone: an eighth, too.
+    assert RowVariant(Reading.DOUBLE_SPARSITY, 2048).num_bytes(case) == dense // 16 + dense // 8
     assert RowVariant(Reading.TIDAL_LIST, 2048).num_bytes(case) == dense
     assert RowVariant(Reading.TIDAL_LIST, 2048).num_flop(case) == case.num_flop
 

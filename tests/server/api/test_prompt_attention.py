@@ -105,6 +105,7 @@ def test_who_says_nothing_gets_the_servers_method_unless_the_prompt_must_be_dens
         ({"attention": {"method": "quest", "prefill_threshold": 0.9}}, "attention.prefill_threshold", "without"),
         ({"attention": {"prefill": "xattention", "budget": 512}}, "attention.budget", "attention.method is not"),
         ({"attention": {"prefill": "xattention", "lossless": True}}, "attention.lossless", "attention.method is not"),
+        ({"attention": {"prefill": "xattention", "correct_every": 8}}, "attention.correct_every", "method is not"),
         ({"attention": {}}, "attention", "neither method nor prefill"),
         (
             {"attention": {"prefill": "xattention", "method": "quest", "lossless": True}},

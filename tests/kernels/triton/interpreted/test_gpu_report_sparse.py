@@ -60,8 +60,8 @@ def test_figures_follow_from_the_times_and_failures_are_said() -> None:
     assert timer.called == ["dense", "dense again", quest, labels, pages, listing, following]
     assert found[labels].reason == "out of memory"
     one = found[quest]
-    # 1 kv head of 16 elements of 4 bytes: bounds of 290 // 64 pages, 256 keys and values.
-    assert one.num_bytes == 64 * (2 * 4 + 2 * 256)
+    # 1 kv head of 16 elements of 4 bytes: bounds of 290 // 8 sub-pages, 256 keys and values.
+    assert one.num_bytes == 64 * (2 * 36 + 2 * 256)
     assert one.us == pytest.approx(3000.0)
     assert one.ratio_to("dense") == pytest.approx(4.0), "the dense kernel takes four times as long"
     assert one.copy_fraction == pytest.approx(one.num_bytes / 3e-3 / 1e6)
