@@ -22,7 +22,7 @@ from kernels.blocks import PLAIN, AttentionBlock, AttentionForm, DenseLayers
 from kernels.edits import Edits
 from kernels.prefill_rows import PrefillRows
 from kernels.routing import Router
-from kernels.sparse import Role, SparseLayer, SparseRows
+from kernels.sparse import Roles, SparseLayer, SparseRows
 from kernels.truncation import Filters
 
 
@@ -302,7 +302,7 @@ class Ops(Protocol):
     def allocate_sparse(
         self,
         k_pages: Tensor,
-        roles: tuple[Role, Role, Role],
+        roles: Roles,
         has_bounds: bool,
         channels_KC: Tensor | None,
         int4_labels: bool = False,
@@ -310,6 +310,7 @@ class Ops(Protocol):
         """Metadata memory beside the k_pages that `allocate_kv` made, not initialised; opaque in the same way.
 
         has_bounds   for `Method.QUEST`; channels_KC (int32, elements of a key) for `Method.DOUBLE_SPARSITY`
+                     and its pages
         int4_labels  labels are codes of 4 bits with a scale for each key and head (kernels/label_codes.py)
         Raises ValueError if this back end has no sparse attention.
         """

@@ -31,7 +31,7 @@ from kernels.prefill_rows import attend_in_parts
 from kernels.prefill_torch import PlainLayout, attend_part
 from kernels.reference_attention import attend
 from kernels.routing import Router, choose_experts
-from kernels.sparse import Role, SparseLayer
+from kernels.sparse import Roles, SparseLayer
 from kernels.truncation import Filters, truncate
 
 LOGITS_TILE = 8192
@@ -291,7 +291,7 @@ class ReferenceOps:
     def allocate_sparse(
         self,
         k_pages: Tensor,
-        roles: tuple[Role, Role, Role],
+        roles: Roles,
         has_bounds: bool,
         channels_KC: Tensor | None,
         int4_labels: bool = False,

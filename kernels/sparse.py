@@ -32,11 +32,19 @@ class Method(IntEnum):
     QUEST            whole pages, by an upper bound of q.k from the elementwise extremes of each sub-page's keys
     DOUBLE_SPARSITY  single keys, by q.k over a few channels that were found to matter (the keys' labels)
     TIDAL            single keys, by the q.k that one layer has computed for all of them; the layers after it follow
+    DOUBLE_SPARSITY_PAGES   whole pages, each by its key that DOUBLE_SPARSITY scores best
     """
 
     QUEST = 0
     DOUBLE_SPARSITY = 1
     TIDAL = 2
+    DOUBLE_SPARSITY_PAGES = 3
+
+    @property
+    def is_of_pages(self) -> bool:
+        """Whether what it chooses are pages. It reads budget // page size of them: the first, those with one of the
+        last LAST_KEYS keys, and the best of the others, which are full."""
+        return self in (Method.QUEST, Method.DOUBLE_SPARSITY_PAGES)
 
 
 class Role(IntEnum):
@@ -54,7 +62,7 @@ class Role(IntEnum):
     FOLLOW = 3
 
 
-Roles = tuple[Role, Role, Role]
+Roles = tuple[Role, Role, Role, Role]
 """Of one layer, by `Method`."""
 
 
@@ -65,13 +73,13 @@ class SparseLayer:
     roles     by `Method`
     bounds    of complete sub-pages, for QUEST: written whenever a row is written to the last slot of one, from all its
               keys. Only complete pages are scored, each by its best sub-page
-    labels    of every key, for DOUBLE_SPARSITY
+    labels    of every key, for DOUBLE_SPARSITY and DOUBLE_SPARSITY_PAGES
     channels  int32 [K, C]: the elements of a rotated key that are its label
     label_scales  of labels that are codes of 4 bits (label_codes.py); None = they are elements as they are
     bounds, labels and their scales are opaque, as KV pages are.
     """
 
-    roles: tuple[Role, Role, Role]
+    roles: Roles
     bounds: Tensor | None = None
     labels: Tensor | None = None
     channels: Tensor | None = None
@@ -106,17 +114,21 @@ def sub_page(page_size: int) -> int:
     return page_size if page_size % SUB_PAGE else SUB_PAGE
 
 
+def default_channels(head_dim: int, int4_labels: bool) -> int:
+    """Channels of a label where nobody says: a quarter of a key's, because an eighth loses single keys. Codes of 4 bits
+    cost a quarter of what elements of bfloat16 do: of them half of the channels, in half the bytes."""
+    return max(4, head_dim // (2 if int4_labels else 4))
+
+
 def least_budget(method: Method, page_size: int) -> int:
     """Fewest keys that a row may be told to read: what is always read, and room for one choice."""
-    if method is not Method.QUEST:
+    if not method.is_of_pages:
         return FIRST_KEYS + LAST_KEYS + 1
     # So many pages have one of LAST_KEYS successive keys, at most; the first page and one that is chosen are two more.
     return page_size * ((LAST_KEYS - 2 + page_size) // page_size + 3)
 
 
-def roles_of_layers(
-    num_layers: int, selection_layer: int, reselection_layers: Sequence[int]
-) -> list[tuple[Role, Role, Role]]:
+def roles_of_layers(num_layers: int, selection_layer: int, reselection_layers: Sequence[int]) -> list[Roles]:
     """Each layer's roles: its methods' in the order of `Method`.
 
     selection_layer     of TIDAL, at least DENSE_LAYERS: it makes the list, the layers before it are dense
@@ -129,5 +141,5 @@ def roles_of_layers(
             tidal = Role.DENSE
         else:
             tidal = Role.LIST if layer == selection_layer or layer in reselection_layers else Role.FOLLOW
-        roles.append((chooses, chooses, tidal))
+        roles.append((chooses, chooses, tidal, chooses))
     return roles

@@ -12,12 +12,12 @@ from torch import Tensor
 from kernels.hosted import chosen_places
 from kernels.label_codes import decode, encode, num_bytes
 from kernels.ops import AttentionRows
-from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, SparseLayer, SparseRows, sub_page
+from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, Roles, SparseLayer, SparseRows, sub_page
 
 
 def allocate(
     k_pages: Tensor,
-    roles: tuple[Role, Role, Role],
+    roles: Roles,
     has_bounds: bool,
     channels_KC: Tensor | None,
     int4_labels: bool = False,
@@ -77,8 +77,12 @@ def attend(
         table = rows.page_table[int(rows.row_seq[row]), : -(-visible // page_size)].long()
         k_KLD = k_pages[table].transpose(0, 1).flatten(1, 2)[:, :visible].float()
         q_KGD = q_TQD[row].view(k_KLD.shape[0], -1, q_TQD.shape[2]).float()
-        if role is Role.CHOOSE and sparse.methods[at] == Method.QUEST:
-            keys_Kn = _of_pages(_choose_pages(q_KGD, table, visible, budget, page_size, layer), page_size, visible)
+        method = Method(int(sparse.methods[at]))
+        if role is Role.CHOOSE and method.is_of_pages:
+            first_late = (visible - LAST_KEYS) // page_size
+            scores_of = _bound_scores if method is Method.QUEST else _best_label_scores
+            scores_KP = scores_of(q_KGD, table[1:first_late], page_size, layer)
+            keys_Kn = _of_pages(_choose_pages(scores_KP, len(table), budget, page_size), page_size, visible)
         elif role is Role.CHOOSE:
             keys_Kn = _choose(_label_scores(q_KGD, table, visible, layer), budget)
         elif role is Role.LIST:
@@ -126,23 +130,28 @@ def _choose(scores_KL: Tensor, budget: int) -> Tensor:
     return torch.cat((first, chosen, last), dim=1)
 
 
-def _choose_pages(
-    q_KGD: Tensor, table: Tensor, visible: int, budget: int, page_size: int, layer: SparseLayer
-) -> Tensor:
-    """Places in the page table [K, budget // S], ascending. Scored pages end before the last LAST_KEYS keys begin.
-
-    The bound of a sub-page is sum_d max(q_d min_d, q_d max_d) >= q.k of each of its keys; a page has the highest of its
-    sub-pages' and of its group's heads'.
-    """
-    assert layer.bounds is not None
-    first_late = (visible - LAST_KEYS) // page_size
-    bounds_KPN2D = layer.bounds[table[1:first_late]].transpose(0, 1).float()
-    products = q_KGD[:, :, None, None, None] * bounds_KPN2D[:, None]
-    scores_KP = products.amax(4).sum(4).amax(3).amax(1)
-    num_late = len(table) - first_late
-    chosen = 1 + _best(scores_KP, budget // page_size - 1 - num_late)
-    late = torch.arange(first_late, len(table), device=table.device).expand(len(chosen), -1)
+def _choose_pages(scores_KP: Tensor, num_pages: int, budget: int, page_size: int) -> Tensor:
+    """Places in the page table [K, budget // S], ascending: the first page, the best of the P scored ones, all
+    behind these. Scored pages end before the last LAST_KEYS keys begin."""
+    first_late = 1 + scores_KP.shape[1]
+    chosen = 1 + _best(scores_KP, budget // page_size - 1 - (num_pages - first_late))
+    late = torch.arange(first_late, num_pages, device=chosen.device).expand(len(chosen), -1)
     return torch.cat((torch.zeros_like(chosen[:, :1]), chosen, late), dim=1)
+
+
+def _bound_scores(q_KGD: Tensor, pages_P: Tensor, page_size: int, layer: SparseLayer) -> Tensor:
+    """[K, P] of full pages. The bound of a sub-page is sum_d max(q_d min_d, q_d max_d) >= q.k of each of its keys; a
+    page has the highest of its sub-pages' and of its group's heads'."""
+    assert layer.bounds is not None
+    bounds_KPN2D = layer.bounds[pages_P].transpose(0, 1).float()
+    products = q_KGD[:, :, None, None, None] * bounds_KPN2D[:, None]
+    return products.amax(4).sum(4).amax(3).amax(1)
+
+
+def _best_label_scores(q_KGD: Tensor, pages_P: Tensor, page_size: int, layer: SparseLayer) -> Tensor:
+    """[K, P] of full pages: each has the highest label score of its keys."""
+    scores_KL = _label_scores(q_KGD, pages_P, len(pages_P) * page_size, layer)
+    return scores_KL.view(len(scores_KL), len(pages_P), page_size).amax(2)
 
 
 def _of_pages(pages_Kp: Tensor, page_size: int, visible: int) -> Tensor:

@@ -22,6 +22,12 @@ class AttentionMethod(StrEnum):
     QUEST = "quest"
     DOUBLE_SPARSITY = "double_sparsity"
     TIDAL = "tidal"
+    DOUBLE_SPARSITY_PAGES = "double_sparsity_pages"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether it scores keys by labels, whose channels a calibration must have found."""
+        return self in (AttentionMethod.DOUBLE_SPARSITY, AttentionMethod.DOUBLE_SPARSITY_PAGES)
 
 
 @dataclass(frozen=True, slots=True)

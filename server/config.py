@@ -115,10 +115,10 @@ class ServerConfig(BaseModel):
 
     sparse_attention: Listed = _sparse(
         None,
-        "methods that requests may choose: quest,tidal,double_sparsity for answers (their KV metadata takes memory), "
-        "xattention,pbs for prompts",
+        "methods that requests may choose: quest,tidal,double_sparsity,double_sparsity_pages for answers (their KV "
+        "metadata takes memory), xattention,pbs for prompts",
     )
-    attention_method: Literal["dense", "quest", "double_sparsity", "tidal"] = _sparse(
+    attention_method: Literal["dense", "quest", "double_sparsity", "tidal", "double_sparsity_pages"] = _sparse(
         "dense", "of requests that say nothing; not dense: the text is another"
     )
     attention_budget: Count = _sparse(1024, "keys that a token of the output reads, where a request does not say")
@@ -131,7 +131,9 @@ class ServerConfig(BaseModel):
         4096, "rows of a prompt before this position read everything; a multiple of 512"
     )
     attention_calibration: Names = _sparse((), "files of calibration, repeatable: .safetensors channels, .json layers")
-    attention_channels: AutoCount = _sparse(None, "label channels of double_sparsity; auto = head size / 4")
+    attention_channels: AutoCount = _sparse(
+        None, "label channels of double_sparsity and its pages; auto = head size / 4, of int4 / 2"
+    )
     kv_offload: bool = _sparse(False, "K and V of the middle layers in host memory; for double_sparsity alone")
     kv_offload_memory: AutoCount = _sparse(None, "most host memory for them (64GiB); auto = half of what is free")
     attention_label_dtype: LabelDtype = _sparse("model", "of these labels; int4: less memory and reads, coarser choice")

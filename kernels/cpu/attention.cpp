@@ -90,7 +90,7 @@ class Attend {
     }
     following = nullptr;
     if (role == kFollow) return read_only(list_of(token), token, budget);
-    if (g.sparse->methods[at] == kQuest) {
+    if (of_pages(g.sparse->methods[at])) {
       long count = budget / g.page_size;
       chosen_pages.resize(count);
       choose_pages<T>(g, token, head, chosen_pages.data());
@@ -101,7 +101,7 @@ class Attend {
     }
     float* label = scratch_of<float>(1, room + budget);
     int32_t* keys = reinterpret_cast<int32_t*>(label + room);
-    label_scores<T>(g, token, head, label);
+    label_scores<T>(g, token, head, 0, (visible + g.page_size - 1) / g.page_size, label);
     choose_keys(g, token, label, keys);
     read_only(keys, token, budget);
   }

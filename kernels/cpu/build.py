@@ -27,15 +27,16 @@ _QUIET = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd", "-mprefer-vector-width=512")
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "avx512bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
     "avx512": _AVX512,
     "avx2": _AVX2,
     "generic": (),
 }
 """Compiler flags of each variant, best first; `generic` is the architecture's baseline."""
+_NEEDED_BY_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "bmi2"}
 _NEEDED_FLAGS = {
-    "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_bf16", "fma", "bmi2"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "bmi2"},
+    "avx512bf16": {*_NEEDED_BY_AVX512, "avx512_bf16", "avx512_vnni"},
+    "avx512": _NEEDED_BY_AVX512,
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
 }
 

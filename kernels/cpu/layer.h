@@ -56,19 +56,20 @@ struct KvLayout {
   }
 };
 
-enum Method : int32_t { kQuest = 0, kDoubleSparsity = 1, kTidal = 2 };      // sparse.py Method
+enum Method : int32_t { kQuest = 0, kDoubleSparsity = 1, kTidal = 2, kDoubleSparsityPages = 3 };  // sparse.py Method
 enum Role : int32_t { kDense = 0, kChoose = 1, kList = 2, kFollow = 3 };  // sparse.py Role
 
 // What one layer does for sparse rows, and its metadata of keys under the page ids of K and V. Null in its place: none.
 //   bounds of (page, head, sub-page): [largest, smallest][head_dim], then zeros up to bound_words
-//   labels of (page, head): [channels][padded keys]    a lane is a key, no horizontal sums
-//   labels of 4 bits: [bytes][padded keys] of codes + 8, channel b in the low half of byte b, channel bytes + b in the high
+//   labels of (page, head): as K of keys that have the channels for elements
+//   labels of 4 bits: the same of words of four bytes of codes + 8, channel b in the low half of byte b, channel bytes + b in the
+//   high half, bytes = ceil(channels / 2)
 //   label_scales of (page, head): bf16 [padded keys]; null: labels are elements of the keys as they are
 struct SparseLayer {
   void *bounds, *labels, *label_scales;  // null: not kept
   const int32_t* channels;  // [num_kv][num_channels]
   int64_t num_channels;
-  int32_t roles[3], unused;
+  int32_t roles[4];
 };
 
 // Keys that have bounds of their own (sparse.py sub_page).

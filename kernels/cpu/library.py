@@ -39,8 +39,7 @@ class SparseLayer(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("bounds", "labels", "label_scales", "channels")),
         ("num_channels", c_int64),
-        ("roles", c_int32 * 3),
-        ("unused", c_int32),
+        ("roles", c_int32 * 4),
     )
 
 

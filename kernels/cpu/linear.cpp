@@ -59,10 +59,10 @@ void dequantise(const Weight& w, long panel, long steps, long first, long count,
       for (int h = 0; h < per_word; h++) {
         if (w.format == kInt8) {  // [panel][k][32] int8
           const int8_t* q = static_cast<const int8_t*>(w.panels) + (panel * k_padded + k + h) * kPanel + v * kLanes;
-          value[h] = __builtin_convertvector(load<vb>(q), vf);
+          value[h] = __builtin_convertvector(load_bytes(q), vf);
         } else {  // [panel][k][16] bytes: low nibble = column c, high nibble = column c + 16, biased by 8
           const uint8_t* q = static_cast<const uint8_t*>(w.panels) + (panel * k_padded + k + h) * kLanes;
-          vi nibble = (__builtin_convertvector(load<vb>(q), vi) >> (4 * v)) & 15;
+          vi nibble = (load_bytes(q) >> (4 * v)) & 15;
           vf scale = load<vf>(w.scales + (panel * groups + (k + h) / kGroup) * kPanel + v * kLanes);
           value[h] = __builtin_convertvector(nibble - 8, vf) * scale;
         }

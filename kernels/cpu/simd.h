@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -16,7 +16,9 @@ typedef float vf __attribute__((vector_size(64), may_alias));
 typedef int32_t vi __attribute__((vector_size(64), may_alias));
 typedef uint32_t vu __attribute__((vector_size(64), may_alias));
 typedef uint16_t vh __attribute__((vector_size(32), may_alias));
+typedef int16_t vs __attribute__((vector_size(32), may_alias));
 typedef int8_t vb __attribute__((vector_size(16), may_alias));
+typedef uint8_t vub __attribute__((vector_size(16), may_alias));
 
 struct bf16 {
   uint16_t bits;
@@ -36,6 +38,41 @@ BRAID_INLINE void store(void* p, V v) {
 }
 BRAID_INLINE vf splat(float x) { return x - vf{}; }
 BRAID_INLINE vi splat_i(int32_t x) { return x - vi{}; }
+// Bytes as integers. In two steps, because GCC 12 takes one step of four times the width byte by byte.
+BRAID_INLINE vi load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load<vb>(p), vs), vi);
+#endif
+}
+BRAID_INLINE vi load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load<vub>(p), vs), vi);
+#endif
+}
+// acc + the sums of four products in each word, of bytes up to 127 with bytes of a sign; of two products 16 bits must hold the sum.
+BRAID_INLINE vi dot_bytes(vi acc, vu a, const int8_t* four) {
+  int32_t word;
+  std::memcpy(&word, four, 4);
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, _mm512_set1_epi32(word));
+#elif defined(__AVX512BW__)
+  __m512i pairs = _mm512_maddubs_epi16((__m512i)a, _mm512_set1_epi32(word));
+  return acc + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+  __m256i halves[2];
+  std::memcpy(halves, &a, sizeof(a));
+  for (__m256i& half : halves)
+    half = _mm256_madd_epi16(_mm256_maddubs_epi16(half, _mm256_set1_epi32(word)), _mm256_set1_epi16(1));
+  return acc + load<vi>(halves);
+#else
+  for (int i = 0; i < 4; i++) acc = acc + ((vi)a >> (8 * i) & 127) * int32_t(four[i]);
+  return acc;
+#endif
+}
 BRAID_INLINE vi lane_ids() { return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 BRAID_INLINE float to_float(bf16 x) {

@@ -3,13 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 
 namespace braid {
 namespace {
 
-constexpr int kBinBits = 11;
-constexpr long kHeads = 4;  // that are scored together: a label is loaded once for all
+constexpr long kAheadBytes = 4096;  // of metadata that are fetched before they are read
 
 // Order of floats as order of integers, so that a NaN has a place, too, and the same one on every machine.
 uint32_t sortable(float x) {
@@ -19,31 +17,35 @@ uint32_t sortable(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// first + the positions of the `count` highest of n scores, ascending. A histogram finds the bin of the last one to take, so
-// that only that bin's scores are put in order.
+// first + the positions of the `count` highest of n scores, ascending. The last one to take is found a bit at a time: the
+// greatest number that `count` of them reach.
 int32_t* take_best(const float* scores, long n, long count, int32_t first, int32_t* out) {
-  uint32_t* order = scratch_of<uint32_t>(2, 2 * n + 1);
-  uint32_t* in_bin = order + n;
-  uint32_t sizes[1 << kBinBits] = {};
-  for (long i = 0; i < n; i++) {
-    order[i] = sortable(scores[i]);
-    sizes[order[i] >> (32 - kBinBits)]++;
-  }
-  uint32_t bin = (1 << kBinBits) - 1;
-  long above = 0;
-  for (; above + sizes[bin] < count; bin--) above += sizes[bin];
-  long members = 0;
-  for (long i = 0; i < n; i++)
-    if (order[i] >> (32 - kBinBits) == bin) in_bin[members++] = order[i];
-  std::nth_element(in_bin, in_bin + (count - above - 1), in_bin + members, std::greater<uint32_t>());
-  uint32_t last = in_bin[count - above - 1];
-  long equals = count - above - std::count_if(in_bin, in_bin + members, [&](uint32_t x) { return x > last; });
+  if (count <= 0) return out;
+  long padded = (n + kLanes - 1) / kLanes * kLanes;
+  uint32_t* order = scratch_of<uint32_t>(2, padded);
+  for (long i = 0; i < padded; i++) order[i] = i < n ? sortable(scores[i]) : 0;
+  auto num_from = [&](uint32_t least) {
+    vi num{};
+    for (long i = 0; i < padded; i += kLanes) num = num - (vi)(load<vu>(order + i) >= least);
+    long sum = 0;
+    for (int lane = 0; lane < kLanes; lane++) sum += num[lane];
+    return sum;
+  };
+  uint32_t last = 0;
+  for (uint32_t bit = 1u << 31; bit; bit >>= 1)
+    if (num_from(last | bit) >= count) last |= bit;
+  long equals = count - (last + 1 ? num_from(last + 1) : 0);
   for (long i = 0; i < n; i++)
     if (order[i] > last || (order[i] == last && equals-- > 0)) *out++ = int32_t(first + i);
   return out;
 }
 
 long code_bytes(const SparseLayer& layer) { return (layer.num_channels + 1) / 2; }
+
+template <class T>
+long label_words(const SparseLayer& layer) {
+  return layer.label_scales ? (code_bytes(layer) + 3) / 4 : (layer.num_channels + Word<T>::k - 1) / Word<T>::k;
+}
 
 template <class T>
 const T* query(const AttentionArgs& g, long token, long head) {
@@ -61,22 +63,20 @@ bool chooses(const AttentionArgs& g, long token) {
 // A sub-page's bound is sum_d max(q_d smallest_d, q_d largest_d) = max(q, 0) . largest + min(q, 0) . smallest: one product of
 // twice the width. The group's queries are laid out for it once. A page is as good as the best of its sub-pages.
 template <class T>
-void choose_pages(const AttentionArgs& g, long token, long head, int32_t* chosen) {
+void bound_scores(const AttentionArgs& g, long token, long head, long end, float* scores) {
   const int32_t* pages = g.page_table + g.row_seq[token] * g.max_pages;
-  long visible = g.visible[token], group = g.num_q / g.num_kv, dim = g.head_dim, words = bound_words<T>(dim);
-  long end = (visible + g.page_size - 1) / g.page_size, late = (visible - kLastKeys) / g.page_size;
+  long group = g.num_q / g.num_kv, dim = g.head_dim, words = bound_words<T>(dim);
   long parts = g.page_size / sub_page(g.page_size), page_words = parts * words, distance = (5 + parts) / parts;
-  uint32_t* q = scratch_of<uint32_t>(1, group * words + late);
-  float* scores = reinterpret_cast<float*>(q + group * words);
+  uint32_t* q = scratch_of<uint32_t>(2, group * words);
   std::memset(q, 0, size_t(group * words) * 4);
   for (long h = 0; h < group; h++) {
     T* split = reinterpret_cast<T*>(q + h * words);
     const T* from = query<T>(g, token, head * group + h);
     for (long d = 0; d < dim; d++) split[to_float(from[d]) > 0.f ? d : dim + d] = from[d];
   }
-  for (long p = 1; p < late; p++) {
+  for (long p = 1; p < end; p++) {
     const uint32_t* bounds = static_cast<const uint32_t*>(g.layer->bounds) + (pages[p] * g.num_kv + head) * page_words;
-    long soon = pages[p + distance < late ? p + distance : p];
+    long soon = pages[p + distance < end ? p + distance : p];
     const uint32_t* ahead = static_cast<const uint32_t*>(g.layer->bounds) + (soon * g.num_kv + head) * page_words;
     for (long w = 0; w < page_words; w += kLanes) __builtin_prefetch(ahead + w);
     float best = 0.f;
@@ -89,9 +89,26 @@ void choose_pages(const AttentionArgs& g, long token, long head, int32_t* chosen
       }
     scores[p] = best;
   }
+}
+
+template <class T>
+void choose_pages(const AttentionArgs& g, long token, long head, int32_t* chosen) {
+  long at = g.sparse->index[token], visible = g.visible[token];
+  long end = (visible + g.page_size - 1) / g.page_size, late = (visible - kLastKeys) / g.page_size;
+  float* scores = scratch_of<float>(1, late * g.page_size + kLanes);
+  if (g.sparse->methods[at] == kQuest) {
+    bound_scores<T>(g, token, head, late, scores);
+  } else {
+    label_scores<T>(g, token, head, 1, late, scores);
+    for (long p = 1; p < late; p++) {  // in place: page p's keys are not before p
+      vf best = splat(-__builtin_inff());
+      const float* keys = scores + p * g.page_size;
+      for (long s = 0; s < g.page_size; s += kLanes) best = vmax(load_tail(keys + s, g.page_size - s, -__builtin_inff()), best);
+      scores[p] = max_lanes(best);
+    }
+  }
   *chosen++ = 0;
-  long count = g.sparse->budgets[g.sparse->index[token]] / g.page_size - 1 - (end - late);
-  chosen = take_best(scores + 1, late - 1, count, 1, chosen);
+  chosen = take_best(scores + 1, late - 1, g.sparse->budgets[at] / g.page_size - 1 - (end - late), 1, chosen);
   for (long p = late; p < end; p++) *chosen++ = int32_t(p);
 }
 
@@ -102,68 +119,151 @@ void choose_keys(const AttentionArgs& g, long token, const float* scores, int32_
   for (long i = visible - kLastKeys; i < visible; i++) *chosen++ = int32_t(i);
 }
 
-// A page's labels, a vector of keys at a time: as they are, and as codes whose scale is multiplied last.
-template <class T>
-struct PlainLabels {
-  const T* labels;
-  long padded;
-  PlainLabels(const SparseLayer& layer, long record, long padded)
-      : labels(static_cast<const T*>(layer.labels) + record * layer.num_channels * padded), padded(padded) {}
-  vf channel(long c, long s) const { return load_vec(labels + c * padded + s); }
-  vf scaled(vf score, long) const { return score; }
-};
-struct CodedLabels {
-  const uint8_t* codes;
-  const bf16* scales;
-  long bytes, padded;
-  CodedLabels(const SparseLayer& layer, long record, long padded)
-      : codes(static_cast<const uint8_t*>(layer.labels) + record * code_bytes(layer) * padded),
-        scales(static_cast<const bf16*>(layer.label_scales) + record * padded), bytes(code_bytes(layer)), padded(padded) {}
-  vf channel(long c, long s) const {
-    vi pairs = __builtin_convertvector(load<vb>(codes + c % bytes * padded + s), vi);
-    return __builtin_convertvector(((c < bytes ? pairs : pairs >> 4) & 15) - 8, vf);
-  }
-  vf scaled(vf score, long s) const { return score * load_vec(scales + s); }
+// A tile of keys, 16 NV of them, whose labels are words of 32 bits that lie side by side. What is fetched is as large.
+struct LabelTile {
+  const uint32_t *labels, *ahead;
+  long words;
+  vf* best;  // highest score so far of each key
 };
 
-template <class T, class Labels>
-void scores_of(const AttentionArgs& g, long token, long head, float* scores) {
-  KvLayout<T> layout(g.page_size, g.num_kv, g.head_dim);
-  const int32_t* pages = g.page_table + g.row_seq[token] * g.max_pages;
-  const int32_t* channels = g.layer->channels + head * g.layer->num_channels;
-  long group = g.num_q / g.num_kv, num_channels = g.layer->num_channels, padded = layout.padded_keys;
-  long heads = (group + kHeads - 1) / kHeads * kHeads;
-  float* weights = scratch_of<float>(2, num_channels * heads);  // [channels][heads]
-  std::memset(weights, 0, size_t(num_channels * heads) * sizeof(float));
-  for (long h = 0; h < group; h++)
-    for (long c = 0; c < num_channels; c++)
-      weights[c * heads + h] = to_float(query<T>(g, token, head * group + h)[channels[c]]);
-  for (long p = 0; p * g.page_size < g.visible[token]; p++) {
-    Labels labels(*g.layer, pages[p] * g.num_kv + head, padded);
-    for (long s = 0; s < g.page_size; s += kLanes) {
-      vf best = splat(-__builtin_inff());
-      for (long first = 0; first < group; first += kHeads) {
-        vf sum[kHeads] = {};
-        for (long c = 0; c < num_channels; c++) {
-          vf x = labels.channel(c, s);
-          for (long h = 0; h < kHeads; h++) sum[h] = sum[h] + x * weights[c * heads + first + h];
-        }
-        for (long h = 0; h < kHeads && first + h < group; h++) best = vmax(sum[h], best);
+// Labels as they are: words of K, whose product is that of attention's scores.
+template <class T>
+class PlainLabels {
+ public:
+  // Of the group's queries the label channels.
+  PlainLabels(const SparseLayer& layer, long group) : words(label_words<T>(layer)), q(scratch_of<uint32_t>(2, group * words)) {
+    std::memset(q, 0, size_t(group * words) * 4);
+  }
+  void put(const AttentionArgs& g, long h, const T* from, const int32_t* channels) {
+    for (long c = 0; c < g.layer->num_channels; c++) reinterpret_cast<T*>(q + h * words)[c] = from[channels[c]];
+  }
+  template <int H, int NV>
+  void score(const LabelTile& tile, long first) const {
+    vf sum[H][NV] = {};
+    for (long i = 0; i < words; i++) {
+      vu x[NV];
+      for (int v = 0; v < NV; v++) {
+        __builtin_prefetch(tile.ahead + (i * NV + v) * kLanes, 0, 2);
+        x[v] = load<vu>(tile.labels + (i * NV + v) * kLanes);
       }
-      store(scores + p * g.page_size + s, labels.scaled(best, s));  // what is past the page's end, the next page writes over
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) sum[h][v] = Word<T>::dot(sum[h][v], x[v], q[(first + h) * words + i]);
+    }
+    for (int h = 0; h < H; h++)
+      for (int v = 0; v < NV; v++) tile.best[v] = vmax(sum[h][v], tile.best[v]);
+  }
+
+ private:
+  long words;
+  uint32_t* q;
+};
+
+// Codes of 4 bits, a word of them eight channels. Queries are rounded to 8 bits, so that sums are of whole numbers: exact, and
+// four channels an instruction. Their scale is a power of two: what is a small whole number stays one.
+template <class T>
+class CodedLabels {
+ public:
+  CodedLabels(const SparseLayer& layer, long group) : words(label_words<T>(layer)), q(scratch_of<int8_t>(2, group * (words + 1) * 8)) {
+    std::memset(q, 0, size_t(group * words) * 8);
+    heads = reinterpret_cast<Head*>(q + group * words * 8);
+  }
+  void put(const AttentionArgs& g, long h, const T* from, const int32_t* channels) {
+    float most = 0.f;
+    for (long c = 0; c < g.layer->num_channels; c++) most = std::max(most, std::fabs(to_float(from[channels[c]])));
+    int exponent;
+    std::frexp(most, &exponent);
+    float unit = std::ldexp(1.f, 7 - exponent);
+    heads[h] = Head{std::ldexp(1.f, exponent - 7), 0};
+    long bytes = code_bytes(*g.layer);
+    for (long c = 0; c < g.layer->num_channels; c++) {
+      float x = std::min(std::nearbyint(to_float(from[channels[c]]) * unit), 127.f);
+      q[(h * words + c % bytes / 4) * 8 + c / bytes * 4 + c % bytes % 4] = int8_t(x);
+      heads[h].sum += int8_t(x);
+    }
+  }
+  template <int H, int NV>
+  void score(const LabelTile& tile, long first) const {
+    vi sum[H][NV];
+    for (int h = 0; h < H; h++)
+      for (int v = 0; v < NV; v++) sum[h][v] = splat_i(-8 * heads[first + h].sum);  // codes are stored with 8 more
+    for (long i = 0; i < words; i++)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) {
+        __builtin_prefetch(tile.ahead + (i * NV + v) * kLanes, 0, 2);
+        vu x = load<vu>(tile.labels + (i * NV + v) * kLanes);
+        vu low = x & 0x0f0f0f0fu, high = x >> 4 & 0x0f0f0f0fu;
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++) {
+          const int8_t* of_head = q + ((first + h) * words + i) * 8;
+          sum[h][v] = dot_bytes(dot_bytes(sum[h][v], low, of_head), high, of_head + 4);
+        }
+      }
+    for (int h = 0; h < H; h++)
+      for (int v = 0; v < NV; v++)
+        tile.best[v] = vmax(__builtin_convertvector(sum[h][v], vf) * heads[first + h].scale, tile.best[v]);
+  }
+
+ private:
+  struct Head {
+    float scale;
+    int32_t sum;  // of its whole numbers
+  };
+  long words;
+  int8_t* q;  // of each head and word its four channels of low half bytes, then those of high ones
+  Head* heads;
+};
+
+template <class Labels, int NV>
+void score_heads(const Labels& labels, const LabelTile& tile, long group) {
+  long h = 0;
+  for (; h + 4 <= group; h += 4) labels.template score<4, NV>(tile, h);
+  if (group - h == 3) labels.template score<3, NV>(tile, h);
+  if (group - h == 2) labels.template score<2, NV>(tile, h);
+  if (group - h == 1) labels.template score<1, NV>(tile, h);
+}
+
+template <class T, class Labels>
+void scores_of(const AttentionArgs& g, long token, long head, long first_page, long end_page, float* scores) {
+  const SparseLayer& layer = *g.layer;
+  const int32_t* pages = g.page_table + g.row_seq[token] * g.max_pages;
+  KvLayout<T> layout(g.page_size, g.num_kv, g.head_dim);
+  long group = g.num_q / g.num_kv, words = label_words<T>(layer), record = layout.padded_keys * words;
+  long distance = kAheadBytes / (record * 4) + 1;
+  Labels labels(layer, group);
+  for (long h = 0; h < group; h++) labels.put(g, h, query<T>(g, token, head * group + h), layer.channels + head * layer.num_channels);
+  for (long p = first_page; p < end_page; p++) {
+    long at = pages[p] * g.num_kv + head, soon = pages[p + distance < end_page ? p + distance : p] * g.num_kv + head;
+    const uint32_t* from = static_cast<const uint32_t*>(layer.labels);
+    const bf16* scales = static_cast<const bf16*>(layer.label_scales);
+    if (scales) __builtin_prefetch(scales + soon * layout.padded_keys, 0, 2);
+    for (long t = 0; t < layout.padded_keys; t += layout.key_tile) {
+      vf best[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
+      LabelTile tile{from + at * record + t * words, from + soon * record + t * words, words, best};
+      if (layout.key_tile == 32)
+        score_heads<Labels, 2>(labels, tile, group);
+      else
+        score_heads<Labels, 1>(labels, tile, group);
+      for (long s = 0; s < layout.key_tile && t + s < g.page_size; s += kLanes) {
+        vf x = best[s / kLanes];
+        if (scales) x = x * load_vec(scales + at * layout.padded_keys + t + s);
+        store(scores + p * g.page_size + t + s, x);  // what is past the page's end, the next page writes over
+      }
     }
   }
 }
 
 template <class T>
-void label_scores(const AttentionArgs& g, long token, long head, float* scores) {
-  if (g.layer->label_scales) return scores_of<T, CodedLabels>(g, token, head, scores);
-  scores_of<T, PlainLabels<T>>(g, token, head, scores);
+void label_scores(const AttentionArgs& g, long token, long head, long first_page, long end_page, float* scores) {
+  if (g.layer->label_scales) return scores_of<T, CodedLabels<T>>(g, token, head, first_page, end_page, scores);
+  scores_of<T, PlainLabels<T>>(g, token, head, first_page, end_page, scores);
 }
 
 // label_codes.py encode, in the same order of the same roundings.
 template <class T>
-void write_codes(const SparseLayer& layer, const KvLayout<T>& layout, const T* key, long record, long offset, const int32_t* channels) {
+void write_codes(const SparseLayer& layer, const KvLayout<T>& layout, const T* key, long record, long offset, const int32_t* channels,
+                 uint8_t* label) {
   float most = 0.f;
   for (long c = 0; c < layer.num_channels; c++) {
     float x = std::fabs(to_float(key[layout.key_step(channels[c])]));
@@ -172,8 +272,6 @@ void write_codes(const SparseLayer& layer, const KvLayout<T>& layout, const T* k
   bf16 stored = to_bf16(most * (1.f / 7.f));
   float scale = to_float(stored);
   static_cast<bf16*>(layer.label_scales)[record * layout.padded_keys + offset] = stored;
-  long bytes = code_bytes(layer);
-  uint8_t* codes = static_cast<uint8_t*>(layer.labels) + record * bytes * layout.padded_keys + offset;
   auto code = [&](long c) {
     if (c >= layer.num_channels) return 8;
     float x = to_float(key[layout.key_step(channels[c])]);
@@ -181,17 +279,22 @@ void write_codes(const SparseLayer& layer, const KvLayout<T>& layout, const T* k
     for (int i = 0; i < 7; i++) above += std::fabs(x) > (float(i) + 0.5f) * scale;
     return 8 + (x < 0.f ? -above : above);
   };
-  for (long b = 0; b < bytes; b++) codes[b * layout.padded_keys] = uint8_t(code(b) | code(bytes + b) << 4);
+  long bytes = code_bytes(layer);
+  for (long b = 0; b < bytes; b++) label[b / 4 * layout.key_tile * 4 + b % 4] = uint8_t(code(b) | code(bytes + b) << 4);
 }
 
 template <class T>
 void write_label(const SparseLayer& layer, const KvLayout<T>& layout, const T* k_pages, long slot, long head) {
   const T* key = layout.key_at(const_cast<T*>(k_pages), slot, head);
   const int32_t* channels = layer.channels + head * layer.num_channels;
-  long record = slot / layout.page_size * layout.num_kv + head, offset = slot % layout.page_size;
-  if (layer.label_scales) return write_codes(layer, layout, key, record, offset, channels);
-  T* label = static_cast<T*>(layer.labels) + record * layer.num_channels * layout.padded_keys + offset;
-  for (long c = 0; c < layer.num_channels; c++) label[c * layout.padded_keys] = key[layout.key_step(channels[c])];
+  KvLayout<T> labels(layout.page_size, layout.num_kv, label_words<T>(layer) * Word<T>::k);  // as K of keys so long
+  T* label = labels.key_at(static_cast<T*>(layer.labels), slot, head);
+  if (layer.label_scales) {
+    long record = slot / layout.page_size * layout.num_kv + head, offset = slot % layout.page_size;
+    return write_codes(layer, layout, key, record, offset, channels, reinterpret_cast<uint8_t*>(label));
+  }
+  for (long c = 0; c < layer.num_channels; c++) label[labels.key_step(c)] = key[layout.key_step(channels[c])];
+  if (layer.num_channels % Word<T>::k) std::memset(label + labels.key_step(layer.num_channels), 0, sizeof(T));
 }
 
 template <class T>
@@ -219,15 +322,15 @@ void choose_all(Pool* pool, const AttentionArgs& g) {
     long token = t / g.num_kv, head = t % g.num_kv, at = g.sparse->index[token];
     if (at < 0 || g.sparse->methods[at] != kDoubleSparsity || g.visible[token] <= g.sparse->budgets[at]) return;
     float* scores = scratch_of<float>(1, (g.visible[token] + g.page_size - 1) / g.page_size * g.page_size + kLanes);
-    label_scores<T>(g, token, head, scores);
+    label_scores<T>(g, token, head, 0, (g.visible[token] + g.page_size - 1) / g.page_size, scores);
     choose_keys(g, token, scores, g.sparse->lists + (at * g.num_kv + head) * g.sparse->most);
   });
 }
 
 template void choose_pages<bf16>(const AttentionArgs&, long, long, int32_t*);
 template void choose_pages<float>(const AttentionArgs&, long, long, int32_t*);
-template void label_scores<bf16>(const AttentionArgs&, long, long, float*);
-template void label_scores<float>(const AttentionArgs&, long, long, float*);
+template void label_scores<bf16>(const AttentionArgs&, long, long, long, long, float*);
+template void label_scores<float>(const AttentionArgs&, long, long, long, long, float*);
 template void write_label<bf16>(const SparseLayer&, const KvLayout<bf16>&, const bf16*, long, long);
 template void write_label<float>(const SparseLayer&, const KvLayout<float>&, const float*, long, long);
 template void write_bounds<bf16>(const SparseLayer&, const KvLayout<bf16>&, const bf16*, long, long);

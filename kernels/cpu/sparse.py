@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import library
+from kernels.cpu.memory import fresh
 from kernels.label_codes import num_bytes
 from kernels.ops import AttentionRows
-from kernels.sparse import Method, Role, SparseLayer, SparseRows, least_budget, sub_page
+from kernels.sparse import Method, Roles, SparseLayer, SparseRows, least_budget, sub_page
 
 
 def allocate(
     k_pages: Tensor,
-    roles: tuple[Role, Role, Role],
+    roles: Roles,
     has_bounds: bool,
     channels_KC: Tensor | None,
     int4_labels: bool = False,
 ) -> SparseLayer:
-    """bounds [P, K, N, 2 D padded to whole vectors], labels [P, K, C, padded S]: a lane is a key, as in K pages. As
-    codes of 4 bits: labels [P, K, B, padded S] and scales [P, K, padded S]."""
+    """bounds [P, K, N, 2 D padded to whole vectors], labels of [P, K, padded S] keys as in K pages,
+    words of 32 bits of all keys of a tile side by side. As codes of 4 bits: the same, and scales [P, K, padded S]."""
     num_pages, num_kv, page_size, head_dim = k_pages.shape
     labels = scales = None
     if channels_KC is not None:
@@ -35,14 +36,15 @@ def allocate(
         tile = 16 if page_size <= 16 else 32
         num_channels, padded = channels_KC.shape[1], -(-page_size // tile) * tile
         if int4_labels:
-            labels = k_pages.new_empty((num_pages, num_kv, num_bytes(num_channels), padded), dtype=torch.uint8)
-            scales = k_pages.new_empty((num_pages, num_kv, padded), dtype=torch.bfloat16)
+            labels = fresh((num_pages, num_kv, padded, -(-num_bytes(num_channels) // 4) * 4), torch.uint8)
+            scales = fresh((num_pages, num_kv, padded), torch.bfloat16)
         else:
-            labels = k_pages.new_empty((num_pages, num_kv, num_channels, padded))
+            per_word = 4 // k_pages.element_size()
+            labels = fresh((num_pages, num_kv, padded, -(-num_channels // per_word) * per_word), k_pages.dtype)
         channels_KC = channels_KC.contiguous()
     vector = 64 // k_pages.element_size()
     shape = (num_pages, num_kv, page_size // sub_page(page_size), -(-2 * head_dim // vector) * vector)
-    bounds = k_pages.new_empty(shape) if has_bounds else None
+    bounds = fresh(shape, k_pages.dtype) if has_bounds else None
     return SparseLayer(roles, bounds, labels, channels_KC, scales)
 
 
@@ -53,7 +55,7 @@ def layer_struct(layer: SparseLayer | None) -> Array[library.SparseLayer] | None
     parts = (layer.bounds, layer.labels, layer.label_scales, layer.channels)
     pointers = (None if part is None else part.data_ptr() for part in parts)
     num_channels = 0 if layer.channels is None else layer.channels.shape[1]
-    struct = library.SparseLayer(*pointers, num_channels, (c_int32 * len(Method))(*layer.roles), 0)
+    struct = library.SparseLayer(*pointers, num_channels, (c_int32 * len(Method))(*layer.roles))
     return (library.SparseLayer * 1)(struct)
 
 

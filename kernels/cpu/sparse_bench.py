@@ -19,19 +19,20 @@ from torch import Tensor
 from kernels.cpu.bench import Shape, Stack, rows_for
 from kernels.cpu.ops import CpuOps
 from kernels.ops import AttentionRows
-from kernels.sparse import DENSE_LAYERS, Method, SparseLayer, SparseRows, roles_of_layers
+from kernels.sparse import DENSE_LAYERS, Method, SparseLayer, SparseRows, default_channels, roles_of_layers
 
 ROUNDS = 9
-NUM_CHANNELS = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences that each bring a row over `keys` keys."""
+    """Sequences that each bring a row over `keys` keys, and the labels of these; of 4 bits or as the keys are."""
 
     num_seqs: int
     keys: int
     budget: int
+    num_channels: int
+    int4_labels: bool
 
 
 class Bench:
@@ -44,15 +45,16 @@ class Bench:
         for pages in self.kv:
             for tensor in pages:
                 tensor.normal_()
-        channels = torch.arange(NUM_CHANNELS, dtype=torch.int32).repeat(shape.kv_heads, 1)
+        channels = torch.arange(case.num_channels, dtype=torch.int32).repeat(shape.kv_heads, 1)
         roles = roles_of_layers(shape.layers, DENSE_LAYERS, (round(shape.layers * 13 / 32),))
         self.layers = [
-            stack.ops.allocate_sparse(k, r, True, channels) for (k, _), r in zip(self.kv, roles, strict=True)
+            stack.ops.allocate_sparse(k, r, True, channels, case.int4_labels)
+            for (k, _), r in zip(self.kv, roles, strict=True)
         ]
         for layer in self.layers:
-            for part in (layer.bounds, layer.labels):
-                assert part is not None
-                part.normal_()
+            for part in (layer.bounds, layer.labels, layer.label_scales):
+                if part is not None:
+                    part.normal_() if part.is_floating_point() else part.random_(256)
         self.x = torch.randn(case.num_seqs, shape.hidden).bfloat16()
         self.q = torch.randn(case.num_seqs, shape.heads, shape.head_dim).bfloat16()
 
@@ -101,19 +103,25 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=8192)
     parser.add_argument("--share", type=int, default=16, help="a row reads one key of so many")
     parser.add_argument("--seqs", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--methods", nargs="+", default=[method.name.lower() for method in Method])
+    parser.add_argument("--label-dtype", choices=("model", "int4"), default="model")
+    parser.add_argument("--channels", type=int, help="of a label; otherwise as a server has them")
     parser.add_argument("--cpu-time", action="store_true", help="one thread's own CPU time, for a machine that is busy")
     chosen = parser.parse_args()
     ops = CpuOps(num_threads=1 if chosen.cpu_time else None)
     stack = Stack(ops, Shape())
-    print(f"{ops.name}, {ops.num_threads} threads, {chosen.keys} keys, budget {chosen.keys // chosen.share}")
+    budget, int4_labels = chosen.keys // chosen.share, chosen.label_dtype == "int4"
+    num_channels = chosen.channels or default_channels(stack.shape.head_dim, int4_labels)
+    print(f"{ops.name}, {ops.num_threads} threads, {chosen.keys} keys, budget {budget}")
+    print(f"labels of {num_channels} channels, {'codes of 4 bits' if int4_labels else 'as the keys are'}")
     print("sequences, method: attention, dense / sparse; whole step, dense / sparse")
     for num_seqs in chosen.seqs:
-        bench = Bench(stack, Case(num_seqs, chosen.keys, chosen.keys // chosen.share))
-        for method in Method:
+        bench = Bench(stack, Case(num_seqs, chosen.keys, budget, num_channels, int4_labels))
+        for method in (Method[name.upper()] for name in chosen.methods):
             rows = bench.rows(method)
             attention = ratios(bench.attention, bench.dense, rows, chosen.cpu_time)
             step = ratios(bench.step, replace(bench.dense, layers=bench.layers), rows, chosen.cpu_time)
-            print(f"{num_seqs:3d} {method.name.lower():16s} {attention}   {step}")
+            print(f"{num_seqs:3d} {method.name.lower():21s} {attention}   {step}")
 
 
 if __name__ == "__main__":

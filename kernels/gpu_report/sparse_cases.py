@@ -20,7 +20,7 @@ from kernels.sparse_prefill import PermutedBlocks, XAttention
 from kernels.triton.gpu_checks import Span
 
 CHANNELS = 32
-"""Of a label of Double Sparsity: a quarter of a head of 128, as a server has it unless told otherwise."""
+"""Of a label of Double Sparsity, as the keys are: a quarter of a head of 128, a server's default."""
 FEW_KEYS = 1024
 CHUNK = 2048
 
@@ -30,6 +30,7 @@ class Reading(StrEnum):
 
     QUEST = "quest"
     DOUBLE_SPARSITY = "double sparsity"
+    DOUBLE_SPARSITY_PAGES = "double sparsity of pages"
     TIDAL_LIST = "tidal, layer that lists"
     TIDAL_FOLLOW = "tidal, layer that follows"
 
@@ -52,6 +53,7 @@ class RowVariant:
         ranked = {
             Reading.QUEST: 2 * (keys // SUB_PAGE) * one,
             Reading.DOUBLE_SPARSITY: keys * bytes_per_key(CHANNELS, case.kv_dtype),
+            Reading.DOUBLE_SPARSITY_PAGES: keys * bytes_per_key(CHANNELS, case.kv_dtype),
             Reading.TIDAL_LIST: 2 * (keys - self.budget) * one,  # the row itself reads everything
             Reading.TIDAL_FOLLOW: 0,
         }
@@ -62,6 +64,7 @@ class RowVariant:
         ranked = {
             Reading.QUEST: 4 * heads.head_dim * (keys // SUB_PAGE),
             Reading.DOUBLE_SPARSITY: 2 * CHANNELS * keys,
+            Reading.DOUBLE_SPARSITY_PAGES: 2 * CHANNELS * keys,
             Reading.TIDAL_LIST: 4 * heads.head_dim * (keys - self.budget),
             Reading.TIDAL_FOLLOW: 0,
         }
@@ -139,8 +142,9 @@ def tiny_sparse_cases() -> list[SparseCase]:
     rows = Case("decode 1 x 290", Kind.DECODE, decode(1, 290), heads, torch.float32)
     chunk = Case("chunk 40 behind 260", Kind.CHUNK, (Span(300, 40),), heads, torch.float32)
     methods = (XAttention(threshold=0.5), PermutedBlocks(threshold=0.5, probe=16))
+    of_pages = (Reading.QUEST, Reading.DOUBLE_SPARSITY_PAGES)
     return [
-        SparseCase(rows, tuple(RowVariant(reading, 256 if reading is Reading.QUEST else 70) for reading in Reading)),
+        SparseCase(rows, tuple(RowVariant(reading, 256 if reading in of_pages else 70) for reading in Reading)),
         SparseCase(chunk, tuple(ChunkVariant(method) for method in methods)),
     ]
 

@@ -18,18 +18,19 @@ from kernels.gpu_report.results import BaselineResult, CaseResult
 from kernels.gpu_report.sparse_cases import CHANNELS, ChunkVariant, Reading, RowVariant, SparseCase
 from kernels.gpu_report.timing import Call, Times, free_memory, reason
 from kernels.ops import AttentionRows
-from kernels.sparse import Method, Role, SparseLayer, SparseRows
+from kernels.sparse import Method, Role, Roles, SparseLayer, SparseRows
 from kernels.sparse_prefill import XAttention
 from kernels.triton.ops import TritonOps
 from kernels.triton.sparse import prefill
 from kernels.triton.sparse.metadata import write_metadata
 
 DENSE, _AGAIN = "dense", "dense again"
-_CHOOSING = (Role.CHOOSE, Role.CHOOSE, Role.LIST)
-_FOLLOWING = (Role.CHOOSE, Role.CHOOSE, Role.FOLLOW)
+_CHOOSING = (Role.CHOOSE, Role.CHOOSE, Role.LIST, Role.CHOOSE)
+_FOLLOWING = (Role.CHOOSE, Role.CHOOSE, Role.FOLLOW, Role.CHOOSE)
 _METHODS = {
     Reading.QUEST: Method.QUEST,
     Reading.DOUBLE_SPARSITY: Method.DOUBLE_SPARSITY,
+    Reading.DOUBLE_SPARSITY_PAGES: Method.DOUBLE_SPARSITY_PAGES,
     Reading.TIDAL_LIST: Method.TIDAL,
     Reading.TIDAL_FOLLOW: Method.TIDAL,
 }
@@ -155,7 +156,7 @@ def _call(bench: Bench, problem: Problem, layers: Sequence[SparseLayer], variant
 def _row_call(ops: TritonOps, problem: Problem, layers: Sequence[SparseLayer], variant: RowVariant) -> Call:
     rows = _sparse_rows(problem, _METHODS[variant.reading], variant.budget)
 
-    def run(pool: int, roles: tuple[Role, Role, Role]) -> Tensor:
+    def run(pool: int, roles: Roles) -> Tensor:
         k_pages, v_pages = problem.pools[pool]
         layer = replace(layers[pool], roles=roles)
         return ops.paged_attention(problem.q_TQD, k_pages, v_pages, rows, problem.scale, layer=layer)

@@ -27,7 +27,7 @@ from kernels.ops import AttentionRows, PackedLinear, RowStatistics, StepRows
 from kernels.prefill_rows import attend_in_parts
 from kernels.reference import DenseLinear, ReferenceOps, dense_weight
 from kernels.routing import Router, choose_experts
-from kernels.sparse import Role, SparseLayer
+from kernels.sparse import Roles, SparseLayer
 from kernels.triton.edits import edit_logits
 from kernels.triton.moe import ExpertStack, moe, pack_experts
 from kernels.triton.move import move_kv
@@ -251,7 +251,7 @@ class TritonOps:
     def allocate_sparse(
         self,
         k_pages: Tensor,
-        roles: tuple[Role, Role, Role],
+        roles: Roles,
         has_bounds: bool,
         channels_KC: Tensor | None,
         int4_labels: bool = False,

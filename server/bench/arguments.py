@@ -168,12 +168,13 @@ def _add_sparse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="braid-tiny-retrieval", help="the embedded model or its folder")
     parser.add_argument("--lengths", type=_positive, nargs="+", default=[2048, 4096, 8192], help="keys of a context")
     parser.add_argument("--questions", type=_positive, default=200, help="at each length, ten a context")
-    parser.add_argument("--methods", nargs="+", default=[], help="quest, double_sparsity, tidal (otherwise all)")
+    parser.add_argument("--methods", nargs="+", default=[], help="of attention.method (otherwise all)")
     parser.add_argument("--share", type=_positive, default=16, help="a row reads a 1/SHARE of the keys")
     parser.add_argument(
         "--calibration", type=Path, nargs="+", default=[], help="files (otherwise the embedded model's own)"
     )
     parser.add_argument("--channels", type=_positive, help="of a label (otherwise a quarter of the head size)")
+    parser.add_argument("--label-dtype", choices=("model", "int4"), default="model", help="of a label")
     parser.add_argument("--rounds", type=int, default=5, help="times that speeds are compared; 0 = not at all")
     parser.add_argument("--streams", type=_positive, default=4, help="that decode together then")
     parser.add_argument("--speed-tokens", type=_positive, default=48, help="steps of a stream then")

@@ -62,15 +62,15 @@ class AttentionConfig:
             if (misfit := offer.misfit((offer.method,))) is not None:
                 flag = "attention-prefill-threshold" if misfit[0] == "prefill_threshold" else "attention-prefill-from"
                 raise ValueError(f"{flag}: {offer.method} {misfit[1]}")
-        needs_channels = AttentionMethod.DOUBLE_SPARSITY in self.allowed()
-        if needs_channels and not any(name.endswith(".safetensors") for name in self.calibration):
+        with_labels = [method for method in self.allowed() if method.has_labels]
+        if with_labels and not any(name.endswith(".safetensors") for name in self.calibration):
             raise ValueError(
-                "double_sparsity needs the model's label channels: set attention-calibration to their file"
+                f"{with_labels[0]} needs the model's label channels: set attention-calibration to their file"
             )
-        if self.label_dtype != "model" and not needs_channels:
+        if self.label_dtype != "model" and not with_labels:
             raise ValueError(
-                f"attention-label-dtype is {self.label_dtype}, but only double_sparsity has labels: name it with "
-                "sparse-attention"
+                f"attention-label-dtype is {self.label_dtype}, but only double_sparsity and double_sparsity_pages have "
+                "labels: name one of them with sparse-attention"
             )
         self._check_offload()
         if self.calibration and not self.allowed():
@@ -89,7 +89,8 @@ class AttentionConfig:
 
     def without_files(self) -> AttentionConfig:
         """For another model: what was calibrated is the first one's."""
-        methods = tuple(name for name in self.methods if name != AttentionMethod.DOUBLE_SPARSITY)
-        default = DENSE if self.default == AttentionMethod.DOUBLE_SPARSITY else self.default
+        labelled = [method for method in AttentionMethod if method.has_labels]
+        methods = tuple(name for name in self.methods if name not in labelled)
+        default = DENSE if self.default in labelled else self.default
         prompts = (self.prefill, self.prefill_threshold, self.prefill_from)
         return AttentionConfig(methods, default, self.budget, self.correct_every, *prompts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kernels.ops import Ops
-from kernels.sparse import Method, Role, SparseLayer, least_budget, roles_of_layers
+from kernels.sparse import Method, Role, SparseLayer, default_channels, least_budget, roles_of_layers
 from scheduler.types import AttentionMethod, AttentionOffer
 from server.models.config import ModelConfig
 from server.worker.attention_calibration import Calibration, load_channels, load_tidal
@@ -18,6 +18,7 @@ METHODS = {
     AttentionMethod.QUEST: Method.QUEST,
     AttentionMethod.DOUBLE_SPARSITY: Method.DOUBLE_SPARSITY,
     AttentionMethod.TIDAL: Method.TIDAL,
+    AttentionMethod.DOUBLE_SPARSITY_PAGES: Method.DOUBLE_SPARSITY_PAGES,
 }
 
 
@@ -58,14 +59,16 @@ class SparsePlan:
         self._int4_labels = config.label_dtype == "int4"
         calibration = Calibration(config.calibration, weights_hash)
         self._channels: Tensor | None = None
-        if AttentionMethod.DOUBLE_SPARSITY in config.methods:
-            num_channels = config.num_channels or max(4, model.head_dim // 4)
+        if any(method.has_labels for method in config.methods):
+            num_channels = config.num_channels or default_channels(model.head_dim, self._int4_labels)
             self._channels = load_channels(calibration, model, num_channels)
         first, again = load_tidal(calibration, model.num_layers)
         self._is_ahead = bool(ahead)
         self._roles = [
-            (quest, Role.FOLLOW if number in ahead else double_sparsity, tidal)
-            for number, (quest, double_sparsity, tidal) in enumerate(roles_of_layers(model.num_layers, first, again))
+            (quest, Role.FOLLOW if number in ahead else double_sparsity, tidal, pages)
+            for number, (quest, double_sparsity, tidal, pages) in enumerate(
+                roles_of_layers(model.num_layers, first, again)
+            )
         ]
 
     def layers(self, ops: Ops, pages: Sequence[tuple[Tensor, Tensor]]) -> tuple[SparseLayer, ...]:

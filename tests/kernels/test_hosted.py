@@ -18,7 +18,7 @@ from kernels.sparse import Method, Role
 from tests.kernels.cpu.worlds import Shape
 from tests.kernels.test_sparse import SHAPES, SparseWorld, Wish
 
-FOLLOWS = (Role.DENSE, Role.FOLLOW, Role.DENSE)
+FOLLOWS = (Role.DENSE, Role.FOLLOW, Role.DENSE, Role.DENSE)
 WISHES = {0: Wish(Method.DOUBLE_SPARSITY, 80), 1: Wish(Method.DOUBLE_SPARSITY, 69)}
 LENGTHS = [300, 170, 40]
 LAST = {0: (297, 300), 1: (169, 170), 2: (39, 40)}

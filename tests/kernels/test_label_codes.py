@@ -12,7 +12,7 @@ from kernels.cpu.ops import CpuOps
 from kernels.label_codes import decode, encode, num_bytes
 from kernels.ops import Ops
 from kernels.reference import ReferenceOps
-from kernels.sparse import Method
+from kernels.sparse import Method, least_budget
 from tests.kernels.cpu.worlds import Shape
 from tests.kernels.test_sparse import CHOOSES, SHAPES, SparseWorld, Wish
 
@@ -70,22 +70,37 @@ def test_compiled_codes_and_scales_are_the_bits_of_the_reference(
     assert twin.layer.label_scales is not None
     slots = twin.rows({0: (0, length)}, {}).slots
     pages, offsets = slots // shape.page_size, slots % shape.page_size
-    assert torch.equal(mine.layer.labels[pages, :, :, offsets], twin.layer.labels[pages, :, offsets])
+    tile = 16 if shape.page_size <= 16 else 32
+    num_pages, num_kv, keys, num_bytes_ = mine.layer.labels.shape
+    words = mine.layer.labels.view(num_pages, num_kv, keys // tile, num_bytes_ // 4, tile, 4)
+    codes = words.transpose(3, 4).reshape(mine.layer.labels.shape)
+    num_codes = twin.layer.labels.shape[3]
+    assert torch.equal(codes[pages, :, offsets, :num_codes], twin.layer.labels[pages, :, offsets])
     assert torch.equal(mine.layer.label_scales[pages, :, offsets], twin.layer.label_scales[pages, :, offsets])
     assert twin.layer.label_scales[pages, :, offsets].float().std() > 0
 
 
 @needs_compiler
+@pytest.mark.parametrize("variant", ["best", "generic"])
+@pytest.mark.parametrize("method", [Method.DOUBLE_SPARSITY, Method.DOUBLE_SPARSITY_PAGES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_back_ends_choose_the_same_keys_by_codes(shape: Shape) -> None:
+def test_back_ends_choose_the_same_keys_by_codes(
+    shape: Shape, dtype: torch.dtype, method: Method, variant: str
+) -> None:
     """Whole numbers and scales of few bits: every score is exact. One other key would show in the values."""
-    length, wish = 400, {0: Wish(Method.DOUBLE_SPARSITY, 77)}
-    worlds = [written(ops, shape, length, True) for ops in (ReferenceOps(), CpuOps(num_threads=2))]
-    outs = [world.sparse_step({0: (390, length)}, wish) for world in worlds]
-    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
-    plain = SparseWorld(ReferenceOps(), shape, [length], whole=True)
-    plain.write(plain.rows({0: (0, length)}, {}), {0: (0, length)})
-    assert not torch.allclose(plain.sparse_step({0: (390, length)}, wish), outs[0], atol=1e-3), "codes choose others"
+    shape, length = replace(shape, dtype=dtype), 400
+    wish = {0: Wish(method, least_budget(method, shape.page_size) + 8)}
+    compiled = CpuOps(num_threads=2, variant=best_variant() if variant == "best" else variant)
+    worlds = [written(ops, shape, length, True) for ops in (ReferenceOps(), compiled)]
+    outs = [world.sparse_step({0: (390, length)}, wish).float() for world in worlds]
+    bound = 2**-6 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(outs[0], outs[1], rtol=bound, atol=bound)
+    if method is Method.DOUBLE_SPARSITY:
+        plain = SparseWorld(ReferenceOps(), shape, [length], whole=True)
+        plain.write(plain.rows({0: (0, length)}, {}), {0: (0, length)})
+        others = plain.sparse_step({0: (390, length)}, wish).float()
+        assert not torch.allclose(others, outs[0], rtol=bound, atol=bound), "codes choose others"
 
 
 def test_codes_take_a_quarter_of_the_memory() -> None:

@@ -30,7 +30,7 @@ from kernels.sparse import (
 )
 from tests.kernels.cpu.worlds import Shape, World, rows_of
 
-CHOOSES = (Role.CHOOSE, Role.CHOOSE, Role.DENSE)
+CHOOSES = (Role.CHOOSE, Role.CHOOSE, Role.DENSE, Role.CHOOSE)
 NUM_CHANNELS = 5
 
 
@@ -111,9 +111,9 @@ class SparseWorld(World):
         """Write and attend; a TIDAL row lists the keys and then follows its list with the same query."""
         rows = self.rows(spans, wishes)
         q = self.write(rows, spans)
-        out = self.attend(q, rows, replace(self.layer, roles=(Role.CHOOSE, Role.CHOOSE, Role.LIST)))
+        out = self.attend(q, rows, replace(self.layer, roles=(Role.CHOOSE, Role.CHOOSE, Role.LIST, Role.CHOOSE)))
         if any(wish.method is Method.TIDAL for wish in wishes.values()):
-            out = self.attend(q, rows, replace(self.layer, roles=(Role.CHOOSE, Role.CHOOSE, Role.FOLLOW)))
+            out = self.attend(q, rows, replace(self.layer, roles=(Role.CHOOSE, Role.CHOOSE, Role.FOLLOW, Role.CHOOSE)))
         return out
 
 
@@ -134,8 +134,8 @@ def budget_of(method: Method, page_size: int, more: int) -> int:
 def test_compiled_rows_read_the_keys_that_the_reference_reads(shape: Shape, dtype: torch.dtype) -> None:
     """Whole numbers: both see the same scores, many of them equal. One page more or less would show in the values."""
     shape = replace(shape, dtype=dtype)
-    lengths = [700, 431, 300, 250]
-    spans = {0: (697, 700), 1: (430, 431), 2: (290, 300), 3: (249, 250)}
+    lengths = [700, 431, 300, 420, 250]
+    spans = {0: (697, 700), 1: (430, 431), 2: (290, 300), 3: (418, 420), 4: (249, 250)}
     wishes = {i: Wish(method, budget_of(method, shape.page_size, 9 * i)) for i, method in enumerate(Method)}
     outs = []
     for ops in (ReferenceOps(), CpuOps(num_threads=2)):
@@ -206,7 +206,7 @@ def test_planted_needles_first_and_last_keys_are_read(ops: Ops, method: Method) 
     for head in needles:
         torch.testing.assert_close(out[head], torch.full((64,), 0.5), rtol=1e-3, atol=1e-3)
     # All other heads' scores are equal: what is read weighs 1 / (number of keys read).
-    num_read = budget if method is not Method.QUEST else (budget // 16 - 1) * 16 + (length - 1) % 16 + 1
+    num_read = budget if not method.is_of_pages else (budget // 16 - 1) * 16 + (length - 1) % 16 + 1
     counted = out[2] * num_read - 0.5 * len(needles)
     torch.testing.assert_close(counted, torch.ones(64), rtol=1e-3, atol=1e-3)
 
@@ -223,7 +223,7 @@ def test_equal_scores_go_to_the_lowest_index_and_one_key_less_drops_the_lowest_s
     for budget, missing in ((length - 1, {20}), (length - 3, {20, 35, 34}), (length - 4, {20, 35, 34, 33})):
         rows = world.rows({0: (length - 1, length)}, {0: Wish(Method.TIDAL, budget)})
         q = world.write(rows, {0: (length - 1, length)})
-        world.attend(q, rows, replace(world.layer, roles=(Role.DENSE, Role.DENSE, Role.LIST)))
+        world.attend(q, rows, replace(world.layer, roles=(Role.DENSE, Role.DENSE, Role.LIST, Role.DENSE)))
         assert rows.sparse is not None
         assert rows.sparse.lists is not None
         assert rows.sparse.lists[0, 0].tolist() == [key for key in range(length) if key not in missing]
@@ -324,6 +324,7 @@ def test_the_compiled_kernels_refuse_sparse_rows_that_they_cannot_serve(
 
 def test_roles_of_layers_follow_the_published_methods() -> None:
     roles = roles_of_layers(8, 2, (5,))
-    assert [r[Method.QUEST] for r in roles] == [Role.DENSE] * 2 + [Role.CHOOSE] * 6
+    for method in (Method.QUEST, Method.DOUBLE_SPARSITY, Method.DOUBLE_SPARSITY_PAGES):
+        assert [r[method] for r in roles] == [Role.DENSE] * 2 + [Role.CHOOSE] * 6
     list_, follow = Role.LIST, Role.FOLLOW
     assert [r[Method.TIDAL] for r in roles] == [Role.DENSE] * 2 + [list_, follow, follow, list_, follow, follow]

@@ -169,14 +169,19 @@ def test_speculation_reaches_the_engine_as_plain_data(tmp_path: Path) -> None:
     assert config_of().engine_config().speculation == SpeculationConfig()
 
 
-def test_labels_of_4_bits_reach_the_worker_and_need_labels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["double_sparsity", "double_sparsity_pages"])
+def test_labels_of_4_bits_reach_the_worker_and_need_labels(method: str, tmp_path: Path) -> None:
     flags = ("--attention-label-dtype", "int4", "--attention-calibration", str(tmp_path / "c.safetensors"))
-    engine = config_of("--sparse-attention", "double_sparsity,quest", *flags).engine_config()
+    engine = config_of("--sparse-attention", f"{method},quest", *flags).engine_config()
     assert engine.attention.without_files() == AttentionConfig(methods=("quest",))
     worker = worker_config(engine).attention
     assert worker is not None
     assert worker.label_dtype == "int4"
-    with pytest.raises(ConfigError, match="attention-label-dtype is int4, but only double_sparsity has labels"):
+    with pytest.raises(ConfigError, match=f"{method} needs the model's label channels"):
+        config_of("--sparse-attention", method)
+    with pytest.raises(
+        ConfigError, match="attention-label-dtype is int4, but only double_sparsity and double_sparsity_pages"
+    ):
         config_of("--sparse-attention", "quest", "--attention-label-dtype", "int4")
 
 
@@ -189,7 +194,8 @@ def test_offloading_reaches_the_worker_with_its_limit_and_needs_double_sparsity_
     assert worker.speculation is not None
     assert "sparse_attention" not in worker.speculation.drafters, "its passes need the keys of all layers"
     assert not engine.attention.without_files().offload
-    for methods in (("--sparse-attention", "double_sparsity,quest", *labels), ("--kv-offload",)):
+    of_pages = ("--sparse-attention", "double_sparsity_pages", *labels)
+    for methods in (("--sparse-attention", "double_sparsity,quest", *labels), of_pages, ("--kv-offload",)):
         with pytest.raises(ConfigError, match="kv-offload fetches keys for double_sparsity: name it alone"):
             config_of(*methods)
     with pytest.raises(ConfigError, match="block-sparse prompts choose among keys that are here"):
@@ -236,7 +242,10 @@ def test_methods_for_prompts_stand_in_the_same_list_and_have_their_own_default()
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (("--sparse-attention", "lsh"), "there are quest, double_sparsity, tidal, xattention, pbs"),
+        (
+            ("--sparse-attention", "lsh"),
+            "there are quest, double_sparsity, tidal, double_sparsity_pages, xattention, pbs",
+        ),
         (("--attention-prefill", "pbs", "--attention-prefill-from", "640"), "must be a multiple of 512"),
     ],
 )

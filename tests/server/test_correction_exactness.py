@@ -17,6 +17,7 @@ from server.engine.config import AttentionConfig, EngineConfig, SpeculationConfi
 from server.engine.core import EngineCore
 from tests.server.test_sparse_exactness import (
     BYTES_PER_PAGE,
+    LABEL_PAGES,
     LABELS,
     PAGE,
     QUEST,
@@ -136,10 +137,10 @@ def kv_of(core: EngineCore, tokens: tuple[int, ...]) -> list[tuple[Tensor, Tenso
     return [(k_pages[pages].clone(), v_pages[pages].clone()) for k_pages, v_pages in layers]
 
 
-@pytest.mark.parametrize("method", [QUEST, LABELS, TIDAL])
+@pytest.mark.parametrize("method", [QUEST, LABELS, TIDAL, LABEL_PAGES])
 def test_corrected_pages_hold_what_a_dense_request_leaves(config: EngineConfig, method: AttentionMethod) -> None:
     """And they alone are shared: a dense request that goes on from the text begins behind them."""
-    number = {QUEST: 0, LABELS: 1, TIDAL: 2}[method]
+    number = {QUEST: 0, LABELS: 1, TIDAL: 2, LABEL_PAGES: 3}[method]
     sampling = Sampling(temperature=0.0, logprobs=0)
     request = replace(corrected((24,))[number], sampling=sampling, max_tokens=3 * PAGE)
     core, _ = engine(config)

@@ -22,6 +22,7 @@ from server.models.locate import resolve_model
 
 NUM_OUT, PAGE = 24, 16
 QUEST, LABELS, TIDAL = AttentionMethod.QUEST, AttentionMethod.DOUBLE_SPARSITY, AttentionMethod.TIDAL
+LABEL_PAGES = AttentionMethod.DOUBLE_SPARSITY_PAGES
 BYTES_PER_PAGE = 4 * 2 * 2 * 64 * 4 * PAGE  # layers x (K and V) x KV heads x head_dim x float32 x tokens of a page
 
 
@@ -49,7 +50,7 @@ def tiny_config(folder: Path) -> EngineConfig:
         num_threads=1,
         kv_cache_bytes=300 * BYTES_PER_PAGE,
         speculation=SpeculationConfig(mode="off"),
-        attention=AttentionConfig(methods=(QUEST, LABELS, TIDAL), calibration=(str(path),)),
+        attention=AttentionConfig(methods=tuple(AttentionMethod), calibration=(str(path),)),
     )
 
 
@@ -57,13 +58,16 @@ def requests() -> list[Request]:
     """Prompts of 90 to 280 tokens, some sharing a prefix; each method, one that never needs to choose, and dense."""
     rng = random.Random(5)
     shared = tuple(rng.randrange(5, 4000) for _ in range(120))
-    wishes = [Attention(QUEST, 112), Attention(LABELS, 69), Attention(TIDAL, 80), None, Attention(QUEST, 1 << 40)]
+    wishes = [
+        *(Attention(QUEST, 112), Attention(LABELS, 69), Attention(TIDAL, 80), Attention(LABEL_PAGES, 112)),
+        *(None, Attention(QUEST, 1 << 40)),
+    ]
     made = []
-    for i in range(10):
+    for i in range(12):
         own = tuple(rng.randrange(5, 4000) for _ in range(rng.randrange(110, 160)))
         sampling = Sampling(temperature=0.0 if i < 2 else 1.5, seed=rng.getrandbits(63), logprobs=0)
-        prompt = shared + own if i < 5 else own
-        made.append(Request(f"r{i}", prompt, NUM_OUT, sampling, attention=wishes[i % 5]))
+        prompt = shared + own if i < 6 else own
+        made.append(Request(f"r{i}", prompt, NUM_OUT, sampling, attention=wishes[i % 6]))
     return made
 
 
@@ -116,7 +120,7 @@ def test_fewer_keys_give_another_text_and_enough_keys_the_same(config: EngineCon
     core, _ = engine(config, attention=AttentionConfig())
     dense = run(core, [replace(request, attention=None) for request in requests()])[0]
     for index, (mine, other) in enumerate(zip(alone, dense, strict=True)):
-        if index % 5 > 2:
+        if index % 6 > 3:
             assert_same([mine], [other])
         else:
             assert mine.logprobs[0] == pytest.approx(other.logprobs[0], abs=2e-6)  # the prompt's last row
@@ -173,10 +177,13 @@ def test_a_resubmitted_request_goes_on_where_it_stopped(config: EngineConfig, al
     assert_same(run(core, asked)[0], alone)
 
 
-def test_labels_of_4_bits_choose_other_keys_and_these_always(config: EngineConfig, alone: list[Found]) -> None:
+@pytest.mark.parametrize(("method", "budget"), [(LABELS, 69), (LABEL_PAGES, 112)])
+def test_labels_of_4_bits_choose_other_keys_and_these_always(
+    config: EngineConfig, alone: list[Found], method: AttentionMethod, budget: int
+) -> None:
     """One by one, and in a crowd that preempts."""
-    coded = replace(config, attention=replace(config.attention, label_dtype="int4"))
-    asked = [replace(request, attention=Attention(LABELS, 69)) for request in requests()]
+    coded = replace(config, attention=replace(config.attention, label_dtype="int4", num_channels=16))
+    asked = [replace(request, attention=Attention(method, budget)) for request in requests()]
     single, _ = engine(coded, enable_prefix_caching=False)
     own = [run(single, [request])[0][0] for request in asked]
     core, _ = engine(coded, kv_cache_bytes=40 * BYTES_PER_PAGE)

@@ -22,7 +22,7 @@ from kernels.sparse import FIRST_KEYS, LAST_KEYS, Method, Role, SparseLayer, Spa
 from kernels.sparse_keep import physical_ids
 from kernels.triton.paged import PagedAttention
 from kernels.triton.sparse.label_codes import score_codes
-from kernels.triton.sparse.scores import score_keys, score_pages
+from kernels.triton.sparse.scores import best_of_pages, score_keys, score_pages
 from kernels.triton.sparse.top_k import select_top_k
 
 _SCORE_BYTES = 256 << 20
@@ -152,8 +152,7 @@ class SparseAttention:
     ) -> None:
         """Rewrite the group's lists for this layer, and `lists`, the step's `SparseRows.lists`, where it is given."""
         num_kv, page_size = k_pages.shape[1:3]
-        of_pages = method is Method.QUEST
-        width = group.most_visible if not of_pages else -(-group.most_visible // page_size)
+        width = -(-group.most_visible // page_size) if method is Method.QUEST else group.most_visible
         ids_RKB = group.rows.page_table.view(len(q_RQD), num_kv, -1)
         indices = None if lists is None else lists.index_select(0, group.places)
         at_a_time = max(1, _SCORE_BYTES // (2 * num_kv * width))
@@ -162,20 +161,22 @@ class SparseAttention:
             q, seq, visible, budgets = (x[part] for x in (q_RQD, group.row_seq, group.visible, group.budgets))
             scores = torch.empty((len(q), num_kv, width), dtype=torch.float16, device=q.device)
             splits = max(1, min(-(-4 * self._num_sms // (len(q) * num_kv)), group.most_visible // _KEYS_PER_SPLIT))
-            if of_pages:
+            if method is Method.QUEST:
                 bounds = _present(layer.bounds, "bounds", method)
                 score_pages(
                     q, bounds, rows.page_table, seq, visible, budgets, scores, scale, page_size, LAST_KEYS, splits
                 )
-            elif method is Method.DOUBLE_SPARSITY and layer.label_scales is not None:
+            elif method is not Method.TIDAL and layer.label_scales is not None:
                 score_codes(q, layer, rows.page_table, seq, visible, budgets, scores, scale, splits)
             else:
                 keys = k_pages if method is Method.TIDAL else _present(layer.labels, "labels", method)
                 channels = None if method is Method.TIDAL else layer.channels
                 score_keys(q, keys, channels, rows.page_table, seq, visible, budgets, scores, scale, splits)
+            if method is Method.DOUBLE_SPARSITY_PAGES:
+                scores = best_of_pages(scores, visible, budgets, page_size, group.most_visible, LAST_KEYS)
             select_top_k(
                 scores, rows.page_table, seq, visible, budgets, ids_RKB[part],
-                None if indices is None else indices[part], page_size, of_pages, FIRST_KEYS, LAST_KEYS,
+                None if indices is None else indices[part], page_size, method.is_of_pages, FIRST_KEYS, LAST_KEYS,
             )  # fmt: skip
         if lists is not None and indices is not None:
             lists.index_copy_(0, group.places, indices)
@@ -185,7 +186,7 @@ class SparseAttention:
         self, method: Method, group: Group, q_RQD: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float
     ) -> Tensor:
         num_kv, page_size, head_dim = k_pages.shape[1:]
-        unit = page_size if method is Method.QUEST else 1
+        unit = page_size if method.is_of_pages else 1
         k_one, v_one = (pool.view(-1, 1, unit, head_dim) for pool in (k_pages, v_pages))
         q_one = q_RQD.view(len(q_RQD) * num_kv, -1, head_dim)
         return self._lists[method].run(q_one, k_one, v_one, group.rows, scale, None).view(q_RQD.shape)
@@ -212,7 +213,7 @@ def make_step(rows: AttentionRows, sparse: SparseRows, num_pages: int, num_kv: i
             raise ValueError(f"sparse.lists has room for {_lists_of(sparse).shape[2]} keys of {int(budget.max())}")
         at = of_method[visible[of_method] > budget]
         if len(at):
-            unit = page_size if method is Method.QUEST else 1
+            unit = page_size if method.is_of_pages else 1
             groups[method] = _make_group(rows, at, index[at], visible[at], budgets[index[at]], num_kv, unit)
     return Step(rows, groups)
 

@@ -35,10 +35,10 @@ SHAPES = [
     (4, 4, 256, 64, True),
 ]
 """Query heads, kv heads, head size, page size, whether labels are of 4 bits."""
-LENGTHS = (2500, 1999, 1025, 640)
+LENGTHS = (2500, 1999, 1025, 1300, 640)
 CHANNELS = 16
-_CHOOSE = (Role.CHOOSE, Role.CHOOSE, Role.LIST)
-_FOLLOW = (Role.CHOOSE, Role.CHOOSE, Role.FOLLOW)
+_CHOOSE = (Role.CHOOSE, Role.CHOOSE, Role.LIST, Role.CHOOSE)
+_FOLLOW = (Role.CHOOSE, Role.CHOOSE, Role.FOLLOW, Role.CHOOSE)
 
 
 def row_checks(ops: TritonOps, device: torch.device, lengths: Sequence[int] = LENGTHS) -> Iterator[tuple[str, float]]:

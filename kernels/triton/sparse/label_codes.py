@@ -118,5 +118,6 @@ def score_codes(
         q_RQD, codes, scales, channels_KC, page_table, row_seq_R, visible_R, budgets_R, scores_RKU, scale,
         page_table.stride(0), scores_RKU.shape[2],
         K=num_kv, G=q_RQD.shape[1] // num_kv, D=q_RQD.shape[2], C=channels_KC.shape[1],
-        CP=next_power_of_two(codes.shape[3]), PAGE=page_size, BN=128, STAGES=3, num_warps=4, num_stages=3,
+        CP=next_power_of_two(codes.shape[3]), PAGE=page_size,
+        BN=128 if codes.shape[3] <= 16 else 64, STAGES=3, num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """Scores that keys and pages are ranked by: float16, one for a kv head's whole group of query heads.
 
 `key_scores` streams what stands for each key, its label of a few channels or the key itself; `page_scores` the bounds
-of sub-pages, of which a page has the best. A group's score is the highest of its heads': lists are of kv heads, or a
-group would read up to G lists. float16 is what the ranking needs and an eighth of what float32 scores of every query
-head would take (`attention.md` 7, mistakes 7 and 8). Rows that read all their keys are not scored.
+of sub-pages, of which a page has the best; `page_maxima` gives a page the best score of its keys. A group's score is
+the highest of its heads': lists are of kv heads, or a group would read up to G lists. float16 is what the ranking needs
+and an eighth of what float32 scores of every query head would take (`attention.md` 7, mistakes 7 and 8). Rows that read
+all their keys are not scored.
 
 Legend: R sparse rows, Q query heads, K kv heads, G = Q / K, U keys or pages, C channels, M pages of a table.
 """
@@ -157,6 +158,33 @@ def page_scores(
             page = next_page
 
 
+@triton.jit(do_not_specialize=["key_width", "width"])
+def page_maxima(
+    key_scores,  # float16 [R, K, key_width]
+    row_visible,  # int32 [R]
+    budgets,  # int32 [R], in keys
+    scores,  # float16 [R, K, width]
+    key_width,
+    width,
+    K: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_P: tl.constexpr,
+    LAST: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Grid (R, K, blocks of BN pages). The pages that `page_scores` has scores of."""
+    row = tl.program_id(0)
+    visible = tl.load(row_visible + row)
+    if visible > tl.load(budgets + row):
+        list_at = (row * K + tl.program_id(1)).to(tl.int64)
+        page = tl.program_id(2) * BN + tl.arange(0, BN)
+        n = tl.arange(0, PAGE_P)
+        exists = (page >= 1) & (page < (visible - LAST) // PAGE)
+        at = key_scores + list_at * key_width + page[:, None] * PAGE + n[None, :]
+        of_keys = tl.load(at, mask=exists[:, None] & (n < PAGE)[None, :], other=float("-inf"))
+        tl.store(scores + list_at * width + page, tl.max(of_keys, 1), mask=exists)
+
+
 def score_keys(
     q_RQD: Tensor, keys: Tensor, channels_KC: Tensor | None, page_table: Tensor, row_seq_R: Tensor, visible_R: Tensor,
     budgets_R: Tensor, scores_RKU: Tensor, scale: float, splits: int,
@@ -195,3 +223,19 @@ def score_pages(
         scores_RKU.shape[2], K=num_kv, G=q_RQD.shape[1] // num_kv, D=head_dim, DP=padded_dim(head_dim),
         PAGE=page_size, N=parts, NP=padded, LAST=last, BN=max(1, 32 // padded), STAGES=3, num_warps=4, num_stages=3,
     )  # fmt: skip
+
+
+def best_of_pages(
+    key_scores_RKU: Tensor, visible_R: Tensor, budgets_R: Tensor, page_size: int, most_visible: int, last: int
+) -> Tensor:
+    """Scores of pages, float16, by those of their keys: of each full page that ends before the last `last` keys begin,
+    but the first, the highest."""
+    num_rows, num_kv, key_width = key_scores_RKU.shape
+    num_pages, padded = -(-most_visible // page_size), next_power_of_two(page_size)
+    at_once = max(1, 1024 // padded)
+    scores = torch.empty((num_rows, num_kv, num_pages), dtype=torch.float16, device=key_scores_RKU.device)
+    page_maxima[(num_rows, num_kv, -(-num_pages // at_once))](
+        key_scores_RKU, visible_R, budgets_R, scores, key_width, num_pages,
+        K=num_kv, PAGE=page_size, PAGE_P=padded, LAST=last, BN=at_once, num_warps=4,
+    )  # fmt: skip
+    return scores

@@ -10,7 +10,7 @@ from typing import Literal, Self
 from scheduler.attention import AttentionOffer
 from scheduler.types import Attention
 from server.bench.client import BenchError
-from server.engine.config import AttentionConfig, SpeculationConfig
+from server.engine.config import AttentionConfig, LabelDtype, SpeculationConfig
 from server.engine.offline import Engine, GenerationError
 from server.models.locate import resolve_model
 
@@ -27,10 +27,19 @@ class RetrievalEngine:
     offers: tuple[AttentionOffer, ...]
 
     def __init__(
-        self, model: str, methods: Sequence[str], calibration: Sequence[Path], num_channels: int | None, max_len: int
+        self,
+        model: str,
+        methods: Sequence[str],
+        calibration: Sequence[Path],
+        num_channels: int | None,
+        label_dtype: LabelDtype,
+        max_len: int,
     ) -> None:
         attention = AttentionConfig(
-            methods=tuple(methods), calibration=tuple(map(str, calibration)), num_channels=num_channels
+            methods=tuple(methods),
+            calibration=tuple(map(str, calibration)),
+            num_channels=num_channels,
+            label_dtype=label_dtype,
         )
         try:
             attention.check()

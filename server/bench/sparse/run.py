@@ -29,7 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     methods = arguments.methods or list(AttentionMethod)
     calibration = arguments.calibration or sorted(CALIBRATED.glob("*.*"))
     longest = max(arguments.lengths) + arguments.speed_tokens + 2
-    with RetrievalEngine(arguments.model, methods, calibration, arguments.channels, longest) as engine:
+    with RetrievalEngine(
+        arguments.model, methods, calibration, arguments.channels, arguments.label_dtype, longest
+    ) as engine:
         budgets, refused = choose_budgets(arguments.lengths, arguments.share, engine.offers)
         accuracies, speeds = measure(engine, budgets, arguments)
     print(report.as_table(accuracies, speeds))

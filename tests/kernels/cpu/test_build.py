@@ -84,6 +84,7 @@ def test_the_variant_is_the_best_that_the_cpu_flags_allow() -> None:
     assert build.best_variant(frozenset({"sse2"})) == "generic"
     assert build.best_variant(avx2) == "avx2"
     assert build.best_variant(avx512) == "avx512"
-    assert build.best_variant(avx512 | {"avx512_bf16"}) == "avx512bf16"
+    assert build.best_variant(avx512 | {"avx512_bf16"}) == "avx512"
+    assert build.best_variant(avx512 | {"avx512_bf16", "avx512_vnni"}) == "avx512bf16"
     with pytest.raises(ValueError, match="sse9"):
         build.library_name("sse9")

@@ -127,9 +127,10 @@ def test_the_sparse_list_has_its_grid_and_every_method() -> None:
         }
     chunks = [case for case in cases if case.dense.kind == Kind.CHUNK]
     assert {case.dense.spans[0].kv_len for case in chunks} == {8192, 32768, 131072}
+    of_pages = (Reading.QUEST, Reading.DOUBLE_SPARSITY_PAGES)
     for case in [*cases, *tiny_sparse_cases(), *warm_cases()]:
         for variant in case.variants:
             if isinstance(variant, RowVariant):
-                method = Method.QUEST if variant.reading is Reading.QUEST else Method.TIDAL
+                method = Method.QUEST if variant.reading in of_pages else Method.TIDAL
                 assert least_budget(method, 64) <= variant.budget < case.dense.spans[0].kv_len
     assert {type(v) for case in tiny_sparse_cases() for v in case.variants} == {RowVariant, ChunkVariant}

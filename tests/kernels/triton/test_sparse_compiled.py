@@ -52,6 +52,9 @@ def cases() -> Iterator[tuple[str, Case]]:
         "pages",
         Case(scores.page_scores, {**ROWS, **SIZES, "bounds": BF16, "LAST": 64, "BN": 4, "N": 8, "NP": 8}, 117, 2),
     )
+    maxima = {**SIZES, "key_scores": F16, "row_visible": INT, "budgets": INT, "scores": F16, "key_width": "i32"}
+    maxima |= {"width": "i32", "PAGE_P": 64, "LAST": 64, "BN": 16}
+    yield "pages by their keys", Case(scores.page_maxima, maxima, 32, 0)
     written = {"k_pages": BF16, "slots": LONG, "bounds": BF16, "labels": BF16, "channels": INT, "SUB": 8, "SUB_P": 8}
     written |= {"C": 16, "CP": 16, "BOUNDS": True, "LABELS": True, "label_scales": BF16, "CODES": False}
     yield "metadata", Case(metadata.metadata, {**SIZES, **written}, 42, 0)
@@ -60,6 +63,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     codes = {**ROWS, **SIZES, "codes": BYTE, "label_scales": BF16, "channels": INT, "BN": 128}
     yield "labels of 16 channels, 4 bits", Case(label_codes.code_scores, {**codes, "C": 16, "CP": 8}, 32, 2)
     yield "labels of 32 channels, 4 bits", Case(label_codes.code_scores, {**codes, "C": 32, "CP": 16}, 72, 2)
+    yield "labels of 64 channels, 4 bits", Case(label_codes.code_scores, {**codes, "C": 64, "CP": 32, "BN": 64}, 128, 2)
     copied = {**SIZES, **dict.fromkeys(("k_from", "v_from", "k_to", "v_to"), BF16), "num_places": "i32", "BN": 16}
     yield "keys from the host", Case(fetch.copy_places, {**copied, "places": INT}, 32, 0)
     chosen = {**ROWS, **SIZES, "histograms": INT, "ids": INT, "indices": INT, "list_stride": "i32"}
@@ -88,7 +92,7 @@ def compiled(case: Case, arch: int) -> Usage:
     return compile_kernel(case.kernel, arch, arguments, num_warps=4, num_stages=3)
 
 
-QUICK = {"labels of 16 channels", "pages", "top-k, pass 3", "mass, stride 16"}
+QUICK = {"labels of 16 channels", "pages", "pages by their keys", "top-k, pass 3", "mass, stride 16"}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from scheduler.types import Attention, AttentionMethod
 from server.embedded import pairs
 from server.embedded.train import HERE
-from server.engine.config import AttentionConfig, SpeculationConfig
+from server.engine.config import AttentionConfig, LabelDtype, SpeculationConfig
 from server.engine.offline import Engine
 
 FOLDER = HERE / "braid-tiny-retrieval"
@@ -22,16 +22,21 @@ CALIBRATED = HERE / "braid-tiny-retrieval-calibration"
 MAX_WEIGHT_BYTES = 4 << 20
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine_of(max_model_len: int, label_dtype: LabelDtype = "model") -> Engine:
     calibration = (str(CALIBRATED / "channels.safetensors"), str(CALIBRATED / "layers.json"))
-    with Engine(
+    return Engine(
         "braid-tiny-retrieval",
-        max_model_len=2048,
+        max_model_len=max_model_len,
+        max_queued_tokens=1 << 20,
         num_threads=1,
         speculation=SpeculationConfig(mode="off"),
-        attention=AttentionConfig(methods=tuple(AttentionMethod), calibration=calibration),
-    ) as engine:
+        attention=AttentionConfig(methods=tuple(AttentionMethod), calibration=calibration, label_dtype=label_dtype),
+    )
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with engine_of(2048) as engine:
         yield engine
 
 
@@ -64,11 +69,20 @@ def test_asked_in_text_it_finds_keys_among_a_thousand(engine: Engine) -> None:
 def test_sparse_rows_find_as_much_with_all_keys_most_with_an_eighth_and_less_with_the_fewest(engine: Engine) -> None:
     questions = pairs.draw_questions(random.Random(1), 1024, 10)
 
-    def found(method: AttentionMethod, budget: int) -> int:
-        prompts = [question.prompt for question in questions]
-        answers = engine.generate(prompts, max_tokens=3, attention=Attention(method, budget))
-        return sum(map(pairs.is_right, questions, (answer.tokens for answer in answers)))
+    assert found(engine, questions, AttentionMethod.DOUBLE_SPARSITY, 1024) == 10
+    assert found(engine, questions, AttentionMethod.TIDAL, 128) >= 9
+    assert found(engine, questions, AttentionMethod.DOUBLE_SPARSITY, 69) < 10
 
-    assert found(AttentionMethod.DOUBLE_SPARSITY, 1024) == 10
-    assert found(AttentionMethod.TIDAL, 128) >= 9
-    assert found(AttentionMethod.DOUBLE_SPARSITY, 69) < 10
+
+def test_pages_chosen_by_labels_hold_the_keys_that_bounds_of_pages_lose() -> None:
+    """1/16 of 4,096 keys, as 8 pages of 32."""
+    questions = pairs.draw_questions(random.Random(1), 4096, 10)
+    with engine_of(4096 + 8, "int4") as engine:
+        assert found(engine, questions, AttentionMethod.DOUBLE_SPARSITY_PAGES, 256) == 10
+        assert found(engine, questions, AttentionMethod.QUEST, 256) < 10
+
+
+def found(engine: Engine, questions: Sequence[pairs.Question], method: AttentionMethod, budget: int) -> int:
+    prompts = [question.prompt for question in questions]
+    answers = engine.generate(prompts, max_tokens=3, attention=Attention(method, budget))
+    return sum(map(pairs.is_right, questions, (answer.tokens for answer in answers)))

@@ -16,7 +16,7 @@ from tests.kernels.cpu.worlds import Shape
 from tests.kernels.test_sparse import SparseWorld, Wish
 
 SHAPE = Shape(num_q=4, num_kv=2, head_dim=16, page_size=4)
-FOLLOWS = (Role.DENSE, Role.FOLLOW, Role.DENSE)
+FOLLOWS = (Role.DENSE, Role.FOLLOW, Role.DENSE, Role.DENSE)
 
 
 @pytest.mark.parametrize("int4_labels", [False, True])

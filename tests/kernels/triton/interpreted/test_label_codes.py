@@ -17,7 +17,7 @@ from tests.kernels.cpu.worlds import Shape
 from tests.kernels.test_sparse import SparseWorld, Wish
 from tests.kernels.triton.sparse_worlds import Pool, guarded, unharmed
 
-ROLES = (Role.DENSE, Role.CHOOSE, Role.DENSE)
+ROLES = (Role.DENSE, Role.CHOOSE, Role.DENSE, Role.CHOOSE)
 
 
 def coded(pool: Pool, num_channels: int) -> SparseLayer:

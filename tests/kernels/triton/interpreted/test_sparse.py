@@ -18,7 +18,7 @@ from kernels.triton.sparse.scores import score_keys, score_pages
 from kernels.triton.sparse.top_k import select_top_k
 from tests.kernels.triton.sparse_worlds import Pool, guarded, unharmed
 
-DENSE = (Role.DENSE, Role.DENSE, Role.DENSE)
+DENSE = (Role.DENSE, Role.DENSE, Role.DENSE, Role.DENSE)
 
 
 def assert_scores(actual: Tensor, wanted: Tensor, mass: Tensor) -> None:
@@ -232,7 +232,7 @@ pool[-1] = 1.0
 bounds = torch.empty((2**31 + 2**23) // (8 * 2 * 64), 1, 8, 2, 64, dtype=torch.float16)
 labels = torch.empty((2**31 + 2**23) // (64 * 64), 1, 64, 64, dtype=torch.float16)
 channels = torch.arange(64, dtype=torch.int32)[None]
-write_metadata(pool, torch.tensor([pages * 64 - 1]), SparseLayer((Role.DENSE,) * 3, bounds, labels, channels))
+write_metadata(pool, torch.tensor([pages * 64 - 1]), SparseLayer((Role.DENSE,) * 4, bounds, labels, channels))
 assert (bounds[pages - 1, :, -1] == 1).all() and (labels[-1, 0, -1] == 1).all()
 labels[-1] = 1.0
 bounds[-1] = 1.0

@@ -24,8 +24,8 @@ from tests.kernels.cpu.worlds import Shape
 from tests.kernels.test_sparse import SparseWorld, Wish
 from tests.kernels.triton.worlds import poisoned
 
-CHOOSE = (Role.CHOOSE, Role.CHOOSE, Role.LIST)
-FOLLOW = (Role.CHOOSE, Role.CHOOSE, Role.FOLLOW)
+CHOOSE = (Role.CHOOSE, Role.CHOOSE, Role.LIST, Role.CHOOSE)
+FOLLOW = (Role.CHOOSE, Role.CHOOSE, Role.FOLLOW, Role.CHOOSE)
 SHAPE = Shape(num_q=4, num_kv=2, head_dim=16, page_size=4)
 """Small pages: the least budget of a QUEST row is 76 keys, not 112."""
 
@@ -74,10 +74,11 @@ def test_a_step_of_all_methods_and_dense_rows_reads_what_the_reference_reads(
 ) -> None:
     """A decode step of each, a verify span of two rows, rows whose budget is all they see, and a dense row."""
     shape = dataclasses.replace(SHAPE, page_size=page_size, dtype=dtype)
-    lengths = [least_budget(Method.QUEST, page_size) + 30, 84, 95, 40, 30]
+    lengths = [least_budget(Method.QUEST, page_size) + 30, 84, 95, 0, 40, 30]
+    lengths[3] = least_budget(Method.DOUBLE_SPARSITY_PAGES, page_size) + 37
     spans = {i: (length - (2 if i == 0 else 1), length) for i, length in enumerate(lengths)}
     wishes = {i: Wish(method, least_budget(method, page_size) + 9 * i) for i, method in enumerate(Method)}
-    wishes[3] = Wish(Method.TIDAL, 80)
+    wishes[4] = Wish(Method.TIDAL, 80)
     outs, lists = [], []
     for ops in (ReferenceOps(), SparseOps()):
         world = filled(ops, shape, lengths)
@@ -92,7 +93,7 @@ def test_a_step_of_all_methods_and_dense_rows_reads_what_the_reference_reads(
     assert lists[0] is not None
     assert lists[1] is not None
     assert torch.equal(lists[0], lists[1])
-    assert (lists[1][4] == -1).all(), "the row that reads all its keys has no list"
+    assert (lists[1][5] == -1).all(), "the row that reads all its keys has no list"
 
 
 def test_rows_follow_the_lists_they_are_given() -> None:
@@ -126,12 +127,12 @@ def test_mistake_7_lists_are_of_kv_heads_and_hold_what_any_head_of_the_group_nee
         qkv[key, 3, channel] = 400.0
         qkv[key, 4, head] = 1.0
     world.write(world.rows({0: (0, length)}, {}), {0: (0, length)})
-    budget = least_budget(method, 4) + (1 if method is not Method.QUEST else 4)
+    budget = least_budget(method, 4) + (1 if not method.is_of_pages else 4)
     rows = world.rows({0: (length - 1, length)}, {0: Wish(method, budget)})
     q = world.write(rows, {0: (length - 1, length)})
     for roles in (CHOOSE, FOLLOW):
         out = world.attend(q, rows, dataclasses.replace(world.layer, roles=roles))[0]
-    num_read = budget if method is not Method.QUEST else (budget // 4 - 1) * 4 + (length - 1) % 4 + 1
+    num_read = budget if not method.is_of_pages else (budget // 4 - 1) * 4 + (length - 1) % 4 + 1
     for head in needles:
         assert out[head, head] > 0.999, "the planted key is read"
         assert abs(float(out[2, head]) * num_read - 1) < 1e-4, "and by the group's other heads as one key of the list"
@@ -139,7 +140,7 @@ def test_mistake_7_lists_are_of_kv_heads_and_hold_what_any_head_of_the_group_nee
     assert step is not None
     group = step.groups[method]
     assert len(group.rows.page_table) == shape.num_kv, "one list for a kv head, not one for a query head"
-    assert group.rows.page_table.shape[1] == (budget if method is not Method.QUEST else budget // 4)
+    assert group.rows.page_table.shape[1] == (budget if not method.is_of_pages else budget // 4)
 
 
 def test_mistake_8_scores_take_two_bytes_a_key_and_kv_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +169,7 @@ def test_mistake_11_a_layer_rewrites_lists_and_plans_nothing(monkeypatch: pytest
     q = world.write(rows, spans)
     layers = [
         dataclasses.replace(world.layer, roles=roles)
-        for roles in ((Role.DENSE, Role.DENSE, Role.DENSE), CHOOSE, FOLLOW)
+        for roles in ((Role.DENSE, Role.DENSE, Role.DENSE, Role.DENSE), CHOOSE, FOLLOW)
     ]
     first = [world.attend(q, rows, layer) for layer in layers]
     step = ops.sparse._step
