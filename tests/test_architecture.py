@@ -168,16 +168,8 @@ ENGINE_SIDE = (
     "server.bench.gpu_serving",
 )
 HEAVY = ("torch", "transformers", "kernels", "server.worker", "server.models")
-WEB = (
-    "fastapi",
-    "starlette",
-    "uvicorn",
-    "pydantic",
-    "prometheus_client",
-    "server.api",
-    "server.metrics",
-    "server.config",
-)
+OWN_WEB = ("server.api", "server.metrics", "server.config")
+WEB = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", *OWN_WEB)
 
 # Ways to run bytes as code. Weights are safetensors, messages are msgpack.
 BANNED_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
