@@ -109,12 +109,17 @@ def composed_attention_block(
     return ops.linear(out_TQD.flatten(1), b.out, x_TH)
 
 
+def composed_mlp_block(ops: Ops, x_TH: Tensor, mlp: MlpBlock) -> Tensor:
+    """The other half, likewise."""
+    hidden_TX = ops.linear(ops.rms_norm(x_TH, mlp.norm_H, mlp.eps), mlp.gate_up)
+    return ops.linear(ops.silu_mul(hidden_TX), mlp.down, x_TH)
+
+
 def composed_dense_layers(
     ops: Ops, x_TH: Tensor, run: DenseLayers, kv: Sequence[tuple[Tensor, Tensor]], rows: AttentionRows
 ) -> Tensor:
     """Layers one after another; kv[i] is layer i's (k_pages, v_pages). Returns the new residual stream."""
     for (attention, mlp), (k_pages, v_pages) in zip(run.layers, kv, strict=True):
         x_TH = composed_attention_block(ops, x_TH, attention, k_pages, v_pages, rows)
-        hidden_TX = ops.linear(ops.rms_norm(x_TH, mlp.norm_H, mlp.eps), mlp.gate_up)
-        x_TH = ops.linear(ops.silu_mul(hidden_TX), mlp.down, x_TH)
+        x_TH = composed_mlp_block(ops, x_TH, mlp)
     return x_TH

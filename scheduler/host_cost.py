@@ -17,7 +17,7 @@ from scheduler.regression import NonNegativeRidge
 _RATE = 0.05
 _CLIP = 3.0
 _FIT_EVERY, _SWEEPS = 8, 8
-_STALE, _STALE_EARLY, _FEW = 128, 16, 8
+_STALE, _STALE_EARLY, _FEW = 128, 16, 5
 _UNIT_S = 1e-3
 
 

@@ -1,7 +1,7 @@
 """When to look who might be asked for drafts.
 
-At 8 to 16 streams of the embedded model a look takes as long as the rest of what the host does in a step. Where nobody
-was asked, a few steps go by without one, and more each time.
+Of a crowd it costs about as much as all else that the host does in a step. Where nobody was asked, a few steps go by
+without one, and more each time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ _LEAST, _MOST = 7, 31
 
 
 class Lookout:
-    """num_skipped: steps since the last look."""
+    """num_skipped: steps since the last look, or since somebody was asked without one."""
 
     def __init__(self) -> None:
         self.num_skipped = 0
@@ -34,4 +34,4 @@ class Lookout:
 
     def wake(self) -> None:
         """Somebody was asked without a look: the next step has drafts."""
-        self._rest = self._left = 0
+        self.num_skipped = self._rest = self._left = 0

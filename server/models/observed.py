@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, DenseLayers
+from kernels.blocks import AttentionBlock, DenseLayers, composed_mlp_block
 from kernels.ops import AttentionRows, Ops
 from kernels.reference import rotate
 
@@ -33,8 +33,7 @@ class ObservedLayers:
         ops = self._ops
         for (attention, mlp), (k_pages, v_pages) in zip(run.layers, kv, strict=True):
             x_TH = self.attention_block(x_TH, attention, k_pages, v_pages, rows)
-            hidden_TX = ops.linear(ops.rms_norm(x_TH, mlp.norm_H, mlp.eps), mlp.gate_up)
-            x_TH = ops.linear(ops.silu_mul(hidden_TX), mlp.down, x_TH)
+            x_TH = composed_mlp_block(ops, x_TH, mlp)
         return x_TH
 
     def attention_block(

@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.blocks import AttentionBlock, DenseLayers
+from kernels.blocks import AttentionBlock, DenseLayers, composed_mlp_block
 from kernels.hosted import Fetches, Pages, StepKeys
 from kernels.ops import AttentionRows, Ops
 from kernels.sparse import SparseLayer
@@ -113,8 +113,7 @@ class OffloadedLayers:
             x_TH = self._attention(x_TH, attention, own, rows, query)
             if at + 1 < len(blocks):
                 query = self._begin(blocks[at + 1], kv[at + 1], rows)
-            hidden_TX = ops.linear(ops.rms_norm(x_TH, mlp.norm_H, mlp.eps), mlp.gate_up)
-            x_TH = ops.linear(ops.silu_mul(hidden_TX), mlp.down, x_TH)
+            x_TH = composed_mlp_block(ops, x_TH, mlp)
         return x_TH
 
     def attention_block(

@@ -287,3 +287,14 @@ def test_prompts_that_come_together_expect_what_a_crowd_gets(count: int, is_aske
     plan = running.step()
     assert plan is not None
     assert [span.num_drafts > 0 for span in plan.spans] == [is_asked] * count
+
+
+def test_a_fixed_number_rests_in_no_step() -> None:
+    """Only who chooses has to know what a plain step takes: a fixed number is what others are compared with."""
+    running = world(
+        make_limits(max_model_len=200, num_pages=400), settings=SpeculationSettings(policy="fixed", max_drafts=1)
+    )
+    running.add(make_request("r", 3, max_tokens=100))
+    while running.step() is not None:
+        running.now += 1e-3
+    assert [num_drafts(plan) for plan in running.plans[1:-1]] == [[1]] * (len(running.plans) - 2)

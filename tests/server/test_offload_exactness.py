@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from kernels.hosted import Pages
 from kernels.kv_format import fill_with_nan
@@ -20,7 +19,7 @@ from server.worker import offloaded_layers
 from server.worker.offload import SharedBuffer
 from server.worker.offload_checks import OwnPages
 from tests.server.test_mixed_exactness import requests as mixed_requests
-from tests.server.test_sparse_exactness import PAGE, Found, assert_same, run
+from tests.server.test_sparse_exactness import PAGE, Found, assert_same, run, save_random_channels
 from tests.server.test_sparse_exactness import config as config
 from tests.server.test_sparse_exactness import requests as sparse_requests
 
@@ -53,10 +52,7 @@ def requests() -> list[Request]:
 def here(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     """Nothing on the host."""
     path = tmp_path_factory.mktemp("calibration") / "channels.safetensors"
-    generator = torch.Generator().manual_seed(1)
-    orders = [torch.randperm(HEAD_DIM, generator=generator) for _ in range(NUM_LAYERS * 2)]
-    channels = torch.stack(orders).view(NUM_LAYERS, 2, HEAD_DIM).to(torch.int16)
-    save_file({"channels": channels}, path)
+    save_random_channels(path, (NUM_LAYERS, 2, HEAD_DIM))
     return EngineConfig(
         random_weights=SHAPE,
         dtype="float32",

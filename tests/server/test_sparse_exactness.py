@@ -31,13 +31,17 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     return tiny_config(tmp_path_factory.mktemp("calibration"))
 
 
+def save_random_channels(path: Path, shape: tuple[int, int, int], metadata: dict[str, str] | None = None) -> None:
+    """All elements of a key as label channels, in an order of their own for each layer and kv head."""
+    generator = torch.Generator().manual_seed(1)
+    orders = [torch.randperm(shape[2], generator=generator) for _ in range(shape[0] * shape[1])]
+    save_file({"channels": torch.stack(orders).view(shape).to(torch.int16)}, path, metadata)
+
+
 def tiny_config(folder: Path) -> EngineConfig:
     """The embedded model with every method; its label channels, drawn by lot, are kept in `folder`."""
     path = folder / "channels.safetensors"
-    generator = torch.Generator().manual_seed(1)
-    orders = [torch.randperm(64, generator=generator) for _ in range(4 * 2)]
-    channels = torch.stack(orders).view(4, 2, 64).to(torch.int16)
-    save_file({"channels": channels}, path, {"model_hash": checkpoint_hash(resolve_model("braid-tiny"))})
+    save_random_channels(path, (4, 2, 64), {"model_hash": checkpoint_hash(resolve_model("braid-tiny"))})
     return EngineConfig(
         model="braid-tiny",
         dtype="float32",

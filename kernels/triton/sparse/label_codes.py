@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.sparse import SparseLayer
+from kernels.triton.sparse.scores import store_scores
 from kernels.triton.tiles import next_power_of_two
 
 
@@ -99,8 +100,7 @@ def code_scores(
                 q_high = tl.load(query + member * D + of_high, mask=B + b < C, other=0.0).to(tl.float32)
                 best = tl.maximum(best, tl.sum(low * q_low[None, :] + high * q_high[None, :], 1))
             step = tl.load(label_scales + at, mask=exists, other=0.0).to(tl.float32)
-            value = tl.minimum(tl.maximum(best * step * scale, -65504.0), 65504.0)
-            tl.store(scores + out + tile + n, value.to(tl.float16), mask=exists)
+            store_scores(scores, out + tile + n, best * step, scale, exists)
             page = next_page
 
 

@@ -24,7 +24,7 @@ _ELEMENTWISE_CHANNELS = 16
 
 
 @triton.jit
-def _store_scores(scores, at, best, scale, mask):
+def store_scores(scores, at, best, scale, mask):
     value = tl.minimum(tl.maximum(best * scale, -65504.0), 65504.0)
     tl.store(scores + at, value.to(tl.float16), mask=mask)
 
@@ -93,7 +93,7 @@ def key_scores(
                 for member in tl.static_range(G):
                     of_head = tl.load(query + member * D, mask=c < C, other=0.0).to(tl.float32)
                     best = tl.maximum(best, tl.sum(key.to(tl.float32) * of_head[None, :], 1))
-            _store_scores(scores, out + tile + n, best, scale, tile + n < end)
+            store_scores(scores, out + tile + n, best, scale, tile + n < end)
             page = next_page
 
 
@@ -154,7 +154,7 @@ def page_scores(
                 best = tl.maximum(best, tl.sum(tl.maximum(of_head * least, of_head * most), 1))
             best = tl.max(tl.reshape(tl.where(exists, best, float("-inf")), [BN, NP]), 1)
             at_page = tile + tl.arange(0, BN)
-            _store_scores(scores, out + at_page, best, scale, (at_page >= 1) & (at_page < end))
+            store_scores(scores, out + at_page, best, scale, (at_page >= 1) & (at_page < end))
             page = next_page
 
 
