@@ -97,7 +97,8 @@ def test_preemption_changes_no_token(config: EngineConfig, alone: list[Found]) -
 def test_steps_planned_ahead_change_no_token(
     config: EngineConfig, alone: list[Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core, _ = engine(config, async_scheduling="on")
+    """A correction waits for the token in front of it; what is left of it behind its first step is planned ahead."""
+    core, _ = engine(config, async_scheduling="on", max_batched_tokens=8)
     corrections: list[bool] = []
     step = core.step
 
@@ -108,7 +109,12 @@ def test_steps_planned_ahead_change_no_token(
 
     monkeypatch.setattr(core, "step", noted)
     assert_same(run(core, corrected())[0], alone)
+    # How a crowd is cut into steps depends on how fast they are. One by one, 11 rows are a step of 8 and one of 3.
+    corrections.clear()
+    lone = [run(core, [replace(request, id=f"lone-{request.id}")])[0][0] for request in corrected(every=(11,))]
     assert any(corrections), "no correction was planned ahead"
+    by_eleven, _ = engine(config, enable_prefix_caching=False)
+    assert_same(lone, [run(by_eleven, [request])[0][0] for request in corrected(every=(11,))])
 
 
 def test_drafts_change_no_token(config: EngineConfig, alone: list[Found]) -> None:
