@@ -153,5 +153,6 @@ class BudgetPolicy:
     def learn(self, draft: DraftPlan, result: StepResult, is_timed: bool) -> DraftReport:
         if is_timed:
             seconds = result.elapsed_s - result.draft_s
-            self._lateness.observe(self.cost.observe(draft.features, seconds), seconds)
+            is_drafting = draft.num_drafts > 0 or draft.num_asked > 0
+            self._lateness.observe(self.cost.observe(draft.features, seconds), seconds, is_drafting)
         return DraftReport()

@@ -82,7 +82,7 @@ class DraftPlan:
         self.num_drafts = 0
         self.draft_context = 0
         self.verified: list[Verified] = []
-        self.num_asked = 0
+        self.num_asked = self.num_unseen = 0
         self.num_masks = self.num_masked = 0
         self.draft_depth = 0
         self.goodput = 0.0

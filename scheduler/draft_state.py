@@ -8,7 +8,8 @@ from math import inf
 from scheduler.acceptance import RequestCounts
 from scheduler.types import Speculation, SpeculationMode
 
-_GAIN_RATE = 0.25
+_GAIN_RATE = 0.06
+_PRIOR_ANSWERS = 8
 MOST_PATIENCE = 8
 """A request waits twice as long as others with each probe in vain, up to so many times."""
 _FIRST_RATE = 0.2
@@ -30,6 +31,7 @@ class DraftState:
                 inf = unknown
     num_masked  answers of steps that wanted mask rows so far; num_unmasked steps with drafts since the last one
     wants_masks mask rows are asked as well; is_masked the latest step had room for them
+    num_seen    tokens of the text when drafts were last asked for: what drafters have taken in
     num_quiet   steps since drafts were asked for; num_unverified since one was verified although some were offered
     patience    how many probing intervals it waits until it is asked again
     source      name of the drafter of the last offer
@@ -52,6 +54,7 @@ class DraftState:
     patience: int = 1
     counts: RequestCounts = field(default_factory=RequestCounts)
     survivals: list[float] = field(default_factory=list)
+    num_seen: int = 0
     num_quiet: int = 0
     num_unverified: int = 0
     source: str = ""
@@ -66,18 +69,20 @@ class DraftState:
         self.patience = 1 if seconds > 0.0 else min(MOST_PATIENCE, 2 * self.patience)
         if self.wants_masks:
             self.num_masked += 1
-            self.mask_gain_s = _mean(self.mask_gain_s, seconds if is_of_masks else 0.0)
+            self.mask_gain_s = _mean(self.mask_gain_s, seconds if is_of_masks else 0.0, self.num_masked)
         if not is_of_masks:
             self.num_gains += 1
-            self.gain_s = _mean(self.gain_s, seconds)
+            self.gain_s = _mean(self.gain_s, seconds, self.num_gains)
 
     def worth_s(self, mask_s: float) -> float:
         """Seconds that asking saves, where mask rows cost `mask_s`; what is of no use is left out."""
         return self.lasts * self.gain_s + (max(0.0, self.lasts * self.mask_gain_s - mask_s) if self.may_mask else 0.0)
 
 
-def _mean(old: float, new: float) -> float:
-    return new if old == inf else old + _GAIN_RATE * (new - old)
+def _mean(old: float, new: float, num: int) -> float:
+    """With the num-th answer. What others got, where the mean began, counts for some answers: of four in vain a request
+    whose every fourth is good would never recover."""
+    return new if old == inf else old + max(_GAIN_RATE, 1.0 / (_PRIOR_ANSWERS + num)) * (new - old)
 
 
 class FirstGains:

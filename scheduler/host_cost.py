@@ -15,9 +15,10 @@ from math import inf
 from scheduler.regression import NonNegativeRidge
 
 _RATE = 0.05
+_DOUBT, _MANY = 2.0, 8.0
 _CLIP = 3.0
-_FIT_EVERY, _SWEEPS = 8, 8
-_STALE, _STALE_EARLY, _FEW = 128, 16, 5
+_NUM_EARLY, _FIT_EVERY, _SWEEPS = 64, 8, 8
+_STALE, _STALE_EARLY, _FEW = 128, 16, 3
 _UNIT_S = 1e-3
 
 
@@ -27,9 +28,12 @@ class HostCost:
     def __init__(self) -> None:
         self._plain_s = inf
         # A stratum for steps that asked, that verified, that did both or neither: the common kind must not drown what
-        # the others tell of the parts. While there is nothing but both, the first terms get most of it: drafts that are
-        # verified can be found not to pay, an answer in vain that seems dear is not asked for again.
-        self._extra = NonNegativeRidge((1.0, 0.1, 1.0, 0.1, 1.0), num_strata=4, forgetting=0.98)
+        # the others tell of the parts. While there is nothing but both, verifying is charged with it: drafts that are
+        # verified can be found not to pay, an answer in vain that seems dear is not asked for again. And
+        # what is beyond the first costs nothing until many tell otherwise: see `DraftCost`.
+        self._extra = NonNegativeRidge((1.0, 0.1, 1.0, 0.1, 1.0), num_strata=5, forgetting=0.98)
+        for doubt in ((0, _MANY, 0, 0, 0), (0, 0, _DOUBT, 0, 0), (0, 0, 0, _MANY, 0)):
+            self._extra.accumulate(doubt, 0.0, _UNIT_S, 4)
         self._num_observed = self._num_plain = self._num_since = 0
 
     @property
@@ -45,37 +49,38 @@ class HostCost:
     @property
     def asking(self) -> tuple[float, float]:
         """What asking adds to a step: once, and for each sequence that is asked."""
-        _, _, once_s, each_s, _ = self._extra.coefficients
-        return once_s, each_s
+        _, _, first_s, each_s, _ = self._extra.coefficients
+        return max(0.0, first_s - each_s), each_s
 
     def verifying_s(self, num_drafts: int) -> float:
         """What verifying so many drafts adds to a step."""
-        once_s, each_s, _, _, _ = self._extra.coefficients
-        return once_s + each_s * num_drafts if num_drafts else 0.0
+        first_s, each_s, _, _, _ = self._extra.coefficients
+        return first_s + each_s * (num_drafts - 1) if num_drafts else 0.0
 
     def observe(self, seconds: float, num_asked: int = 0, num_verified: int = 0, has_prompts: bool = False) -> None:
         """Learn from a step. Far more than expected (the engine waited, a neighbour took the core) is clipped.
 
         num_asked  sequences that were asked for drafts; num_verified drafts that were verified
         """
-        if seconds < 0.0:
-            return
+        seconds = max(0.0, seconds)  # a difference of two clock readings: rounding may leave less than nothing
         if self._plain_s == inf:
             self._plain_s = seconds
         kind = (num_asked > 0) + 2 * (num_verified > 0)
         is_plain = not kind and not has_prompts
         self._num_since = 0 if is_plain else self._num_since + 1
         self._num_plain += is_plain
-        terms = (num_verified > 0, num_verified, num_asked > 0, num_asked, has_prompts)
+        # The first one apart: see `DraftCost`.
+        asked, verified = num_asked > 0, num_verified > 0
+        terms = (verified, num_verified - verified, asked, num_asked - asked, has_prompts)
         extra_s = self._extra.predict(terms)
         more_s = min(seconds, _CLIP * (self._plain_s + extra_s)) - self._plain_s
-        # A step with more work that was as fast as a plain one tells that plain ones have become faster.
-        if not is_plain and more_s > 0.0:
+        if not is_plain:
             self._num_observed += 1
-            self._extra.accumulate(terms, more_s, _UNIT_S, kind)
-            if self._num_observed <= _FIT_EVERY or self._num_observed % _FIT_EVERY == 0:
+            self._extra.accumulate(terms, max(0.0, more_s), _UNIT_S, kind)
+            if self._num_observed <= _NUM_EARLY or self._num_observed % _FIT_EVERY == 0:
                 self._extra.fit(_SWEEPS)
-        else:
+        # A step with more work that was as fast as a plain one tells that plain ones have become faster.
+        if is_plain or more_s <= 0.0:
             # The first sample may be far off, so what is lower counts for more, and the first plain ones for most.
             rate = _RATE if more_s > 0.0 else 2 * _RATE
             self._plain_s += (max(rate, 1.0 / self._num_plain) if is_plain else rate) * more_s

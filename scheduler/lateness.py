@@ -11,6 +11,7 @@ from collections import deque
 _NUM_STEPS = 512
 _EVERY = 32
 _FEWEST = 64
+_DRAFTING_RATE = 1 / 16
 
 
 class Lateness:
@@ -20,11 +21,17 @@ class Lateness:
         self._share = share
         self._ratios: deque[float] = deque(maxlen=_NUM_STEPS)
         self._num_until_due = _FEWEST
+        self._drafting = 0.0
         self.factor = unknown
 
-    def observe(self, predicted_s: float, measured_s: float) -> None:
-        """Note a step. Times that are not positive (nothing predicted, a clock that stood still) are ignored."""
-        if predicted_s <= 0.0 or measured_s <= 0.0:
+    def observe(self, predicted_s: float, measured_s: float, is_drafting: bool = False) -> None:
+        """Note a step. Times that are not positive (nothing predicted, a clock that stood still) are ignored.
+
+        So are steps that draft where few do: they are trials, later than others, and would be the slowest hundredth
+        that all prompts make room for.
+        """
+        self._drafting += _DRAFTING_RATE * (is_drafting - self._drafting)
+        if predicted_s <= 0.0 or measured_s <= 0.0 or (is_drafting and self._drafting < 0.5):
             return
         self._ratios.append(measured_s / predicted_s)
         self._num_until_due -= 1

@@ -29,7 +29,10 @@ class Placing:
                 most = seq.decoding.most_drafts
                 room = self._room(draft, seq, min(length + wish, most), draft.num_decodes)
                 length = min(length, room)
-                draft.place_drafts(index, length, min(wish, room - length))
+                wish = min(wish, room - length)
+                draft.place_drafts(index, length, wish)
+                if wish:
+                    _note_unseen(draft, seq)
                 self._place_masks(draft, index, most_masks)
 
     def place_first(self, draft: DraftPlan, index: int, wish: int, most_masks: int) -> bool:
@@ -40,6 +43,7 @@ class Placing:
             return False
         draft.spans[index] = draft.spans[index]._replace(num_drafts=wish)
         draft.num_asked += 1
+        _note_unseen(draft, seq)
         self._place_masks(draft, index, most_masks)
         return True
 
@@ -71,3 +75,11 @@ class Placing:
             for _ in range(spare):
                 draft.add_page(seq.seq_id, memory.grow(seq))
         return max(0, min(wanted, len(seq.pages) * size - known))
+
+
+def _note_unseen(draft: DraftPlan, seq: Sequence) -> None:
+    """A sequence is asked: its drafters take in what they have not seen of its text."""
+    state, length = seq.drafting, len(seq.tokens)
+    assert state is not None, "a sequence is asked whose drafts nobody decided"
+    draft.num_unseen += max(0, length - state.num_seen)
+    state.num_seen = length

@@ -1,15 +1,16 @@
 """How long a step takes: a model fitted online to what the worker measures.
 
 seconds = c0 + c1 tokens + sum_k h_k max(0, tokens - knot_k) + c2 decode_seqs + c3 context_tokens + c4 prefill_context
-          + c5 judged + c6 draft_context, all coefficients >= 0
+          + c5 judged + c6 draft_context + d (1 if there are drafts), all coefficients >= 0
 
-That is a convex curve in the rows of a step (weights are read once whatever the rows are, until arithmetic costs more)
-plus the keys and the logits that are read. Non-negative, so that more work is never predicted to be faster and the
-budget can be found by bisection. The coefficients are fitted to *relative* errors by ridge regression with forgetting,
-which is per size of step (`_STRATA`): an hour of pure decoding must not wipe out what prefill costs. Besides, every
-step moves all of them a little by one factor: when a neighbour takes half of the machine, steps not seen since are
-slower, too. One-sided outliers (one step ten times longer) are clipped to what the spread of recent errors makes
-plausible.
+That is, but for d, a convex curve in the rows of a step (weights are read once whatever the rows are, until arithmetic
+costs more) plus the keys and the logits that are read. Non-negative, so that more work is never predicted to be faster
+and the budget can be found by bisection. d is what any drafts cost at all: a step that verifies now and then is dearer
+than its rows, and they would seem dear to those that draft in every step. The coefficients are fitted to *relative*
+errors by ridge regression with forgetting, which is per size of step (`_STRATA`): an hour of pure decoding must not
+wipe out what prefill costs. Besides, every step moves all of them a little by one factor: when a neighbour takes half
+of the machine, steps not seen since are slower, too. One-sided outliers (one step ten times longer) are clipped to what
+the spread of recent errors makes plausible.
 
 Source: the linear form of SmartSpec (Liu et al. 2024) and Niyama's two regimes (split at 512 tokens). Departure:
 several knots, because the knee depends on the machine, and the common factor.
@@ -32,7 +33,7 @@ _SWEEPS = 6
 _FIT_EVERY = 16
 _NUM_EARLY = 50
 _SEED_SWEEPS = 400
-_SCALE = (1.0, 1e-2, 1e-2, 1e-4, 1e-5, 1e-2, 1e-4, *(1e-2 for _ in _KNOTS))
+_SCALE = (1.0, 1.0, 1e-2, 1e-2, 1e-4, 1e-5, 1e-2, 1e-4, *(1e-2 for _ in _KNOTS))
 
 
 class StepCost:
@@ -109,17 +110,20 @@ class StepCost:
 
         Drafts are taken to stand over contexts of mean length; the prompt goes on at KV index `start`.
         """
-        _, per_token, _, _, per_prefill_key, per_judged, per_draft_key, *slopes = self._model.coefficients
+        _, any_draft, per_token, _, _, per_prefill_key, per_judged, per_draft_key, *slopes = self._model.coefficients
         hinges = [(knot, slope) for knot, slope in zip(_KNOTS, slopes, strict=True) if slope > 0.0]
         rows_before = decodes.tokens
         base = self.predict(decodes) - sum(slope * max(0, rows_before - knot) for knot, slope in hinges)
         base -= per_token * rows_before
         per_draft = per_judged + per_draft_key * decodes.context_tokens / max(1, decodes.decode_seqs)
+        any_drafts = 0.0 if decodes.draft_context else any_draft
 
         def seconds(num_drafts: int, num_prefill: int) -> float:
             rows = rows_before + num_drafts + num_prefill
             keys = num_prefill * (start + 0.5 * (num_prefill + 1))
             total = base + per_token * rows + per_draft * num_drafts + per_prefill_key * keys
+            if num_drafts:
+                total += any_drafts
             for knot, slope in hinges:
                 if rows > knot:
                     total += slope * (rows - knot)
@@ -130,15 +134,18 @@ class StepCost:
     def span_curve(self, decodes: StepFeatures, keys: int) -> Callable[[int, int], float]:
         """The predicted seconds of `decodes` joined by (denoise spans, rows of them), each over `keys` keys: a span is
         a decode of many rows, all judged."""
-        _, per_token, per_seq, per_key, _, per_judged, per_draft_key, *slopes = self._model.coefficients
+        _, any_draft, per_token, per_seq, per_key, _, per_judged, per_draft_key, *slopes = self._model.coefficients
         hinges = [(knot, slope) for knot, slope in zip(_KNOTS, slopes, strict=True) if slope > 0.0]
         before = decodes.tokens
         base = self.predict(decodes) - sum(slope * max(0, before - knot) for knot, slope in hinges)
         per_span = per_seq + per_key * keys - per_judged - per_draft_key * keys
         per_row = per_token + per_judged + per_draft_key * keys
+        any_rows = 0.0 if decodes.draft_context else any_draft
 
         def seconds(num_spans: int, rows: int) -> float:
             total = base + per_span * num_spans + per_row * rows
+            if rows > num_spans:
+                total += any_rows
             for knot, slope in hinges:
                 if before + rows > knot:
                     total += slope * (before + rows - knot)
@@ -157,9 +164,10 @@ def with_prefill(decodes: StepFeatures, start: int, rows: int) -> StepFeatures:
 
 
 def _terms(features: StepFeatures) -> tuple[float, ...]:
-    tokens, _, decode_seqs, context_tokens, prefill_context, judged, draft_context = features
+    tokens, _, decode_seqs, context_tokens, prefill_keys, judged, draft_keys = features
     hinges = [tokens - knot if tokens > knot else 0 for knot in _KNOTS]
-    return (1.0, tokens, decode_seqs, context_tokens, prefill_context, judged, draft_context, *hinges)
+    # Its order is the order of the fit: what one drafted row cannot tell apart is charged to there being any.
+    return (1.0, draft_keys > 0, tokens, decode_seqs, context_tokens, prefill_keys, judged, draft_keys, *hinges)
 
 
 def _ema(old: float | None, new: float, rate: float) -> float:

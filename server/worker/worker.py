@@ -240,14 +240,20 @@ class Worker:
         prompts, broken = read_prompts(logits_of, spans, states, batch.first_rows, self._rows_at_once)
         errors.update(dict.fromkeys(broken, NOT_FINITE))
         parts = self._reader.choose(logits_of, spans, states, batch.first_rows, errors)
-        num_top = self._speculator.needs_top if self._speculator is not None else 0
+        # Where nobody is asked no drafter works, nor is anything made ready for one.
+        speculator = self._speculator if any(span.num_drafts for span in spans) else None
+        num_top = speculator.needs_top if speculator is not None else 0
         readings = self._reader.read(parts, spans, errors, num_top)
         denoised = self._denoiser.read(logits_of, spans, states, batch.first_rows, errors) if self._denoiser else {}
         if self._attention is not None:
             self._attention.report(denoised)
         self._accept(spans, states, batch, readings)
         probed = {probe.at: hidden_TH[probe.rows(batch.first_rows, len(spans) + i)] for i, probe in enumerate(probes)}
-        drafts, draft_s = self._propose(plan, states, readings, probed)
+        drafts, draft_s = dict[int, Drafts](), 0.0
+        if speculator is not None:
+            asked_at = time.perf_counter()
+            drafts = propose(speculator, spans, states, readings, plan.draft_depth, probed)
+            draft_s = time.perf_counter() - asked_at
         return [
             denoised[index].outcome(span.seq_id)
             if index in denoised
@@ -282,16 +288,3 @@ class Worker:
             for at, (k_pages, v_pages) in enumerate(self._pool.layers):
                 layer = None if self._pool.metadata is None else self._pool.metadata[at]
                 self._ops.move_kv(k_pages, v_pages, from_slots, to_slots, layer)
-
-    def _propose(
-        self,
-        plan: StepPlan,
-        states: Sequence[SequenceState],
-        readings: Mapping[int, Reading],
-        probed: Mapping[int, Tensor],
-    ) -> tuple[dict[int, Drafts], float]:
-        if self._speculator is None or not any(span.num_drafts for span in plan.spans):
-            return {}, 0.0
-        started_at = time.perf_counter()
-        drafts = propose(self._speculator, plan.spans, states, readings, plan.draft_depth, probed)
-        return drafts, time.perf_counter() - started_at

@@ -47,9 +47,9 @@ class BlockProber:
 
     def probes(self, spans: Sequence[Span], states: Sequence[SequenceState]) -> list[Probe]:
         found = []
-        for index, (span, state) in enumerate(zip(spans, states, strict=True)):
+        for index, span in enumerate(spans):
             count = span.num_masks
-            if count and state.failure is None and _is_decoding(span, state):
+            if count and (state := states[index]).failure is None and _is_decoding(span, state):
                 start = span.start + len(span.tokens)
                 masks = (self._mask_id,) * count
                 found.append(Probe(index, Span(span.seq_id, masks, start, start + count, self._block_size)))
