@@ -24,7 +24,8 @@ def test_an_offer_is_worth_its_tokens_less_its_rows_and_its_share() -> None:
     offers = [[0.9, 0.5, 0.1], [0.15]]
     step = outlook(once_s=0.0, row_s=0.2, bound_s=10.0)
     found = savings(offers, Marginal(8).allocate(offers, step), step, token_s=1.0, row_s=0.2, share_s=0.3)
-    assert tuple(found[0]) == (pytest.approx(1.4), pytest.approx(1.4 - 0.4 - 0.3))
+    assert found[0].tokens == pytest.approx(1.4)
+    assert found[0].seconds == pytest.approx(1.4 - 0.4 - 0.3)
     assert found[1] == (0.0, 0.0)
 
 
@@ -34,7 +35,8 @@ def test_one_that_does_not_pay_alone_is_worth_what_it_is_among_many() -> None:
     allocation = Marginal(8).allocate(offers, step)
     assert allocation.lengths == [0]
     [found] = savings(offers, allocation, step, token_s=1.0, row_s=0.1, share_s=3.0 / 8)
-    assert tuple(found) == (pytest.approx(1.7), pytest.approx(1.7 - 0.2 - 3.0 / 8))
+    assert found.tokens == pytest.approx(1.7)
+    assert found.seconds == pytest.approx(1.7 - 0.2 - 3.0 / 8)
 
 
 @pytest.mark.parametrize("limits", [{"bound_s": 1.0}, {"room": 6, "bound_s": 10.0}], ids=["no time", "no rows"])
