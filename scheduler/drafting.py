@@ -15,7 +15,7 @@ from scheduler.attention import leaves_keys_out
 from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
 from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
 from scheduler.draft_plan import Backlog, DraftPlan
-from scheduler.draft_state import DraftState, FirstGains, make_state
+from scheduler.draft_state import DraftState, EarlyGains, make_state
 from scheduler.goodput import Allocation, Outlook, make_policy
 from scheduler.host_cost import HostCost
 from scheduler.kv_memory import KVMemory
@@ -61,7 +61,7 @@ class DraftingPolicy:
         self._asking = Asking(settings, self._policy.is_selective)
         self._placing = Placing(limits, memory, settings)
         self._most_masks = limits.max_batched_tokens
-        self._first_gains = FirstGains()
+        self._early_gains = EarlyGains()
         self._host = HostCost()
         self._lookout = Lookout()
         self._worked = 0, 0, False
@@ -93,7 +93,7 @@ class DraftingPolicy:
         if self._policy.is_selective and self._host.is_stale and not any(state.is_forced for state in states):
             return
         for state in states:
-            self._first_gains.expect(state, draft.num_decodes)
+            self._early_gains.expect(state, draft.num_decodes)
             state.lasts = self._price.lasts
         offers = self._offers(draft, states)
         if offers or self._settings.has_sequential:
@@ -200,7 +200,7 @@ class DraftingPolicy:
     def _gained(self, state: DraftState, seconds: float, is_some: bool) -> None:
         self._asking.observe_offer(is_some)
         is_of_masks = state.source == self._settings.mask_drafter
-        self._first_gains.observe(state, seconds, is_of_masks)
+        self._early_gains.observe(state, seconds, is_of_masks)
         state.gained(seconds, is_of_masks)
 
     def _ask(self, draft: DraftPlan, states: list[DraftState], allocation: Allocation, outlook: Outlook) -> list[int]:
@@ -241,7 +241,7 @@ class DraftingPolicy:
         for index in ending:
             seq = draft.owners[index]
             state = seq.drafting or self._meet(seq)
-            self._first_gains.expect(state, num_soon)
+            self._early_gains.expect(state, num_soon)
             state.lasts = self._price.lasts
             wish = min(state.limit, most, seq.decoding.most_drafts)
             is_free, is_paid = state.is_forced or not self._policy.is_selective, draft.num_asked > 0
