@@ -8,11 +8,10 @@ from math import inf
 from scheduler.acceptance import RequestCounts
 from scheduler.types import Speculation, SpeculationMode
 
-_GAIN_RATE = 0.06
-_PRIOR_ANSWERS = 8
+_GAIN_RATE = 0.25
 MOST_PATIENCE = 8
 """A request waits twice as long as others with each probe in vain, up to so many times."""
-_EARLY_ANSWERS, _EARLY_RATE = 8, 0.04
+_FIRST_RATE = 0.2
 _MOST_LOADS_APART = 1
 
 
@@ -35,10 +34,9 @@ class DraftState:
     num_quiet   steps since drafts were asked for; num_unverified since one was verified although some were offered
     patience    how many probing intervals it waits until it is asked again
     source      name of the drafter of the last offer
-    load        class of load (`EarlyGains`) that gain_s and mask_gain_s are of
+    load        class of load (`FirstGains`) that gain_s and mask_gain_s are of
     lasts       probability that the text goes on behind the step that is planned: if not, what is asked in it is lost
-    num_told, num_told_masked   answers since they were last set to what others' early ones saved, as far as they count
-                                among those
+    is_first, is_first_masked   no answer has been counted since they were last set to what others' first ones saved
     """
 
     limit: int
@@ -61,8 +59,8 @@ class DraftState:
     source: str = ""
     load: int = 0
     lasts: float = 1.0
-    num_told: int = 0
-    num_told_masked: int = 0
+    is_first: bool = True
+    is_first_masked: bool = True
 
     def gained(self, seconds: float, is_of_masks: bool = False) -> None:
         """A mean and nothing more: what pays now and then must pay for the answers in between. A mean that rose faster
@@ -70,54 +68,52 @@ class DraftState:
         self.patience = 1 if seconds > 0.0 else min(MOST_PATIENCE, 2 * self.patience)
         if self.wants_masks:
             self.num_masked += 1
-            self.mask_gain_s = _mean(self.mask_gain_s, seconds if is_of_masks else 0.0, self.num_masked)
+            self.mask_gain_s = _mean(self.mask_gain_s, seconds if is_of_masks else 0.0)
         if not is_of_masks:
             self.num_gains += 1
-            self.gain_s = _mean(self.gain_s, seconds, self.num_gains)
+            self.gain_s = _mean(self.gain_s, seconds)
 
     def worth_s(self, mask_s: float) -> float:
         """Seconds that asking saves, where mask rows cost `mask_s`; what is of no use is left out."""
         return self.lasts * self.gain_s + (max(0.0, self.lasts * self.mask_gain_s - mask_s) if self.may_mask else 0.0)
 
 
-def _mean(old: float, new: float, num: int) -> float:
-    """With the num-th answer. What others got, where the mean began, counts for some answers: of four in vain a request
-    whose every fourth is good would never recover."""
-    return new if old == inf else old + max(_GAIN_RATE, 1.0 / (_PRIOR_ANSWERS + num)) * (new - old)
+def _mean(old: float, new: float) -> float:
+    return new if old == inf else old + _GAIN_RATE * (new - old)
 
 
-class EarlyGains:
-    """What early answers saved on average: what a new request may expect. inf = nothing is known yet.
+class FirstGains:
+    """What first offers saved on average: what a new request may expect. inf = nothing is known yet.
 
     Kept apart by the octave of the number of decodes: what a draft saves falls with it, and where 32 streams have
     taught that drafts do not pay, one stream would wait long to find out that they do. A request that has come into
-    another load expects what new ones do. The first few of each count, not the very first alone, behind a prompt, which
-    save less than what follows; nor later ones: those whose early ones saved something are asked more often.
+    another load expects what new ones do. Later offers do not count: those whose first one saved something are asked
+    more often.
     """
 
     def __init__(self) -> None:
-        self._means: dict[tuple[int, bool], tuple[float, int]] = {}
+        self._means: dict[tuple[int, bool], float] = {}
 
     def expect(self, state: DraftState, num_decodes: int) -> None:
         """Let a request expect what others got under this load, if it is new or its own record is of quite another."""
         load = num_decodes.bit_length()
         if state.load and abs(state.load - load) <= _MOST_LOADS_APART:
             return
-        state.load, state.num_told, state.num_told_masked = load, 0, 0
-        state.gain_s, state.mask_gain_s = (self._means.get((load, masks), (inf, 0))[0] for masks in (False, True))
+        state.load, state.is_first, state.is_first_masked = load, True, True
+        state.gain_s, state.mask_gain_s = self._means.get((load, False), inf), self._means.get((load, True), inf)
 
     def observe(self, state: DraftState, seconds: float, is_of_masks: bool) -> None:
         """An answer that the request has not counted yet."""
-        if state.wants_masks and state.num_told_masked < _EARLY_ANSWERS:
-            state.num_told_masked += 1
+        if state.wants_masks and state.is_first_masked:
+            state.is_first_masked = False
             self._learn(state.load, True, seconds if is_of_masks else 0.0)
-        if not is_of_masks and state.num_told < _EARLY_ANSWERS:
-            state.num_told += 1
+        if not is_of_masks and state.is_first:
+            state.is_first = False
             self._learn(state.load, False, seconds)
 
     def _learn(self, load: int, is_masked: bool, seconds: float) -> None:
-        old, num = self._means.get((load, is_masked), (seconds, 0))
-        self._means[load, is_masked] = old + max(_EARLY_RATE, 1.0 / (num + 1)) * (seconds - old), num + 1
+        old = self._means.get((load, is_masked), seconds)
+        self._means[load, is_masked] = old + _FIRST_RATE * (seconds - old)
 
 
 def make_state(asked: Speculation, max_drafts: int) -> DraftState:

@@ -15,14 +15,13 @@ from scheduler.attention import leaves_keys_out
 from scheduler.budget import MIN_CHUNK, BudgetPolicy, DraftReport, StepPolicy
 from scheduler.decoding.drafts import accepted_path, chain_length, is_well_formed
 from scheduler.draft_plan import Backlog, DraftPlan
-from scheduler.draft_state import DraftState, EarlyGains, make_state
-from scheduler.goodput import Allocation, Outlook, make_policy
+from scheduler.draft_state import DraftState, FirstGains, make_state
+from scheduler.goodput import Allocation, Outlook, make_policy, saved_seconds
 from scheduler.host_cost import HostCost
 from scheduler.kv_memory import KVMemory
 from scheduler.lookout import Lookout
 from scheduler.placing import Placing
 from scheduler.prompt_price import PromptPrice
-from scheduler.savings import savings
 from scheduler.sequence import Sequence
 from scheduler.types import DraftTally, Limits, Outcome, SpeculationSettings, StepResult
 
@@ -61,7 +60,7 @@ class DraftingPolicy:
         self._asking = Asking(settings, self._policy.is_selective)
         self._placing = Placing(limits, memory, settings)
         self._most_masks = limits.max_batched_tokens
-        self._early_gains = EarlyGains()
+        self._first_gains = FirstGains()
         self._host = HostCost()
         self._lookout = Lookout()
         self._worked = 0, 0, False
@@ -93,7 +92,7 @@ class DraftingPolicy:
         if self._policy.is_selective and self._host.is_stale and not any(state.is_forced for state in states):
             return
         for state in states:
-            self._early_gains.expect(state, draft.num_decodes)
+            self._first_gains.expect(state, draft.num_decodes)
             state.lasts = self._price.lasts
         offers = self._offers(draft, states)
         if offers or self._settings.has_sequential:
@@ -102,19 +101,21 @@ class DraftingPolicy:
             lengths = self._force(draft, forced, backlog)
             outlook = self._outlook(draft, backlog, bound_s, forced, lengths)
             allocation = self._policy.allocate([offer.survivals for offer in free], outlook)
-            count, prefill = sum(allocation.lengths), min(allocation.prefill, outlook.fewest)
-            self._asking.price_rows(outlook.seconds, count, prefill)
-            self._note_gains(draft, free, allocation, outlook)
-            self._asking.probe([offer.state for offer in free], allocation.lengths, outlook.room - count)
+            self._note_gains(free, allocation, outlook)
+            room = outlook.room - sum(allocation.lengths)
+            self._asking.probe([offer.state for offer in free], allocation.lengths, room)
             lengths |= zip((offer.row for offer in free), allocation.lengths, strict=True)
-            step_s = outlook.seconds(sum(allocation.lengths), prefill)
+            count, prefill = sum(allocation.lengths), min(allocation.prefill, outlook.fewest)
+            step_s = outlook.seconds(count, prefill)
+            self._asking.row_s = outlook.seconds(count + 2, prefill) - outlook.seconds(count + 1, prefill)
             wishes = self._ask(draft, states, allocation, outlook)
             self._place(draft, lengths, wishes, outlook.draft_bound_s - step_s)
             return
         # The usual step of those who draft nothing: no plan to compare with others, only whether to ask.
-        curve, host = self.cost.curve(draft.features, 0), self._host
-        target_s = curve(0, 0)
-        self._asking.price_rows(lambda drafts, rows: curve(drafts, rows) + host.verifying_s(drafts))
+        features = draft.features
+        target_s = self.cost.predict(features)
+        one_more = features._replace(tokens=features.tokens + 1, judged=features.judged + 1)
+        self._asking.row_s = self.cost.predict(one_more) - target_s
         step_s = self._draft_s + self.host_s + target_s
         draft.goodput = (draft.num_decodes + draft.denoise_value) / step_s if step_s > 0.0 else 0.0
         most, num_steps = self._policy.most(draft.num_decodes), 1 + self._lookout.num_skipped
@@ -187,20 +188,18 @@ class DraftingPolicy:
             return max(bound_s, _LEEWAY_BESIDE * self._budget.stream_s)
         return _DRAFT_LEEWAY * bound_s
 
-    def _note_gains(self, draft: DraftPlan, offers: Many[_Offer], allocation: Allocation, outlook: Outlook) -> None:
-        """What the offers save, and how likely their texts are to go on behind them."""
-        value, plain_s = allocation.plain
-        token_s = (plain_s - self._draft_s) / value if value else 0.0
-        row_s, share_s = self._asking.row_s, self._asking.share_s(draft.num_decodes)
-        found = savings([offer.survivals for offer in offers], allocation, outlook, token_s, row_s, share_s)
-        for offer, saving in zip(offers, found, strict=True):
-            self._gained(offer.state, saving.seconds, is_some=saving.tokens > 0.0)
-            offer.state.lasts = self._price.lasts ** (1.0 + saving.tokens)
+    def _note_gains(self, offers: Many[_Offer], allocation: Allocation, outlook: Outlook) -> None:
+        """What each offer saves: its share, by expected tokens, of the time that the step saves over plain decoding."""
+        tokens = [sum(offer.survivals[:n]) for offer, n in zip(offers, allocation.lengths, strict=True)]
+        total = sum(tokens)
+        saved_s = max(0.0, saved_seconds(allocation, outlook, self._draft_s)) if total > 0.0 else 0.0
+        for offer, expected in zip(offers, tokens, strict=True):
+            self._gained(offer.state, saved_s * expected / total if saved_s else 0.0)
+            offer.state.lasts = self._price.lasts ** (1.0 + expected)
 
-    def _gained(self, state: DraftState, seconds: float, is_some: bool) -> None:
-        self._asking.observe_offer(is_some)
+    def _gained(self, state: DraftState, seconds: float) -> None:
         is_of_masks = state.source == self._settings.mask_drafter
-        self._early_gains.observe(state, seconds, is_of_masks)
+        self._first_gains.observe(state, seconds, is_of_masks)
         state.gained(seconds, is_of_masks)
 
     def _ask(self, draft: DraftPlan, states: list[DraftState], allocation: Allocation, outlook: Outlook) -> list[int]:
@@ -237,15 +236,15 @@ class DraftingPolicy:
         most_masks = self._limits.max_batched_tokens - draft.features.tokens + draft.num_masks
         if num_soon > 1 or draft.num_denoising or draft.others.stream_s > 0.0:
             most_masks = min(most_masks, self._most_masks)
-        prices = self._asking.prices()
         for index in ending:
             seq = draft.owners[index]
             state = seq.drafting or self._meet(seq)
-            self._early_gains.expect(state, num_soon)
+            self._first_gains.expect(state, num_soon)
             state.lasts = self._price.lasts
             wish = min(state.limit, most, seq.decoding.most_drafts)
-            is_free, is_paid = state.is_forced or not self._policy.is_selective, draft.num_asked > 0
-            if not (is_free or self._asking.pays(state, is_paid, prices) or self._asking.may_try(state, is_paid)):
+            is_free = state.is_forced or not self._policy.is_selective
+            is_paid = draft.num_asked > 0
+            if not (is_free or self._asking.pays(state, is_paid) or self._asking.may_try(state, is_paid)):
                 continue
             if wish and self._placing.place_first(draft, index, wish, most_masks):
                 self._lookout.wake()
@@ -294,7 +293,7 @@ class DraftingPolicy:
         assert state is not None, "drafts were asked of a sequence without a state"
         if drafts is None or len(drafts.tokens) > num_asked or not is_well_formed(drafts):
             seq.decoding.drafts, state.source = None, ""
-            self._gained(state, 0.0, is_some=False)
+            self._gained(state, 0.0)
             return
         state.source = drafts.source
         state.survivals = self.acceptance.survivals(drafts, state.counts)

@@ -175,6 +175,16 @@ def make_policy(settings: SpeculationSettings) -> DraftPolicy:
     return Fixed(settings.max_drafts, settings.table)
 
 
+def saved_seconds(allocation: Allocation, outlook: Outlook, draft_s: float) -> float:
+    """What the drafts of a step save: the time in which plain steps would bring as much, less the step's own.
+
+    draft_s  the share of proposing in `outlook.seconds`, which plain steps do without; the step's own is not taken off
+    """
+    value, plain_s = allocation.plain
+    step_s = outlook.seconds(sum(allocation.lengths), allocation.prefill)
+    return allocation.goodput * step_s * (plain_s - draft_s) / value - (step_s - draft_s) if value else 0.0
+
+
 class _Search:
     """The S of most goodput, given the value of the best S slots for each S."""
 

@@ -279,8 +279,8 @@ def test_prompts_that_come_together_expect_what_a_crowd_gets(count: int, is_aske
     assert isinstance(policy, DraftingPolicy)
     for load, gain_s in ((1, 1.0), (16, 0.0)):
         state = make_state(Speculation(), 8)
-        policy._early_gains.expect(state, load)
-        policy._early_gains.observe(state, gain_s, is_of_masks=False)
+        policy._first_gains.expect(state, load)
+        policy._first_gains.observe(state, gain_s, is_of_masks=False)
     policy._asking.cost.observe(1, 0, 1e-3)
     for number in range(count):
         running.add(make_request(f"r{number}", (number, 1, 2, 3), max_tokens=8))

@@ -117,3 +117,15 @@ def test_a_stream_that_always_drafts_does_without_now_and_then(mode: Speculation
         running.now += 1e-3
     plain = [plan for plan in running.plans[2:-1] if not any(num_drafts(plan)) and not plan.spans[0].num_drafts]
     assert len(plain) in (range(5, 9) if mode is SpeculationMode.AUTO else (0,))
+
+
+def test_what_costs_nothing_more_is_learned_too() -> None:
+    """An early sample that was far off would stay for ever if those that say nothing was added were left out."""
+    cost = HostCost()
+    for _ in range(8):
+        cost.observe(1e-3)
+    cost.observe(3e-3, num_asked=1)
+    assert sum(cost.asking) > 1e-3
+    for _ in range(60):
+        cost.observe(1e-3, num_asked=1)
+    assert sum(cost.asking) < 2e-4

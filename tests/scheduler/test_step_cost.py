@@ -9,7 +9,7 @@ import pytest
 
 from scheduler.simulation import Machine
 from scheduler.step_cost import StepCost, with_prefill
-from scheduler.types import StepFeatures
+from scheduler.types import StepFeatures, StepSample
 
 SHAPES = {
     "cpu": Machine(outlier_rate=0.0),
@@ -181,3 +181,20 @@ def test_the_curve_of_denoise_spans_is_the_prediction_of_decodes_of_many_rows() 
     for spans, rows in ((0, 0), (1, 8), (3, 96), (20, 640)):
         joined = StepFeatures(5 + rows, 0, 5 + spans, 400 + 50 * spans, 0, rows - spans, 50 * (rows - spans))
         assert curve(spans, rows) == pytest.approx(cost.predict(joined))
+
+
+def test_drafts_that_are_tried_now_and_then_do_not_make_rows_dear() -> None:
+    """What is dearer about a step with any of them is not a price of each: a crowd would never be asked."""
+    seeds = [(StepFeatures(n, 0, n, 100 * n), 0.010 + 1e-4 * n) for n in (1, 8, 32)]
+    seeds += [(StepFeatures(n, n, 0, 0, n * n // 2, 1), 0.010 + 1e-4 * n) for n in (16, 64, 256)]
+    seeds += [(StepFeatures(4 * n, 0, n, 100 * n, 0, 3 * n, 300 * n), 0.010 + 4e-4 * n) for n in (2, 8)]
+    cost = StepCost([StepSample(*seed) for seed in seeds])
+    plain = StepFeatures(8, 0, 8, 800)
+    for number in range(1000):
+        if number % 20:
+            cost.observe(plain, 0.0108)
+        else:
+            cost.observe(plain._replace(tokens=9, judged=1, draft_context=100), 0.0128)
+    seconds = cost.curve(plain, 0)
+    assert seconds(1, 0) - seconds(0, 0) > 1.5e-3
+    assert seconds(2, 0) - seconds(1, 0) < 3e-4
