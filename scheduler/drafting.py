@@ -89,7 +89,8 @@ class DraftingPolicy:
     def _draft(self, draft: DraftPlan, backlog: Backlog | None, bound_s: float) -> None:
         """Verify what waits and pays, ask for what may pay."""
         states = [seq.drafting or self._meet(seq) for seq in draft.owners[: draft.num_decodes]]
-        if self._policy.is_selective and self._host.is_stale and not any(state.is_forced for state in states):
+        is_quiet = backlog is None and not any(state.is_forced for state in states)
+        if self._policy.is_selective and self._host.is_stale and is_quiet:
             return
         for state in states:
             self._first_gains.expect(state, draft.num_decodes)

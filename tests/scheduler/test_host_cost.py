@@ -129,3 +129,18 @@ def test_what_costs_nothing_more_is_learned_too() -> None:
     for _ in range(60):
         cost.observe(1e-3, num_asked=1)
     assert sum(cost.asking) < 2e-4
+
+
+def test_where_every_step_has_prompts_nobody_waits_for_a_plain_one() -> None:
+    """There is none to be measured: drafts would rest for as long as the load lasts."""
+    limits = make_limits(max_model_len=2000, num_pages=2000, max_batched_tokens=64, max_seqs=8)
+    running = world(limits, lambda known, most, truth: always_right(known, 2, truth))
+    running.add(make_request("stream", 5, max_tokens=900))
+    for number in range(200):
+        running.add(make_request(f"prompt {number}", (number % 7,) * 40, max_tokens=1))
+        assert running.step() is not None
+        running.now += 1e-3
+    with_prompts = sum(len(plan.spans) > 1 for plan in running.plans[50:])
+    drafted = sum(max(num_drafts(plan)) > 0 for plan in running.plans[50:])
+    assert with_prompts > 140
+    assert drafted > 140
