@@ -51,11 +51,6 @@ class DraftCost:
         """Seconds that reading mask rows takes once, and those of each row."""
         return self._model.coefficients[4], self._model.coefficients[5]
 
-    @property
-    def unseen_s(self) -> float:
-        """Seconds that taking in one token takes."""
-        return self._model.coefficients[6]
-
 
 def _terms(num_asked: int, depth: int, num_masks: int, num_unseen: int) -> tuple[float, ...]:
     return 1.0, num_asked - 1, depth, depth * (num_asked - 1), num_masks > 0, num_masks, num_unseen

@@ -24,7 +24,7 @@ def test_what_was_not_seen_for_long_is_no_price_of_each_answer() -> None:
         unseen = (1, 60, 120)[number % 3]
         cost.observe(1 + number % 2, 0, 1e-4 + 2e-5 * (number % 2) + 4e-6 * unseen, num_unseen=unseen)
     assert sum(cost.parts(0)) == pytest.approx(1e-4 + 4e-6, rel=0.1)
-    assert cost.unseen_s == pytest.approx(4e-6, rel=0.1)
+    assert cost.predict(1, 0, num_unseen=100) - cost.predict(1, 0) == pytest.approx(4e-4, rel=0.1)
 
 
 def test_mask_rows_cost_something_once_and_something_each() -> None:
