@@ -17,7 +17,7 @@ from scheduler.draft_cost import DraftCost
 from scheduler.draft_plan import DraftPlan
 from scheduler.draft_state import MOST_PATIENCE, DraftState
 from scheduler.goodput import Outlook
-from scheduler.types import SpeculationSettings
+from scheduler.types import LEARN_MOST, SpeculationSettings
 
 _PROBE_SHARE = 64
 """One decode in so many may verify a draft that does not pay, to keep its estimate alive."""
@@ -134,7 +134,11 @@ class Asking:
             count = 1
         if not count:
             return []
-        return nlargest(count, unpaid, key=lambda index: states[index].num_quiet / states[index].patience)
+        longest = nlargest(count, unpaid, key=lambda index: states[index].num_quiet / states[index].patience)
+        # What has to be taken in is known now only: later time pays for it.
+        num_unseen = sum(states[index].num_quiet for index in longest)
+        self._credit_s -= min(LEARN_MOST, num_unseen) * self.cost.unseen_s
+        return longest
 
     def probe(self, states: Sequence[DraftState], lengths: list[int], room: int) -> None:
         """Let a few of those whose `lengths` are 0 verify one draft: without trials an estimate could never recover."""
@@ -149,9 +153,11 @@ class Asking:
                 lengths[index] = 1
                 probes -= 1
 
-    def may_try(self, state: DraftState, is_paid: bool) -> bool:
-        """Whether to ask for a request's first drafts although its like did not pay lately. is_paid: as in `pays`."""
+    def may_try(self, state: DraftState, is_paid: bool, num_tokens: int) -> bool:
+        """Whether to ask for a request's first drafts although its like did not pay lately. is_paid: as in `pays`;
+        num_tokens: of its prompt, to be taken in."""
         may = state.num_gains == 0 and self._spend(1, is_paid) > 0
+        self._credit_s -= may * min(LEARN_MOST, num_tokens) * self.cost.unseen_s
         state.wants_masks = may and state.may_mask
         return may
 

@@ -8,6 +8,7 @@ _UNIT_S = 1e-3
 _NUM_CLIPPED, _CLIP, _FLOOR_S = 8, 2.0, 2e-5
 _NUM_FITTED, _FIT_EVERY, _SWEEPS = 64, 8, 8
 _DOUBT = 5.0
+"""Sequences, or mask rows, that once were observed to cost nothing: it holds down what a few samples of more say."""
 
 
 class DraftCost:
@@ -50,6 +51,11 @@ class DraftCost:
     def mask_parts(self) -> tuple[float, float]:
         """Seconds that reading mask rows takes once, and those of each row."""
         return self._model.coefficients[4], self._model.coefficients[5]
+
+    @property
+    def unseen_s(self) -> float:
+        """Seconds that taking in one token takes."""
+        return self._model.coefficients[6]
 
 
 def _terms(num_asked: int, depth: int, num_masks: int, num_unseen: int) -> tuple[float, ...]:

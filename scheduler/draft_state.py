@@ -30,7 +30,7 @@ class DraftState:
                 inf = unknown
     num_masked  answers of steps that wanted mask rows so far; num_unmasked steps with drafts since the last one
     wants_masks mask rows are asked as well; is_masked the latest step had room for them
-    num_seen    tokens of the text when drafts were last asked for: what drafters have taken in
+    num_seen    tokens of the text when drafts were last asked for: what drafters have taken in (0 after a preemption)
     num_quiet   steps since drafts were asked for; num_unverified since one was verified although some were offered
     patience    how many probing intervals it waits until it is asked again
     source      name of the drafter of the last offer

@@ -243,9 +243,9 @@ class DraftingPolicy:
             self._first_gains.expect(state, num_soon)
             state.lasts = self._price.lasts
             wish = min(state.limit, most, seq.decoding.most_drafts)
-            is_free = state.is_forced or not self._policy.is_selective
-            is_paid = draft.num_asked > 0
-            if not (is_free or self._asking.pays(state, is_paid) or self._asking.may_try(state, is_paid)):
+            is_free, is_paid = state.is_forced or not self._policy.is_selective, draft.num_asked > 0
+            may = is_free or self._asking.pays(state, is_paid) or self._asking.may_try(state, is_paid, len(seq.tokens))
+            if not may:
                 continue
             if wish and self._placing.place_first(draft, index, wish, most_masks):
                 self._lookout.wake()

@@ -16,6 +16,7 @@ from scheduler.regression import NonNegativeRidge
 
 _RATE = 0.05
 _DOUBT, _MANY = 2.0, 8.0
+"""Steps that asked, and sequences or drafts beyond the first, that once were observed to cost nothing."""
 _CLIP = 3.0
 _NUM_EARLY, _FIT_EVERY, _SWEEPS = 64, 8, 8
 _STALE, _STALE_EARLY, _FEW = 128, 16, 3
@@ -29,8 +30,8 @@ class HostCost:
         self._plain_s = inf
         # A stratum for steps that asked, that verified, that did both or neither: the common kind must not drown what
         # the others tell of the parts. While there is nothing but both, verifying is charged with it: drafts that are
-        # verified can be found not to pay, an answer in vain that seems dear is not asked for again. And
-        # what is beyond the first costs nothing until many tell otherwise: see `DraftCost`.
+        # verified can be found not to pay, an answer in vain that seems dear is not asked for again. And what
+        # is beyond the first costs nothing until many tell otherwise: see `DraftCost`.
         self._extra = NonNegativeRidge((1.0, 0.1, 1.0, 0.1, 1.0), num_strata=5, forgetting=0.98)
         for doubt in ((0, _MANY, 0, 0, 0), (0, 0, _DOUBT, 0, 0), (0, 0, 0, _MANY, 0)):
             self._extra.accumulate(doubt, 0.0, _UNIT_S, 4)

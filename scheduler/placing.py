@@ -11,7 +11,7 @@ from collections.abc import Sequence as Many
 from scheduler.draft_plan import DraftPlan
 from scheduler.kv_memory import KVMemory
 from scheduler.sequence import Sequence
-from scheduler.types import Limits, SpeculationSettings
+from scheduler.types import LEARN_MOST, Limits, SpeculationSettings
 
 
 class Placing:
@@ -81,5 +81,6 @@ def _note_unseen(draft: DraftPlan, seq: Sequence) -> None:
     """A sequence is asked: its drafters take in what they have not seen of its text."""
     state, length = seq.drafting, len(seq.tokens)
     assert state is not None, "a sequence is asked whose drafts nobody decided"
-    draft.num_unseen += max(0, length - state.num_seen)
-    state.num_seen = length
+    taken = max(0, min(LEARN_MOST - draft.num_unseen, length - state.num_seen))
+    draft.num_unseen += taken
+    state.num_seen += taken

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+LEARN_MOST = 1024
+"""Tokens that lookup drafters take in in one step, of all sequences together, some 0.5 ms: a long prompt is taken in
+over several steps."""
 MAX_TREE_NODES = 64
 """Tokens of a tree span, its root included: their visibility is one 64-bit mask per row."""
 

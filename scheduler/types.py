@@ -32,6 +32,7 @@ from scheduler.prompt_attention import PromptMethod as PromptMethod
 from scheduler.sampling import Grammar as Grammar
 from scheduler.sampling import GrammarKind as GrammarKind
 from scheduler.sampling import Sampling as Sampling
+from scheduler.speculation import LEARN_MOST as LEARN_MOST
 from scheduler.speculation import MAX_TREE_NODES as MAX_TREE_NODES
 from scheduler.speculation import Drafts as Drafts
 from scheduler.speculation import DraftTally as DraftTally

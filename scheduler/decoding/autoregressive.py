@@ -224,6 +224,8 @@ class Autoregressive:
         """All state is in the tokens, sent prompt logprobs stay sent, and what was corrected will be dense at once;
         drafters start anew with the KV."""
         self.drafts = None
+        if self._seq.drafting is not None:
+            self._seq.drafting.num_seen = 0
 
 
 def _check_logprobs(outcome: Outcome) -> None:

@@ -232,8 +232,7 @@ def prepare(checked: Checked, facts: ModelFacts, limits: Limits, tokenizer: Toke
     total = sum(len(prompt.ids) for prompt in prompts)
     if total > facts.max_queued_tokens:
         raise invalid("prompt", f"the prompts have {total} tokens together, the limit is {facts.max_queued_tokens}")
-    stop = StopConditions(checked.stop, body.include_stop_str_in_output, body.min_tokens)
-    call = Call(checked, tuple(prompts), tuple(requests), stop)
+    call = Call(checked, tuple(prompts), tuple(requests), _stop_conditions(checked))
     if call.num_logprobs > limits.max_logprob_entries:
         name = "logprobs" if checked.logprobs is not None else "prompt_logprobs"
         raise invalid(

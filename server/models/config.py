@@ -205,12 +205,7 @@ def common_config(
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
     head_dim = fields.integer("head_dim", default=max(1, hidden_size // num_heads))
-    if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"config.json: num_attention_heads is {num_heads}, not a multiple of num_key_value_heads, {num_kv_heads}"
-        )
-    if head_dim % 2:
-        raise CheckpointError(f"config.json: head_dim is {head_dim}; rotary embeddings need an even one")
+    _check_heads(num_heads, num_kv_heads, head_dim)
     vocab_size = fields.integer("vocab_size")
     try:
         rope = read_rope(raw, head_dim, fields.integer("max_position_embeddings"), partial_rotary)
@@ -243,6 +238,15 @@ def common_config(
         mask_token_id=fields.token("mask_token_id"),
         block_size=fields.integer("block_size") if fields.get("block_size") is not None else None,
     )
+
+
+def _check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads is {num_heads}, not a multiple of num_key_value_heads, {num_kv_heads}"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"config.json: head_dim is {head_dim}; rotary embeddings need an even one")
 
 
 def layer_windows(fields: Fields) -> tuple[int | None, ...]:

@@ -224,11 +224,11 @@ def test_a_new_request_is_tried_once_out_of_the_time_set_aside() -> None:
     for _ in range(200):
         # Each step of one stream sets 2 % of 15 ms aside, 0.3 of what asking takes.
         assert made.choose([paying], 8, step_s=0.015) == [8]
-        num_tried += made.may_try(new, is_paid=True)
+        num_tried += made.may_try(new, is_paid=True, num_tokens=10)
     assert 50 <= num_tried <= 62
     made.choose([paying], 8, step_s=1.0)
     new.gained(0.0)
-    assert not made.may_try(new, is_paid=True)
+    assert not made.may_try(new, is_paid=True, num_tokens=10)
 
 
 def first_gain(gains: FirstGains, num_decodes: int) -> float:
@@ -292,3 +292,17 @@ def test_the_depth_does_not_flap() -> None:
 
 def test_without_a_model_drafter_the_depth_is_zero() -> None:
     assert set(run_depth(asking(), 0.9)) == {0}
+
+
+def test_what_a_trial_takes_in_is_paid_for_out_of_the_same_time() -> None:
+    """Else those that are tried after a long silence would cost several times what is set aside."""
+
+    def num_tried(unseen_s: float) -> int:
+        made = asking(per_sequence_s=1e-4)
+        for _ in range(100):
+            made.cost.observe(1, 0, 1e-4 + 100 * unseen_s, num_unseen=100)
+            made.cost.observe(1, 0, 1e-4, num_unseen=0)
+        states = [DraftState(8, gain_s=0.0) for _ in range(4)]
+        return sum(any(made.choose(states, 8, step_s=1e-3)) for _ in range(4000))
+
+    assert num_tried(1e-5) < 0.5 * num_tried(0.0)

@@ -17,6 +17,7 @@ from scheduler.simulated_drafts import STREAM_ALPHAS, ScriptedDrafter, stream
 from scheduler.simulation import Arrival, Machine, request_of, simulate
 from scheduler.step_cost import StepCost
 from scheduler.types import (
+    LEARN_MOST,
     Drafts,
     Limits,
     Read,
@@ -298,3 +299,21 @@ def test_a_fixed_number_rests_in_no_step() -> None:
     while running.step() is not None:
         running.now += 1e-3
     assert [num_drafts(plan) for plan in running.plans[1:-1]] == [[1]] * (len(running.plans) - 2)
+
+
+def test_a_long_prompt_is_taken_in_over_several_steps_and_anew_after_a_preemption() -> None:
+    limits = make_limits(max_model_len=4000, num_pages=4000, max_batched_tokens=4000, max_seqs=2)
+    running = world(limits, settings=SpeculationSettings("fixed", 2))
+    running.add(make_request("r", (3,) * (2 * LEARN_MOST + 10), max_tokens=100))
+    running.step()
+    [seq] = running.scheduler._queues.running
+    state = seq.drafting
+    assert state is not None
+    seen = [state.num_seen]
+    for _ in range(3):
+        running.step()
+        seen.append(state.num_seen)
+    assert seen[:2] == [LEARN_MOST, 2 * LEARN_MOST]
+    assert 2 * LEARN_MOST < seen[2] < seen[3] <= len(seq.tokens)
+    seq.decoding.restart()
+    assert state.num_seen == 0

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from scheduler.types import MAX_TREE_NODES, Drafts
+from scheduler.types import LEARN_MOST, MAX_TREE_NODES, Drafts
 from server.worker.drafters.base import Want
 from server.worker.drafters.expansion import Walk, best_first
 from server.worker.sequences import SequenceState
 
-LEARN_MOST = 1024
-"""Tokens learnt in one call for all sequences together, some 0.5 ms: a long prompt is taken in over several steps."""
 FLOOR = 0.04
 """Drafts less likely than this to be reached and accepted are never worth a row of a step."""
 TREE_WIDTH = 4
